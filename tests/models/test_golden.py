@@ -1,0 +1,95 @@
+"""The models compute what the public PyTorch implementation computes."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from golden_cases import CASES, models
+
+from var_jax.models.tokenizer import Tokenizer
+from var_jax.models.torch_names import to_torch
+from var_jax.sampling.decode import image_keys, sample
+
+pytestmark = pytest.mark.parametrize("case", CASES)
+
+
+def nhwc(x):
+    return np.moveaxis(x, -3, -1)
+
+
+def test_tokenizer(case):
+    tokenizer, _, gold = models(case)
+    image = nhwc(gold["image"])
+    latent = jax.jit(Tokenizer.latent)(tokenizer, image)
+    np.testing.assert_allclose(latent, nhwc(gold["latent"]), atol=2e-4)
+    code = jax.jit(lambda m, f: m.quantizer.encode(f))(tokenizer, latent)
+    np.testing.assert_array_equal(code.idx, gold["tokens"])
+    np.testing.assert_allclose(code.sums, nhwc(gold["latent_hat_per_scale"]), atol=2e-4)
+    decoded = jax.jit(Tokenizer.decode)(tokenizer, code.idx)
+    np.testing.assert_allclose(decoded, nhwc(gold["decoded_tokens"]), atol=2e-4)
+    np.testing.assert_allclose(
+        jax.jit(Tokenizer.decode_latent)(tokenizer, code.sums[-1]),
+        nhwc(gold["reconstruction"]),
+        atol=2e-4,
+    )
+    teacher = jax.jit(lambda m, i: m.quantizer.teacher_input(i))(tokenizer, code.idx)
+    np.testing.assert_allclose(teacher, gold["teacher_forcing_input"], atol=2e-4)
+
+
+def test_quantizer_loss_and_gradient(case):
+    tokenizer, _, gold = models(case)
+
+    def loss(f):
+        quantized = tokenizer.quantizer(f)
+        return quantized.loss, quantized.f_hat
+
+    latent = nhwc(gold["latent"])
+    (value, f_hat), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(latent)
+    np.testing.assert_allclose(value, gold["vq_loss"], rtol=1e-5)
+    np.testing.assert_allclose(f_hat, nhwc(gold["quantized_straight_through"]), atol=2e-4)
+    np.testing.assert_allclose(grad, nhwc(gold["vq_loss_grad_f"]), rtol=1e-3, atol=1e-7)
+
+
+def test_transformer_logits(case):
+    _, transformer, gold = models(case)
+    logits = jax.jit(transformer.__call__)(gold["labels"], gold["teacher_forcing_input"])
+    np.testing.assert_allclose(logits, gold["logits"], atol=2e-4)
+    nobody = np.full_like(gold["labels"], transformer.config.num_classes)
+    logits = jax.jit(transformer.__call__)(nobody, gold["teacher_forcing_input"])
+    np.testing.assert_allclose(logits, gold["logits_uncond"], atol=2e-4)
+
+
+def test_transformer_loss_and_gradients(case):
+    _, transformer, gold = models(case)
+
+    def loss(transformer, smoothing):
+        logits = transformer(gold["labels"], gold["teacher_forcing_input"])
+        target = jax.nn.one_hot(gold["tokens"], logits.shape[-1])
+        return optax.softmax_cross_entropy(logits, optax.smooth_labels(target, smoothing)).mean()
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(transformer, 0.0)
+    np.testing.assert_allclose(value, gold["loss_label_smoothing_0.0"], rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(loss)(transformer, 0.1), gold["loss_label_smoothing_0.1"], rtol=1e-5
+    )
+    grads = to_torch(grads)
+    assert sorted(grads) == sorted(gold["grad_names"])
+    norms = [np.linalg.norm(grads[name]) for name in gold["grad_names"]]
+    np.testing.assert_allclose(norms, gold["grad_norms"], rtol=1e-3)
+    np.testing.assert_allclose(
+        grads["word_embed.weight"], gold["grad_word_embed_weight"], rtol=1e-3, atol=1e-6
+    )
+
+
+def test_greedy_sampling(case):
+    tokenizer, transformer, gold = models(case)
+    cfg = json.loads(str(gold["config"]))["cfg"]
+    keys = image_keys(0, jnp.arange(2))
+    image, tokens = sample(
+        transformer, tokenizer, gold["labels"], keys, cfg=cfg, top_k=1, top_p=0.0
+    )
+    np.testing.assert_array_equal(tokens, gold["greedy_tokens"])
+    np.testing.assert_allclose((image + 1) / 2, nhwc(gold["greedy_image"]), atol=2e-4)

@@ -1,0 +1,139 @@
+"""What a run writes down: metrics (JSON lines and TensorBoard) and progress on the terminal."""
+
+import json
+import sys
+import time
+from pathlib import PurePath
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Metrics:
+    """Appends to `workdir`/metrics.jsonl and TensorBoard's `workdir`/tensorboard/STAGE.
+
+    Only process 0 writes. In a bucket there is no appending: metrics.jsonl is rewritten each time
+    and TensorBoard files are left out.
+    """
+
+    def __init__(self, workdir: str | PurePath):
+        self._workdir = epath.Path(workdir)
+        self._path = self._workdir / "metrics.jsonl"
+        self._writes = jax.process_index() == 0
+        self._remote = "://" in str(workdir)
+        self._boards: dict = {}
+        if self._writes:
+            self._workdir.mkdir(parents=True, exist_ok=True)
+
+    def write(self, stage: str, step: int, **scalars) -> None:
+        """One record {"stage", "step", scalars…}; values are numbers or arrays of one number."""
+        if not self._writes:
+            return
+        numbers = {name: np.asarray(value).item() for name, value in scalars.items()}
+        line = json.dumps({"stage": stage, "step": int(step), **numbers}) + "\n"
+        if self._remote:
+            self._path.write_text(self._text() + line)
+        else:
+            with self._path.open("a") as file:
+                file.write(line)
+        if board := self._board(stage):
+            for name, value in numbers.items():
+                board.add_scalar(f"{stage}/{name}", value, step)
+            board.flush()
+
+    def image(self, stage: str, step: int, name: str, image: np.ndarray) -> None:
+        """Shows `image` (H, W, 3), uint8, in TensorBoard."""
+        if self._writes and (board := self._board(stage)):
+            board.add_image(f"{stage}/{name}", np.asarray(image), step, dataformats="HWC")
+            board.flush()
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forgets what `stage` wrote after `step`, and a last line that a kill cut in half.
+
+        After it, a run resumed from `step` writes the file that a run never stopped would have.
+        """
+        if not self._writes:
+            return
+        kept = [r for r in _records(self._text()) if r["stage"] != stage or r["step"] <= step]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        if text != self._text():
+            beside = self._workdir / ".metrics.jsonl.partial"
+            beside.write_text(text)
+            beside.replace(self._path)
+        self._boards.pop(stage, None)
+        self._board(stage, purge_step=step + 1)
+
+    def _text(self) -> str:
+        return self._path.read_text() if self._path.exists() else ""
+
+    def _board(self, stage: str, purge_step: int | None = None):
+        if stage not in self._boards and not self._remote:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                return None
+            folder = str(self._workdir / "tensorboard" / stage)
+            self._boards[stage] = SummaryWriter(folder, purge_step=purge_step)
+        return self._boards.get(stage)
+
+
+def read_metrics(workdir: str | PurePath) -> list[dict]:
+    """The records of `workdir`/metrics.jsonl in the order written; [] if there is no such file."""
+    path = epath.Path(workdir) / "metrics.jsonl"
+    return _records(path.read_text()) if path.exists() else []
+
+
+def _records(text: str) -> list[dict]:
+    # A line without its newline was cut by a kill, even where the part left is valid JSON.
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+class progress:  # noqa: N801 - reads as a function: `with progress(...) as bar`
+    """Progress on stderr: a bar with rate and time left, or off a terminal a line every 30 s.
+
+    `with progress(total, initial, "training") as bar: bar.update(1, loss=2.31)`.
+    """
+
+    def __init__(self, total: int, initial: int = 0, description: str = ""):
+        self._total, self._initial, self._description = total, initial, description
+        self._done = initial
+        self._metrics: dict = {}
+
+    def __enter__(self) -> "progress":
+        self._start = self._printed = time.monotonic()
+        # tqdm's own `disable=None` would do off a terminal, were it not for the lines.
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=self._total,
+                initial=self._initial,
+                desc=self._description,
+                dynamic_ncols=True,
+            )
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, n: int = 1, **metrics: float) -> None:
+        """Counts `n` more steps, showing the latest `metrics`."""
+        self._done += n
+        self._metrics.update(metrics)
+        if self._bar is not None:
+            if metrics:
+                self._bar.set_postfix(self._metrics, refresh=False)
+            self._bar.update(n)
+        elif time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
+            self._printed = time.monotonic()
+            print(self._line(), file=sys.stderr, flush=True)
+
+    def _line(self) -> str:
+        rate = (self._done - self._initial) / (time.monotonic() - self._start)
+        left = tqdm.format_interval((self._total - self._done) / rate) if rate else "?"
+        values = "".join(f", {name} {value:.4g}" for name, value in self._metrics.items())
+        return f"{self._description} {self._done}/{self._total}{values}, {rate:.2f}/s, {left} left"

@@ -1,0 +1,41 @@
+"""How model code speaks about the mesh ('data', 'fsdp', 'tensor'), and runs as well without one.
+
+Axes are explicit: an array's type says how it is split, and the helpers here are the only places
+where that changes. Outside `jax.set_mesh` each of them is the plain operation.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+BATCH = ("data", "fsdp")  # the batch is split over both
+Axes = str | tuple[str, ...] | None
+
+
+def on_mesh() -> bool:
+    """Whether code is being traced under a mesh."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def pin(x: Array, *spec: Axes) -> Array:
+    """`x` laid out as `spec` says, one entry for each leading axis (the rest are not split)."""
+    return jax.sharding.reshard(x, P(*spec)) if on_mesh() else x
+
+
+def einsum(equation: str, x: Array, w: Array, *spec: Axes) -> Array:
+    """`jnp.einsum` with the result laid out as `spec` says."""
+    return jnp.einsum(equation, x, w, out_sharding=P(*spec) if on_mesh() else None)
+
+
+def take(table_VC: Float[Array, "V C"], idx: Int[Array, "B *rest"]) -> Float[Array, "B *rest C"]:
+    """Rows of a table, split over the batch as `idx` is."""
+    if not on_mesh():
+        return table_VC[idx]
+    spec = P(BATCH, *[None] * idx.ndim)
+    return pin(table_VC, None, None).at[idx].get(out_sharding=spec)
+
+
+def path_name(path: tuple) -> str:
+    """A leaf's place in a model as text, like "blocks.qkv"."""
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")

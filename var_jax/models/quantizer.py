@@ -1,0 +1,123 @@
+"""The multi-scale residual quantizer: VAR §3.1, algorithms 1 and 2.
+
+A latent f is explained coarse to fine. At scale k the residual is area-averaged to p_k × p_k, each
+cell takes its nearest code, the codes are upsampled to full size and smoothed by phi_k, and the
+result is subtracted from the residual. All of it is float32 at highest precision: a wrong nearest
+code is a wrong training target.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from var_jax.config import TokenizerConfig
+from var_jax.models.partition import BATCH, pin, take
+from var_jax.models.resize import downsample, upsample
+from var_jax.scales import phi_indices, slices
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Encoded(NamedTuple):
+    """A latent as codes, with the vectors the codes stand for and the running sum of each scale."""
+
+    idx: Int32[Array, "B L"]
+    residual: Float[Array, "B L C"]
+    sums: list[Float[Array, "B h w C"]]
+
+
+class Quantized(NamedTuple):
+    """What training needs of one pass; f_hat carries the straight-through gradient."""
+
+    f_hat: Float[Array, "B h w C"]
+    idx: Int32[Array, "B L"]
+    residual: Float[Array, "B L C"]
+    loss: Float[Array, ""]
+
+
+class Quantizer(nnx.Module):
+    """One codebook for all scales and a few phi convolutions shared among them."""
+
+    def __init__(self, config: TokenizerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        V, C, J = config.vocab_size, config.latent_dim, config.num_phi or len(config.patch_nums)
+        self.codebook = nnx.Param(jax.random.normal(rngs.params(), (V, C)))
+        bound = (9 * C) ** -0.5  # torch's default for a 3×3 convolution
+        draw = lambda shape: jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+        self.phi_kernel = nnx.Param(draw((J, 3, 3, C, C)))
+        self.phi_bias = nnx.Param(draw((J, C)))
+
+    def nearest(self, z_BppC: Float[Array, "B p p C"]) -> Int32[Array, "B p p"]:
+        """The closest code of each cell: Euclidean, or by cosine under `codebook_znorm`."""
+        codebook = self.codebook[...]
+        if self.config.codebook_znorm:
+            codebook = codebook / jnp.linalg.norm(codebook, axis=-1, keepdims=True).clip(1e-12)
+            return jnp.einsum("BpqC,VC->BpqV", z_BppC, codebook, precision=HIGHEST).argmax(-1)
+        dot = jnp.einsum("BpqC,VC->BpqV", z_BppC, codebook, precision=HIGHEST)
+        # ‖z‖² is the same for every code, so the order does not need it.
+        return (jnp.sum(codebook**2, axis=-1) - 2 * dot).argmin(-1).astype(jnp.int32)
+
+    def contribution(self, k: int, code_BppC: Float[Array, "B p p C"]) -> Float[Array, "B h w C"]:
+        """What scale k adds to the latent: phi_k(upsample(codes)), phi(h) = (1-r)·h + r·conv(h)."""
+        j = phi_indices(len(self.config.patch_nums), self.phi_bias.shape[0])[k]
+        h = upsample(code_BppC, self.config.patch_nums[-1])
+        conv = jax.lax.conv_general_dilated(
+            h, self.phi_kernel[j], (1, 1), "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=HIGHEST,
+        )  # fmt: skip
+        ratio = self.config.phi_ratio
+        return (1 - ratio) * h + ratio * (conv + self.phi_bias[j])
+
+    def embed(self, idx_BL: Int32[Array, "B L"], k: int) -> Float[Array, "B p p C"]:
+        """The code vectors of scale k, laid out as a square."""
+        p = self.config.patch_nums[k]
+        idx_Bpp = idx_BL[:, slices(self.config.patch_nums)[k]].reshape(-1, p, p)
+        return take(self.codebook[...], idx_Bpp)
+
+    def encode(self, f_BhwC: Float[Array, "B h w C"]) -> Encoded:
+        """Codes, the residuals they stand for, the running sum of each scale (algorithm 1)."""
+        rest, f_hat = jax.lax.stop_gradient(f_BhwC), jnp.zeros_like(f_BhwC)
+        codes, residuals, sums = [], [], []
+        for k, p in enumerate(self.config.patch_nums):
+            z_BppC = downsample(rest, p)
+            idx_Bpp = self.nearest(z_BppC)
+            h = self.contribution(k, take(self.codebook[...], idx_Bpp))
+            f_hat, rest = f_hat + h, rest - h
+            codes.append(idx_Bpp.reshape(-1, p * p))
+            residuals.append(z_BppC.reshape(-1, p * p, z_BppC.shape[-1]))
+            sums.append(f_hat)
+        return Encoded(jnp.concatenate(codes, 1), jnp.concatenate(residuals, 1), sums)
+
+    def __call__(self, f_BhwC: Float[Array, "B h w C"]) -> Quantized:
+        """Quantizes, with the loss (VAR eq. 5): codebook + beta · commitment, mean over scales."""
+        code = self.encode(f_BhwC)
+        fixed = jax.lax.stop_gradient
+        loss = sum(
+            jnp.mean((f_hat - fixed(f_BhwC)) ** 2)
+            + self.config.beta * jnp.mean((fixed(f_hat) - f_BhwC) ** 2)
+            for f_hat in code.sums
+        ) / len(code.sums)
+        f_hat = f_BhwC + fixed(code.sums[-1] - f_BhwC)
+        return Quantized(f_hat, code.idx, fixed(code.residual), loss)
+
+    def decode(self, idx_BL: Int32[Array, "B L"]) -> list[Float[Array, "B h w C"]]:
+        """The running sum after each scale, from codes (algorithm 2)."""
+        f_hat, sums = 0.0, []
+        for k in range(len(self.config.patch_nums)):
+            f_hat = f_hat + self.contribution(k, self.embed(idx_BL, k))
+            sums.append(f_hat)
+        return sums
+
+    def next_input(self, f_hat_BhwC: Float[Array, "B h w C"], k: int) -> Float[Array, "B l C"]:
+        """What the transformer reads at scale k: the running sum of all before, area-averaged."""
+        x = downsample(f_hat_BhwC, self.config.patch_nums[k])
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
+    def teacher_input(self, idx_BL: Int32[Array, "B L"]) -> Float[Array, "B L-1 C"]:
+        """The inputs of scales 2..K given all codes (teacher forcing)."""
+        sums = self.decode(idx_BL)[:-1]
+        inputs = [self.next_input(f_hat, k) for k, f_hat in enumerate(sums, start=1)]
+        return pin(jnp.concatenate(inputs, axis=1), BATCH)

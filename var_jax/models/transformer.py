@@ -1,0 +1,243 @@
+"""The next-scale transformer (VAR §3.2): GPT blocks under AdaLN, all tokens of a scale at once.
+
+The input at scale k is the running sum of all coarser scales, area-averaged to p_k × p_k (scale 1
+reads the class embedding). Blocks are stacked along a leading axis and scanned.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32, Key
+
+from var_jax.config import TransformerConfig
+from var_jax.models.attention import block_causal, dense
+from var_jax.models.partition import BATCH, einsum, pin, take
+from var_jax.scales import level_ids, slices
+
+MAX_LOG_SCALE = jnp.log(100.0).item()  # attention temperature is clipped here
+
+
+class Cache(NamedTuple):
+    """Keys and values: of the scales decoded so far, or of one layer's new tokens."""
+
+    k: Float[Array, "*depth B L H N"]
+    v: Float[Array, "*depth B L H N"]
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each scaled, shifted and gated by the class (AdaLN)."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        D, H, N = config.width, config.num_heads, config.head_dim
+        F = round(D * config.mlp_ratio)
+        std = (3 * D) ** -0.5
+        out_std = std / (2 * config.depth) ** 0.5  # keeps the residual stream's variance with depth
+        draw = lambda shape, std: nnx.Param(std * jax.random.normal(rngs.params(), shape))
+        zeros = lambda *shape: nnx.Param(jnp.zeros(shape))
+        # Gates (gamma) start near zero, scales and shifts at half size.
+        ada_std = jnp.array([1e-5] * 2 + [0.5] * 4)[:, None]
+        if config.shared_adaln:
+            self.ada_offset = draw((6, D), ada_std * D**-0.5)
+        else:
+            self.ada, self.ada_bias = draw((D, 6, D), ada_std * std), zeros(6, D)
+        self.qkv, self.q_bias, self.v_bias = draw((D, 3, H, N), std), zeros(H, N), zeros(H, N)
+        if config.qk_norm:
+            self.log_scale = nnx.Param(jnp.full((H,), jnp.log(4.0)))
+        self.proj, self.proj_bias = draw((H, N, D), out_std), zeros(D)
+        self.fc1, self.fc1_bias = draw((D, F), std), zeros(F)
+        self.fc2, self.fc2_bias = draw((F, D), out_std), zeros(D)
+        self.config = config
+
+    def modulation(self, cond: Float[Array, "B ..."], dtype: jnp.dtype) -> list[Array]:
+        """gamma1, gamma2, scale1, scale2, shift1, shift2, each (B,1,D).
+
+        `cond` is the class embedding (B,D), or under shared AdaLN its projection (B,6,D).
+        """
+        if self.config.shared_adaln:
+            ada = cond + self.ada_offset[...]
+        else:
+            ada = einsum("BD,DxE->BxE", jax.nn.silu(cond), gather(self.ada), BATCH) + self.ada_bias
+        return [ada[:, i, None].astype(dtype) for i in range(6)]
+
+    def heads(self, x: Float[Array, "B L D"]) -> list[Float[Array, "B L H N"]]:
+        """q, k, v; q scaled so that attention is a plain softmax(q·k)."""
+        qkv = gather(self.qkv, None, None, "tensor", dtype=x.dtype)
+        q, k, v = jnp.moveaxis(einsum("BLD,DxHN->BLxHN", x, qkv, BATCH, None, None, "tensor"), 2, 0)
+        q = q + self.q_bias.astype(x.dtype)
+        v = v + self.v_bias.astype(x.dtype)
+        if self.config.qk_norm:
+            scale = jnp.exp(jnp.minimum(self.log_scale[...], MAX_LOG_SCALE))[:, None]
+            return [unit(q, scale), unit(k, 1.0), v]
+        return [q * (0.25 * self.config.head_dim**-0.5), k, v]
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        cond: Float[Array, "B ..."],
+        attend: Callable[[Array, Array, Array], Array],
+        keep: Float[Array, "2 B 1 1"] | None = None,
+    ) -> tuple[Float[Array, "B L D"], Cache]:
+        """One block; `attend` maps q, k, v to the mixed values, `keep` is drop-path's mask.
+
+        Also returns the keys and values it made, for caching.
+        """
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = self.modulation(cond, x.dtype)
+        keep1, keep2 = (1, 1) if keep is None else keep.astype(x.dtype)
+        q, k, v = self.heads(layer_norm(x) * (1 + scale1) + shift1)
+        proj = gather(self.proj, "tensor", dtype=x.dtype)
+        mixed = einsum("BLHN,HND->BLD", attend(q, k, v), proj, BATCH) + self.proj_bias.astype(
+            x.dtype
+        )
+        x = x + keep1 * gamma1 * mixed
+        fc1 = gather(self.fc1, None, "tensor", dtype=x.dtype)
+        h = layer_norm(x) * (1 + scale2) + shift2
+        h = einsum("BLD,DF->BLF", h, fc1, BATCH, None, "tensor") + self.fc1_bias.astype(x.dtype)
+        fc2 = gather(self.fc2, "tensor", dtype=x.dtype)
+        h = einsum("BLF,FD->BLD", jax.nn.gelu(h), fc2, BATCH) + self.fc2_bias.astype(x.dtype)
+        return x + keep2 * gamma2 * h, Cache(k, v)
+
+
+class Transformer(nnx.Module):
+    """Class label and coarser scales → logits of every token. An immutable pytree."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        D, K, V = config.width, len(config.patch_nums), config.vocab_size
+        std = (3 * D) ** -0.5
+        draw = lambda *shape, std=std: nnx.Param(std * jax.random.normal(rngs.params(), shape))
+        zeros = lambda *shape: nnx.Param(jnp.zeros(shape))
+        self.class_embed = draw(config.num_classes + 1, D)  # the last row stands for "no class"
+        self.start = draw(1, D)
+        self.pos_embed, self.level_embed = draw(config.num_tokens, D), draw(K, D)
+        self.word, self.word_bias = draw(config.latent_dim, D), zeros(D)
+        if config.shared_adaln:
+            self.ada, self.ada_bias = draw(D, 6, D), zeros(6, D)
+        layers = jax.random.split(rngs.params(), config.depth)
+        self.blocks = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(layers)
+        self.head_ada, self.head_ada_bias = draw(D, 2, D, std=0.5 * std), zeros(2, D)
+        self.head, self.head_bias = draw(D, V, std=0.02 * std), zeros(V)
+        self.config = config
+
+    def __call__(
+        self,
+        labels: Int32[Array, " B"],
+        x_BMC: Float[Array, "B M C"],
+        *,
+        key: Key[Array, ""] | None = None,
+        remat: bool = False,
+    ) -> Float[Array, "B L V"]:
+        """Logits of all L tokens under teacher forcing.
+
+        Labels are 0..num_classes, the last meaning "no class"; `x_BMC` is the quantizer's
+        `teacher_input`, M = L-1. With a `key` drop-path is on. `remat` keeps only each block's
+        input for the backward pass.
+        """
+        cond, x = self.embed_labels(labels), self.embed_inputs(x_BMC)
+        x = jnp.concatenate([self.embed_start(labels), x], axis=1)
+        attend = lambda q, k, v: block_causal(q, k, v, self.config.patch_nums)
+
+        def layer(x, block_keep):
+            block, keep = block_keep
+            return block(x, self.block_cond(cond), attend, keep)[0], None
+
+        layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+        keep = None if key is None else self.drop_path(key, x.shape[0])
+        x, _ = jax.lax.scan(layer, x, (self.blocks, keep))
+        return self.logits(x, cond)
+
+    def decode(
+        self, k: int, x_BlD: Float[Array, "B l D"], labels: Int32[Array, " B"], cache: Cache
+    ) -> tuple[Float[Array, "B l V"], Cache]:
+        """Logits of scale k given the cached keys and values of the scales before it."""
+        here = slices(self.config.patch_nums)[k]
+        cond = self.embed_labels(labels)
+
+        def layer(x, block_past):
+            block, past = block_past
+            join = lambda old, new: jnp.concatenate([old.astype(new.dtype), new], axis=1)
+            attend = lambda q, k, v: dense(q, join(past.k, k), join(past.v, v))
+            return block(x, self.block_cond(cond), attend)
+
+        past = jax.tree.map(lambda c: c[:, :, : here.start], cache)
+        x, new = jax.lax.scan(layer, x_BlD, (self.blocks, past))
+        write = lambda c, n: jax.lax.dynamic_update_slice_in_dim(
+            c, n.astype(c.dtype), here.start, axis=2
+        )
+        return self.logits(x, cond), jax.tree.map(write, cache, new)
+
+    def empty_cache(self, batch: int) -> Cache:
+        """A zeroed cache for `batch` sequences, in the compute dtype."""
+        c = self.config
+        shape = (c.depth, batch, c.num_tokens, c.num_heads, c.head_dim)
+        zeros = lambda: pin(jnp.zeros(shape, self.dtype), None, BATCH, None, "tensor")
+        return Cache(zeros(), zeros())
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Compute dtype of the blocks."""
+        if self.config.dtype != "auto":
+            return jnp.dtype(self.config.dtype)
+        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+    def position(self) -> Float[Array, "L D"]:
+        """Where a token lies plus which scale it belongs to."""
+        return self.pos_embed[...] + self.level_embed[...][level_ids(self.config.patch_nums)]
+
+    def embed_labels(self, labels: Int32[Array, " B"]) -> Float[Array, "B D"]:
+        """The class as a vector, which also steers every AdaLN."""
+        return take(self.class_embed[...], labels)
+
+    def embed_start(self, labels: Int32[Array, " B"]) -> Float[Array, "B 1 D"]:
+        """The input of scale 1."""
+        x = self.embed_labels(labels)[:, None] + self.start[...] + self.position()[:1]
+        return x.astype(self.dtype)
+
+    def embed_inputs(self, x_BMC: Float[Array, "B M C"], start: int = 1) -> Float[Array, "B M D"]:
+        """The inputs of the tokens from position `start` on."""
+        x = einsum("BMC,CD->BMD", x_BMC, gather(self.word), BATCH) + self.word_bias[...]
+        return (x + self.position()[start : start + x_BMC.shape[1]]).astype(self.dtype)
+
+    def block_cond(self, cond: Float[Array, "B D"]) -> Float[Array, "B ..."]:
+        """What the blocks are conditioned on."""
+        if not self.config.shared_adaln:
+            return cond
+        return (
+            einsum("BD,DxE->BxE", jax.nn.silu(cond), gather(self.ada), BATCH) + self.ada_bias[...]
+        )
+
+    def drop_path(self, key: Key[Array, ""], batch: int) -> Float[Array, "depth 2 B 1 1"]:
+        """Which residual branches an image keeps, scaled to keep the mean (stochastic depth)."""
+        rate = jnp.linspace(0, self.config.drop_path, self.config.depth)[:, None, None, None, None]
+        shape = (self.config.depth, 2, batch, 1, 1)
+        keep = jax.random.uniform(key, shape) >= rate
+        return pin(keep / (1 - rate), None, None, BATCH)
+
+    def logits(self, x: Float[Array, "B L D"], cond: Float[Array, "B D"]) -> Float[Array, "B L V"]:
+        """The head, in float32."""
+        ada = einsum("BD,DxE->BxE", jax.nn.silu(cond), gather(self.head_ada), BATCH)
+        ada = ada + self.head_ada_bias[...]
+        scale, shift = ada[:, 0, None], ada[:, 1, None]
+        x = layer_norm(x.astype(jnp.float32)) * (1 + scale) + shift
+        head = gather(self.head, None, "tensor")
+        return einsum("BLD,DV->BLV", x, head, BATCH, None, "tensor") + self.head_bias[...]
+
+
+def gather(w: nnx.Param, *spec: str | None, dtype: jnp.dtype = jnp.float32) -> Array:
+    """A weight cast, then gathered from its 'fsdp' shards; what `spec` names stays split."""
+    return pin(w[...].astype(dtype), *spec)
+
+
+def layer_norm(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    """LayerNorm without gain or bias, in float32."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - x32.mean(-1, keepdims=True)
+    return (centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+def unit(x: Float[Array, "B L H N"], scale: Array | float) -> Float[Array, "B L H N"]:
+    """Each head's vector at length `scale`, in float32."""
+    x32 = x.astype(jnp.float32)
+    length_squared = jnp.maximum((x32**2).sum(-1, keepdims=True), 1e-24)
+    return (x32 * jax.lax.rsqrt(length_squared) * scale).astype(x.dtype)

@@ -1,0 +1,72 @@
+"""Sampling: class labels → tokens, scale by scale → image. One jitted program (VAR §3.2)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Key
+
+from var_jax.models.partition import BATCH, pin, take
+from var_jax.models.tokenizer import Tokenizer
+from var_jax.models.transformer import Transformer
+from var_jax.sampling.filters import guide
+from var_jax.sampling.filters import top_k as keep_top_k
+from var_jax.sampling.filters import top_p as keep_top_p
+
+
+def image_keys(seed: int, index: Int32[Array, " B"]) -> Key[Array, " B"]:
+    """One key an image, from (seed, index) alone: batch size and devices do not matter."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index)
+
+
+@functools.partial(jax.jit, static_argnames=("top_k", "smooth"))
+def sample(
+    transformer: Transformer,
+    tokenizer: Tokenizer,
+    labels: Int32[Array, " B"],
+    keys: Key[Array, " B"],
+    *,
+    cfg: Float[Array, ""] | float = 1.5,
+    top_k: int = 900,
+    top_p: Float[Array, ""] | float = 0.96,
+    smooth: bool = False,
+) -> tuple[Float[Array, "B H W 3"], Int32[Array, "B L"]]:
+    """Images in [-1, 1] and their tokens, under guidance `cfg` that rises linearly over the scales.
+
+    `smooth` mixes code vectors instead of picking one: nicer to look at, not for metrics.
+    """
+    B, num_scales = labels.shape[0], len(transformer.config.patch_nums)
+    nobody = jnp.full_like(labels, transformer.config.num_classes)
+    both = pin(jnp.concatenate([labels, nobody]), BATCH)
+    quantizer, codebook = tokenizer.quantizer, tokenizer.quantizer.codebook[...]
+    cache = transformer.empty_cache(2 * B)
+    x, f_hat, tokens, start = transformer.embed_start(both), 0.0, [], 0
+    for k, side in enumerate(transformer.config.patch_nums):
+        ratio = k / max(num_scales - 1, 1)
+        logits, cache = transformer.decode(k, x, both, cache)
+        logits = pin(guide(logits, cfg * ratio), BATCH)
+        logits = keep_top_p(keep_top_k(logits, top_k), top_p)
+        scale_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
+        idx_Bl = jax.vmap(jax.random.categorical)(scale_keys, logits).astype(jnp.int32)
+        code_BlC = mix(scale_keys, logits, codebook, ratio) if smooth else take(codebook, idx_Bl)
+        f_hat = f_hat + quantizer.contribution(k, code_BlC.reshape(B, side, side, -1))
+        tokens.append(idx_Bl)
+        start += side * side
+        if k + 1 < num_scales:
+            x = transformer.embed_inputs(quantizer.next_input(f_hat, k + 1), start)
+            x = pin(jnp.concatenate([x, x]), BATCH)
+    return tokenizer.decode_latent(f_hat), jnp.concatenate(tokens, axis=1)
+
+
+def mix(
+    keys: Key[Array, " B"],
+    logits: Float[Array, "B l V"],
+    codebook: Float[Array, "V C"],
+    ratio: float,
+) -> Float[Array, "B l C"]:
+    """Gumbel-softmax mixture of code vectors; ratio in [0, 1] is how far along the scales are."""
+    temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
+    draw = lambda key, row: jax.random.gumbel(jax.random.fold_in(key, 1), row.shape)
+    noise = jax.vmap(draw)(keys, logits)
+    weight = jax.nn.softmax((logits * (1 + ratio) + noise) / temperature, axis=-1)
+    return jnp.einsum("BlV,VC->BlC", weight, codebook)
