@@ -1,7 +1,7 @@
-"""Frozen configs of the two models. Every default is the paper's (256 px, d16).
+"""Frozen configs: the two models, their training, the data, the mesh. Defaults are the paper's.
 
-Experiments live in `configs/*.py` as ml_collections.ConfigDict; `from_dict` turns a section of one
-into these dataclasses and says in one sentence what does not fit.
+An experiment is a file in `configs/` that returns an ml_collections.ConfigDict with the fields of
+`Config`; `from_dict` turns it into these dataclasses and says in one sentence what does not fit.
 """
 
 import dataclasses
@@ -98,6 +98,72 @@ class TransformerConfig:
         return num_tokens(self.patch_nums)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """How one of the two stages is optimized; the defaults are the transformer's (VAR §4.1)."""
+
+    steps: int = 0
+    batch_size: int = 768  # of all devices together
+    learning_rate: float = 1e-4  # for 256 images: scaled by batch_size / 256
+    schedule: str = "lin0"  # or cos, lin, lin00, lin0.3, exp: see training/optimizer.py
+    warmup_steps: int = 0
+    start_lr_ratio: float = 0.005  # where warm-up starts
+    final_lr_ratio: float = 0.1
+    weight_decay: float = 0.05
+    final_weight_decay: float = 0.05  # reached along half a cosine
+    b1: float = 0.9
+    b2: float = 0.95
+    clip_norm: float = 2.0
+    ema_decay: float = 0.0  # of the averaged weights; 0: none are kept
+    augmented_copies: int = 0  # transformer: tokens cached of so many crops; 0: tokenized in the step
+    label_dropout: float = 0.1  # transformer: how often the class is withheld, for guidance
+    label_smoothing: float = 0.0  # transformer
+    codebook_decay: float = 0.99  # tokenizer: the codebook as moving averages of what it stands for
+    restart_below: float = 0.03  # tokenizer: codes used less than this share of the mean start anew
+    log_every: int = 50
+    save_every: int = 1000
+    sample_every: int = 0  # pictures during training; 0: only at the end
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on."""
+
+    source: str = "emoji"
+    flip: bool = False
+    shift: int = 0  # random move by up to so many pixels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices by axis; one of them may be -1, "what is left"."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One experiment: both models and both stages."""
+
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    transformer: TransformerConfig = TransformerConfig()
+    train_tokenizer: StageConfig = StageConfig()
+    train_transformer: StageConfig = StageConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in ("patch_nums", "vocab_size", "latent_dim"):
+            ours, theirs = getattr(self.tokenizer, field), getattr(self.transformer, field)
+            if ours != theirs:
+                raise BadInput(
+                    f"tokenizer.{field}={ours} and transformer.{field}={theirs} must be the same."
+                )
+
+
 def check_schedule(patch_nums: tuple[int, ...]) -> None:
     """Raises BadInput unless the sides start at 1 and rise."""
     rising = all(a < b for a, b in itertools.pairwise(patch_nums))
@@ -105,8 +171,8 @@ def check_schedule(patch_nums: tuple[int, ...]) -> None:
         raise BadInput(f"patch_nums={patch_nums} must start at 1 and rise, like (1, 2, 4, 8).")
 
 
-def from_dict(cls: type[T], section: Mapping[str, Any], name: str) -> T:
-    """Builds a frozen config from one section of an experiment's config.
+def from_dict(cls: type[T], section: Mapping[str, Any], name: str = "config") -> T:
+    """Builds a frozen config, nested ones included, from an experiment's (section of a) config.
 
     Raises: BadInput naming the field for an unknown field or a value of the wrong type.
     """
@@ -115,7 +181,11 @@ def from_dict(cls: type[T], section: Mapping[str, Any], name: str) -> T:
     for key, value in section.items():
         if key not in fields:
             raise BadInput(f"{name} has no field {key!r}; its fields are {', '.join(fields)}.")
-        values[key] = _checked(f"{name}.{key}", value, fields[key].default)
+        default = fields[key].default
+        if dataclasses.is_dataclass(default):
+            values[key] = from_dict(type(default), value, key)
+        else:
+            values[key] = _checked(f"{name}.{key}", value, default)
     return cls(**values)
 
 

@@ -71,7 +71,7 @@ class Checkpoints:
         self.wait()
         damaged: dict[int, str] = {}
         for step in sorted(self._steps(), reverse=True):
-            found, reason = self._read(step, _flat(abstract))
+            found, reason = self._read(step, _wanted(abstract))
             if found is not None:
                 self._set_aside(damaged, step)
                 flat, data = found
@@ -217,7 +217,7 @@ def load_weights(directory: str | PurePath, abstract: PyTree) -> PyTree:
             shape or kind (float, integer) differs.
     """
     load_config(directory)
-    path, wanted = _path(directory) / "weights", _flat(abstract)
+    path, wanted = _path(directory) / "weights", _wanted(abstract)
     if reason := _damage(path):
         raise BadInput(f"{path} is damaged: {reason}")
     try:
@@ -257,6 +257,15 @@ def _flat(tree: PyTree) -> dict[str, Any]:
     flat = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
     assert len(flat) == len(leaves), "two leaves have the same path"
     return flat
+
+
+def _wanted(abstract: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
+    """`_flat`, with the first device for leaves without a sharding."""
+    anywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or anywhere)
+        for name, x in _flat(abstract).items()
+    }
 
 
 def _compare(saved: dict, wanted: dict, where: str, *, dtypes: bool) -> None:
@@ -329,7 +338,9 @@ def _damage(directory: epath.Path) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The error as part of a sentence: its first line, cut where it gets long."""
+    """The error as part of a sentence: its root's first line, cut where it gets long."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else ""
     return f"{type(error).__name__}: {text if len(text) <= 160 else text[:160] + '…'}"

@@ -1,5 +1,6 @@
 """What a run writes down: metrics (JSON lines and TensorBoard) and progress on the terminal."""
 
+import contextlib
 import json
 import sys
 import time
@@ -64,8 +65,14 @@ class Metrics:
             beside = self._workdir / ".metrics.jsonl.partial"
             beside.write_text(text)
             beside.replace(self._path)
-        self._boards.pop(stage, None)
+        self.close()
         self._board(stage, purge_step=step + 1)
+
+    def close(self) -> None:
+        """Writes out what TensorBoard still holds in memory."""
+        for board in self._boards.values():
+            board.close()
+        self._boards.clear()
 
     def _text(self) -> str:
         return self._path.read_text() if self._path.exists() else ""
@@ -92,48 +99,55 @@ def _records(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-class progress:  # noqa: N801 - reads as a function: `with progress(...) as bar`
+@contextlib.contextmanager
+def progress(total: int, initial: int = 0, description: str = ""):
     """Progress on stderr: a bar with rate and time left, or off a terminal a line every 30 s.
 
-    `with progress(total, initial, "training") as bar: bar.update(1, loss=2.31)`.
+    `with progress(1000, 0, "training") as bar: bar.update(1, loss=2.31)`.
     """
+    bar = (_Bar if sys.stderr.isatty() else _Lines)(total, initial, description)
+    try:
+        yield bar
+    finally:
+        bar.close()
 
-    def __init__(self, total: int, initial: int = 0, description: str = ""):
-        self._total, self._initial, self._description = total, initial, description
-        self._done = initial
-        self._metrics: dict = {}
 
-    def __enter__(self) -> "progress":
-        self._start = self._printed = time.monotonic()
-        # tqdm's own `disable=None` would do off a terminal, were it not for the lines.
-        self._bar = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(
-                total=self._total,
-                initial=self._initial,
-                desc=self._description,
-                dynamic_ncols=True,
-            )
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._bar is not None:
-            self._bar.close()
+class _Bar:
+    def __init__(self, total: int, initial: int, description: str):
+        self._bar = tqdm(total=total, initial=initial, desc=description, dynamic_ncols=True)
 
     def update(self, n: int = 1, **metrics: float) -> None:
-        """Counts `n` more steps, showing the latest `metrics`."""
-        self._done += n
-        self._metrics.update(metrics)
-        if self._bar is not None:
-            if metrics:
-                self._bar.set_postfix(self._metrics, refresh=False)
-            self._bar.update(n)
-        elif time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
-            self._printed = time.monotonic()
-            print(self._line(), file=sys.stderr, flush=True)
+        """Counts `n` more steps and shows `metrics`."""
+        if metrics:
+            self._bar.set_postfix(metrics, refresh=False)
+        self._bar.update(n)
 
-    def _line(self) -> str:
-        rate = (self._done - self._initial) / (time.monotonic() - self._start)
+    def close(self) -> None:
+        self._bar.close()
+
+
+class _Lines:
+    def __init__(self, total: int, initial: int, description: str):
+        self._total, self._initial, self._description = total, initial, description
+        self._done, self._metrics = initial, {}
+        self._start = self._printed = time.monotonic()
+
+    def update(self, n: int = 1, **metrics: float) -> None:
+        """Counts `n` more steps; prints a line if the last one is old enough."""
+        self._done += n
+        self._metrics = metrics or self._metrics
+        now = time.monotonic()
+        if now - self._printed < SECONDS_BETWEEN_LINES:
+            return
+        self._printed = now
+        rate = (self._done - self._initial) / (now - self._start)
         left = tqdm.format_interval((self._total - self._done) / rate) if rate else "?"
-        values = "".join(f", {name} {value:.4g}" for name, value in self._metrics.items())
-        return f"{self._description} {self._done}/{self._total}{values}, {rate:.2f}/s, {left} left"
+        values = "".join(f", {name} {float(value):.4g}" for name, value in self._metrics.items())
+        print(
+            f"{self._description} {self._done}/{self._total}{values}, {rate:.3g}/s, {left} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def close(self) -> None:
+        pass

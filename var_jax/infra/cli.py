@@ -1,0 +1,131 @@
+"""How every command starts and ends: flags in, one sentence and exit code 2 on bad input."""
+
+import errno
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+from var_jax import BadInput
+
+BAD_INPUT = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it.
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Parses `sys.argv` and runs `main(argv without flags)`; never returns.
+
+    Wrong flags, `BadInput` and a full disk end in one sentence on stderr and exit code 2, Ctrl-C in
+    "interrupted" and 130. Any other exception is a bug and keeps its traceback.
+    """
+    _quiet_libraries()
+    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+
+
+def _guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
+    try:
+        return main(argv)
+    except BadInput as error:
+        return _say(f"error: {error}", BAD_INPUT)
+    except KeyboardInterrupt:
+        return _say("interrupted", INTERRUPTED)
+    except Exception as error:
+        sentence = _disk_full(error) or _unread_config(error)
+        if sentence is None:
+            raise
+        return _say(f"error: {sentence}", BAD_INPUT)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    flags.FLAGS.set_default("verbosity", absl_logging.FATAL)
+    flags.FLAGS["verbosity"].using_default_value = False  # absl would raise it to INFO.
+    try:
+        return flags.FLAGS(argv)
+    except SystemExit:  # --help, which absl ends with 1.
+        sys.exit(0)
+    except Exception as error:
+        sentence = _bad_flag(error)
+        if sentence is None:
+            raise
+        sys.exit(_say(f"error: {sentence}", BAD_INPUT))
+
+
+def _bad_flag(error: Exception) -> str | None:
+    """The sentence for a user's mistake in the flags; None for a bug, such as in a config file."""
+    causes = [link for link in _chain(error) if isinstance(link, BadInput)]
+    if causes:  # Raised by a config file; absl and ml_collections wrap it in their own.
+        return str(causes[-1])
+    text = " ".join(str(error.args[0] if error.args else error).split())
+    if "Error whilst parsing config file" in text:
+        return None
+    if isinstance(error, flags.Error):
+        text = re.sub(r"^flag (--\w+)=None: .*", r"flag \1 is missing; expected a value", text)
+        return re.sub(r"\.\s+Did you mean: (.*) \?", r"; did you mean \1?", text)
+    # `--config.a.b=v` fails in ml_collections with plain Python errors.
+    if not _raised_in(error, "ml_collections"):
+        return None
+    if not isinstance(error, KeyError | AttributeError):
+        return f"--config: {text}"
+    meant = re.search(r'Did you mean "(\w+)"', text)
+    hint = f"; did you mean {meant[1]!r}?" if meant else ""
+    field = re.search(r"\w+", text)
+    return f"--config has no field {field[0]!r}{hint}"
+
+
+def _say(sentence: str, code: int) -> int:
+    print(sentence, file=sys.stderr, flush=True)
+    return code
+
+
+def _raised_in(error: Exception, package: str) -> bool:
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame.f_globals.get("__name__", "").split(".")[0] == package
+
+
+def _disk_full(error: BaseException) -> str | None:
+    """The sentence for a full disk, whoever wrapped the error; None for other errors."""
+    for link in _chain(error):
+        text = str(link)
+        by_code = isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT)
+        if by_code or re.search(r"No space left on device|Disk quota exceeded", text):
+            path = getattr(link, "filename", None)
+            if path is None and (found := re.search(r"""["'](/[^"']+)["']""", text)):
+                path = found[1]
+            # Inside Orbax's temporary folder: name the folder that the user knows.
+            known = os.path.dirname(str(path or "").split(".orbax-checkpoint-tmp")[0])
+            where = f" holding {known}" if known else ""
+            return f"the disk{where} is full; free some space and run the same command again"
+    return None
+
+
+def _unread_config(error: Exception) -> str | None:
+    """The sentence for a missing --config file, which ml_collections reports on first use."""
+    if isinstance(error, OSError) and _raised_in(error, "ml_collections"):
+        return f"the config file cannot be read: {str(error).strip().splitlines()[-1].strip()}"
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    todo = [error]
+    while todo:
+        link = todo.pop(0)
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        todo += [*getattr(link, "exceptions", ()), link.__cause__, link.__context__]
+
+
+def _quiet_libraries() -> None:
+    """Keeps a user's terminal to our own output; what matters arrives as an exception anyway."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    for name in ("asyncio", "grain", "orbax", "jax._src.xla_bridge"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

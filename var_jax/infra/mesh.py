@@ -1,0 +1,50 @@
+"""The device mesh, always ('data', 'fsdp', 'tensor'), and how batches and weights lie on it."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from var_jax import BadInput
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+
+def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+    """A mesh over all devices with explicit axes; one size may be -1, "what is left".
+
+    Raises: BadInput when the sizes do not multiply to the number of devices.
+    """
+    sizes, count = [data, fsdp, tensor], jax.device_count()
+    if sizes.count(-1) == 1:
+        sizes[sizes.index(-1)] = max(count // math.prod(s for s in sizes if s != -1), 1)
+    if min(sizes) < 1 or math.prod(sizes) != count:
+        given = " × ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise BadInput(f"mesh {given} does not cover the {count} devices exactly.")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
+    """Raises BadInput unless every device gets an equal share of the batch."""
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size < 1 or batch_size % shares:
+        raise BadInput(f"{name}={batch_size} cannot be split evenly over {shares} devices.")
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch as global arrays, split over the batch axes."""
+    sharding = NamedSharding(mesh, BATCH)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def shard(tree: Any, mesh: Mesh, spec: Callable[[tuple, Any], P]) -> Any:
+    """The tree of abstract leaves with shardings; `spec` maps (path, leaf) to a PartitionSpec."""
+    place = lambda path, leaf: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec(path, leaf))
+    )
+    return jax.tree_util.tree_map_with_path(place, tree)

@@ -1,0 +1,79 @@
+"""AdamW with VAR's schedules (VAR §4.1; official `lr_control.py`)."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from var_jax import BadInput
+from var_jax.config import StageConfig
+from var_jax.models.partition import path_name
+
+# Tables, and what only shifts or scales, keep their size. 1-D tensors and biases too.
+NO_DECAY = ("start", "pos_embed", "level_embed", "class_embed", "log_scale", "ada_offset")
+
+
+def learning_rate(config: StageConfig) -> optax.Schedule:
+    """Step → learning rate: linear warm-up, then the named decay to `final_lr_ratio`.
+
+    Raises: BadInput for an unknown schedule.
+    """
+    name, final, last = config.schedule, config.final_lr_ratio, max(config.steps - 1, 1)
+    hold = {"lin": 0.15, "lin0": 0.05, "lin00": 0.0, "exp": 0.15, "cos": 0.0}
+    if name not in hold and not re.fullmatch(r"lin0\.\d+", name):
+        raise BadInput(f"schedule={name!r} is not one of {', '.join(hold)} or lin0.N, like lin0.3.")
+
+    def ratio(done: Float[Array, ""]) -> Float[Array, ""]:
+        """done, rest in [0, 1] → learning rate as a share of the peak."""
+        rest = 1 - done
+        if name == "cos":
+            return final + (1 - final) * (0.5 + 0.5 * jnp.cos(jnp.pi * done))
+        if name == "exp":
+            return jnp.exp(jnp.maximum(done - 0.15, 0) / 0.85 * jnp.log(final))
+        if name in hold:
+            falling = final + (1 - final) * rest / (1 - hold[name])
+            return jnp.where(done < hold[name], 1.0, falling)
+        knee = float(name[3:])  # slower until here, steeper after
+        middle = (1 + final + (1 - final) * (1 - knee)) / 2
+        falling = final + (middle - final) * rest / (1 - knee)
+        return jnp.where(done < knee, 1 + (middle - 1) * done / knee, falling)
+
+    def schedule(step):
+        warm = config.start_lr_ratio + (1 - config.start_lr_ratio) * step / max(
+            config.warmup_steps, 1
+        )
+        done = (step - config.warmup_steps) / max(last - config.warmup_steps, 1)
+        peak = config.learning_rate * config.batch_size / 256
+        return peak * jnp.where(step < config.warmup_steps, warm, ratio(done))
+
+    return schedule
+
+
+def weight_decay(config: StageConfig) -> optax.Schedule:
+    """Step → weight decay, along half a cosine."""
+    start, final, last = config.weight_decay, config.final_weight_decay, max(config.steps - 1, 1)
+    return lambda step: final + (start - final) * (0.5 + 0.5 * jnp.cos(jnp.pi * step / last))
+
+
+def decays(params: Any) -> Any:
+    """Which leaves weight decay applies to, as a tree of bools like `params`."""
+
+    def decay(path, leaf):
+        name = path_name(path).split(".")
+        dimensions = leaf.ndim - (name[0] == "blocks")  # blocks are stacked along one more
+        return name[-1] not in NO_DECAY and not name[-1].endswith("bias") and dimensions > 1
+
+    return jax.tree_util.tree_map_with_path(decay, params)
+
+
+def make_optimizer(config: StageConfig) -> optax.GradientTransformation:
+    """Clip by global norm, Adam, decoupled weight decay."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(config.b1, config.b2),
+        optax.add_decayed_weights(weight_decay(config), mask=decays),
+        optax.scale_by_learning_rate(learning_rate(config)),
+    )
