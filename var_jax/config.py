@@ -16,6 +16,13 @@ from var_jax.scales import PATCH_NUMS_256, PATCH_NUMS_512, num_tokens
 T = TypeVar("T")
 
 
+def check_schedule(patch_nums: tuple[int, ...]) -> None:
+    """Raises BadInput unless the sides start at 1 and rise."""
+    rising = all(a < b for a, b in itertools.pairwise(patch_nums))
+    if not patch_nums or patch_nums[0] != 1 or not rising:
+        raise BadInput(f"patch_nums={patch_nums} must start at 1 and rise, like (1, 2, 4, 8).")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """The multi-scale VQ-VAE (VAR §3.1): a CNN around a residual quantizer."""
@@ -27,9 +34,8 @@ class TokenizerConfig:
     channel_mults: tuple[int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2
     norm_groups: int = 32
-    patch_size: int = (
-        1  # pixels folded into channels before the CNN; >1 makes small nets fast on CPU
-    )
+    patch_size: int = 1  # pixels folded into channels ahead of the CNN; >1 is fast on CPU
+    skip: bool = False  # a linear patch codec beside the CNN; small nets then learn in minutes
     num_phi: int = 4  # 0: one for each scale
     phi_ratio: float = 0.5
     codebook_znorm: bool = False  # nearest code by cosine instead of Euclidean distance
@@ -115,11 +121,11 @@ class StageConfig:
     b2: float = 0.95
     clip_norm: float = 2.0
     ema_decay: float = 0.0  # of the averaged weights; 0: none are kept
-    augmented_copies: int = 0  # transformer: tokens cached of so many crops; 0: tokenized in the step
+    augmented_copies: int = 0  # transformer: so many tokenized ahead; 0: in the step
     label_dropout: float = 0.1  # transformer: how often the class is withheld, for guidance
     label_smoothing: float = 0.0  # transformer
-    codebook_decay: float = 0.99  # tokenizer: the codebook as moving averages of what it stands for
-    restart_below: float = 0.03  # tokenizer: codes used less than this share of the mean start anew
+    codebook_decay: float = 0.99  # tokenizer: codes as moving averages; 0: learned by gradient
+    restart_below: float = 0.03  # tokenizer: codes used less than so many times the mean start anew
     log_every: int = 50
     save_every: int = 1000
     sample_every: int = 0  # pictures during training; 0: only at the end
@@ -162,13 +168,6 @@ class Config:
                 raise BadInput(
                     f"tokenizer.{field}={ours} and transformer.{field}={theirs} must be the same."
                 )
-
-
-def check_schedule(patch_nums: tuple[int, ...]) -> None:
-    """Raises BadInput unless the sides start at 1 and rise."""
-    rising = all(a < b for a, b in itertools.pairwise(patch_nums))
-    if not patch_nums or patch_nums[0] != 1 or not rising:
-        raise BadInput(f"patch_nums={patch_nums} must start at 1 and rise, like (1, 2, 4, 8).")
 
 
 def from_dict(cls: type[T], section: Mapping[str, Any], name: str = "config") -> T:

@@ -28,6 +28,13 @@ def einsum(equation: str, x: Array, w: Array, *spec: Axes) -> Array:
     return jnp.einsum(equation, x, w, out_sharding=P(*spec) if on_mesh() else None)
 
 
+def reshape(x: Float[Array, "B *rest"], *shape: int) -> Float[Array, "B *new"]:
+    """`x.reshape` of all axes but the first, which alone may be split."""
+    if not on_mesh():
+        return x.reshape(shape)
+    return jax.lax.reshape(x, shape, out_sharding=P(jax.typeof(x).sharding.spec[0]))
+
+
 def take(table_VC: Float[Array, "V C"], idx: Int[Array, "B *rest"]) -> Float[Array, "B *rest C"]:
     """Rows of a table, split over the batch as `idx` is."""
     if not on_mesh():

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from var_jax.config import TokenizerConfig
+from var_jax.models.partition import reshape
 from var_jax.models.quantizer import Quantized, Quantizer
 
 
@@ -159,10 +160,39 @@ class Tokenizer(nnx.Module):
         self.quantizer = Quantizer(config, rngs=rngs)
         self.pre_conv = conv(config.latent_dim, config.latent_dim, 3, rngs)
         self.post_conv = conv(config.latent_dim, config.latent_dim, 3, rngs)
+        if config.skip:
+            self.start_as_patch_codec(rngs)
+
+    def start_as_patch_codec(self, rngs: nnx.Rngs) -> None:
+        """Adds the linear path, an orthogonal map of patches, and silences all else at the start.
+
+        Training then begins at the quality of plain vector quantization of patches, and the CNN
+        learns only what context adds.
+        """
+        patch, C = 3 * self.config.downsample**2, self.config.latent_dim
+        analysis = jax.nn.initializers.orthogonal()(rngs.params(), (patch, C))
+        self.analysis, self.synthesis = nnx.Param(analysis), nnx.Param(analysis.T)
+        for last in (self.encoder.conv_out, self.decoder.conv_out):
+            last.kernel, last.bias = jax.tree.map(jnp.zeros_like, (last.kernel, last.bias))
+        self.pre_conv.bias = jax.tree.map(jnp.zeros_like, self.pre_conv.bias)
+        identity = jnp.zeros((3, 3, C, C)).at[1, 1].set(jnp.eye(C))
+        kernel, bias = self.quantizer.phi_kernel, self.quantizer.phi_bias
+        self.quantizer.phi_kernel = nnx.Param(jnp.broadcast_to(identity, kernel.shape))
+        self.quantizer.phi_bias = nnx.Param(jnp.zeros(bias.shape))
 
     def latent(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
         """The latent that the quantizer explains."""
-        return self.pre_conv(self.encoder(image))
+        latent = self.pre_conv(self.encoder(image))
+        if self.config.skip:
+            latent += space_to_depth(image, self.config.downsample) @ self.analysis[...]
+        return latent
+
+    def reconstruct(self, f_hat: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        """Quantized latent → image, not clipped."""
+        image = self.decoder(self.post_conv(f_hat))
+        if self.config.skip:
+            image += depth_to_space(f_hat @ self.synthesis[...], self.config.downsample)
+        return image
 
     def encode(self, image: Float[Array, "B H W 3"]) -> Int32[Array, "B L"]:
         """Image in [-1, 1] → codes 0..V-1, coarse scale first."""
@@ -170,7 +200,7 @@ class Tokenizer(nnx.Module):
 
     def decode_latent(self, f_hat: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
         """Quantized latent → image, clipped to [-1, 1]."""
-        return self.decoder(self.post_conv(f_hat)).clip(-1, 1)
+        return self.reconstruct(f_hat).clip(-1, 1)
 
     def decode(self, idx_BL: Int32[Array, "B L"]) -> Float[Array, "B H W 3"]:
         """Codes → image in [-1, 1]."""
@@ -179,18 +209,18 @@ class Tokenizer(nnx.Module):
     def __call__(self, image: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B H W 3"], Quantized]:
         """Reconstruction (not clipped), straight-through; and the quantizer's part."""
         quantized = self.quantizer(self.latent(image))
-        return self.decoder(self.post_conv(quantized.f_hat)), quantized
+        return self.reconstruct(quantized.f_hat), quantized
 
 
 def space_to_depth(x: Float[Array, "B H W C"], p: int) -> Float[Array, "B h w ppC"]:
     """Folds each p × p patch into channels."""
     B, H, W, C = x.shape
-    x = x.reshape(B, H // p, p, W // p, p, C).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(B, H // p, W // p, p * p * C)
+    x = reshape(x, B, H // p, p, W // p, p, C).transpose(0, 1, 3, 2, 4, 5)
+    return reshape(x, B, H // p, W // p, p * p * C)
 
 
 def depth_to_space(x: Float[Array, "B h w ppC"], p: int) -> Float[Array, "B H W C"]:
     """The inverse of `space_to_depth`."""
     B, h, w, D = x.shape
-    x = x.reshape(B, h, w, p, p, D // (p * p)).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(B, h * p, w * p, D // (p * p))
+    x = reshape(x, B, h, w, p, p, D // (p * p)).transpose(0, 1, 3, 2, 4, 5)
+    return reshape(x, B, h * p, w * p, D // (p * p))

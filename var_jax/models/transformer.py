@@ -17,6 +17,20 @@ from var_jax.models.attention import block_causal, dense
 from var_jax.models.partition import BATCH, einsum, pin, take
 from var_jax.scales import level_ids, slices
 
+# How the large weights lie on the mesh (blocks carry one axis more in front); the rest is replicated.
+# 'fsdp' shards are gathered before use, 'tensor' splits heads, MLP and vocabulary.
+LAYOUT = {
+    "qkv": ("fsdp", None, "tensor"),
+    "proj": ("tensor", None, "fsdp"),
+    "fc1": ("fsdp", "tensor"),
+    "fc2": ("tensor", "fsdp"),
+    "ada": ("fsdp",),
+    "head_ada": ("fsdp",),
+    "head": ("fsdp", "tensor"),
+    "class_embed": (None, "fsdp"),
+    "pos_embed": (None, "fsdp"),
+}
+
 MAX_LOG_SCALE = jnp.log(100.0).item()  # attention temperature is clipped here
 
 
@@ -183,7 +197,7 @@ class Transformer(nnx.Module):
 
     def position(self) -> Float[Array, "L D"]:
         """Where a token lies plus which scale it belongs to."""
-        return self.pos_embed[...] + self.level_embed[...][level_ids(self.config.patch_nums)]
+        return gather(self.pos_embed) + self.level_embed[...][level_ids(self.config.patch_nums)]
 
     def embed_labels(self, labels: Int32[Array, " B"]) -> Float[Array, "B D"]:
         """The class as a vector, which also steers every AdaLN."""

@@ -12,8 +12,8 @@ from var_jax import BadInput
 from var_jax.config import StageConfig
 from var_jax.models.partition import path_name
 
-# Tables, and what only shifts or scales, keep their size. 1-D tensors and biases too.
-NO_DECAY = ("start", "pos_embed", "level_embed", "class_embed", "log_scale", "ada_offset")
+# Positions, and what only shifts or scales, keep their size; biases and 1-D tensors do too.
+NO_DECAY = ("start", "pos_embed", "level_embed", "log_scale", "ada_offset")
 
 
 def learning_rate(config: StageConfig) -> optax.Schedule:

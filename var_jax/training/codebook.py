@@ -1,0 +1,79 @@
+"""The codebook as moving averages, and a fresh start for codes that nothing uses.
+
+A code is the mean of the residuals it stood for, averaged over steps: far fewer steps than by
+gradient. Codes that fall out of use are the known way for this tokenizer to collapse; they restart
+at a residual of the current batch.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int32, Key
+
+from var_jax.config import StageConfig
+from var_jax.models.partition import BATCH, on_mesh
+
+
+class CodebookStats(NamedTuple):
+    """Moving averages a step: how often a code was used, and the sum of what it stood for."""
+
+    hits: Float[Array, " V"]
+    total: Float[Array, "V C"]
+
+
+def init_stats(codebook: Float[Array, "V C"]) -> CodebookStats:
+    """All codes unused, so that the first batch places them."""
+    return CodebookStats(jnp.zeros(codebook.shape[0]), jnp.zeros_like(codebook))
+
+
+def update_codebook(
+    codebook: Float[Array, "V C"],
+    stats: CodebookStats,
+    idx_BL: Int32[Array, "B L"],
+    residual_BLC: Float[Array, "B L C"],
+    key: Key[Array, ""],
+    config: StageConfig,
+) -> tuple[Float[Array, "V C"], CodebookStats, Int32[Array, ""]]:
+    """The codebook after a batch, its statistics, and how many codes were restarted."""
+    V, decay = codebook.shape[0], config.codebook_decay or 0.99
+    rows = jax.random.randint(key, (V,), 0, idx_BL.size)
+    hits, total, fresh = batch_stats(idx_BL, residual_BLC, rows)
+    hits = decay * stats.hits + (1 - decay) * hits
+    total = decay * stats.total + (1 - decay) * total
+    mean_hits = idx_BL.size / V
+    dead = hits < config.restart_below * mean_hits
+    if config.codebook_decay:
+        codebook = total / jnp.maximum(hits, 1e-12)[:, None]
+    codebook = jnp.where(dead[:, None], fresh, codebook)
+    # A restarted code counts as used a few times, so that the next batches can move it.
+    hits = jnp.where(dead, 10 * config.restart_below * mean_hits, hits)
+    total = jnp.where(dead[:, None], fresh * hits[:, None], total)
+    return codebook, CodebookStats(hits, total), dead.sum()
+
+
+def batch_stats(
+    idx_BL: Int32[Array, "B L"], residual_BLC: Float[Array, "B L C"], rows_V: Int32[Array, " V"]
+) -> tuple[Float[Array, " V"], Float[Array, "V C"], Float[Array, "V C"]]:
+    """Hits a code, sum of residuals a code, and the residuals numbered `rows_V` in the batch.
+
+    Each device counts its own part of the batch; results are the same on every mesh.
+    """
+    V, C = rows_V.shape[0], residual_BLC.shape[-1]
+
+    def count(idx, residual, rows, part=0):
+        idx, residual = idx.reshape(-1), residual.reshape(-1, C)
+        hits = jnp.zeros(V).at[idx].add(1.0)
+        total = jnp.zeros((V, C)).at[idx].add(residual)
+        here = rows - part * idx.shape[0]
+        mine = (here >= 0) & (here < idx.shape[0])
+        return hits, total, jnp.where(mine[:, None], residual[here.clip(0, idx.shape[0] - 1)], 0.0)
+
+    def count_and_sum(idx, residual, rows):
+        return jax.lax.psum(count(idx, residual, rows, jax.lax.axis_index(BATCH)), BATCH)
+
+    if not on_mesh():
+        return count(idx_BL, residual_BLC, rows_V)
+    over_batch = jax.shard_map(count_and_sum, in_specs=(P(BATCH), P(BATCH), P()), out_specs=P())
+    return over_batch(idx_BL, residual_BLC, rows_V)

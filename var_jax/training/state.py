@@ -1,0 +1,73 @@
+"""What training carries from step to step, and how it lies on the mesh."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int32
+
+from var_jax.config import StageConfig
+from var_jax.models.partition import path_name
+from var_jax.models.transformer import LAYOUT
+from var_jax.training.codebook import CodebookStats
+
+
+class TrainState(NamedTuple):
+    """Weights, their moving average (None if not kept), optimizer moments, codebook statistics."""
+
+    step: Int32[Array, ""]
+    model: Any
+    ema: Any
+    moments: optax.OptState
+    codebook: CodebookStats | None = None
+
+    @property
+    def best(self) -> Any:
+        """The weights to use: the average where one is kept."""
+        return self.model if self.ema is None else self.ema
+
+
+Metrics = dict[str, Float[Array, ""]]
+Batch = dict[str, Array]
+
+
+class Stage(NamedTuple):
+    """One of the two trainings, as pure functions that the loop jits."""
+
+    name: str
+    config: StageConfig
+    init: Callable[[Array], TrainState]  # key → state
+    train_step: Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]
+    eval_step: Callable[[TrainState, Batch], Metrics]  # values (B,), one an example
+
+
+def init_state(model: Any, optimizer: optax.GradientTransformation, config: StageConfig):
+    """The state at step 0."""
+    ema = jax.tree.map(jnp.copy, model) if config.ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), model, ema, optimizer.init(model))
+
+
+def apply_gradients(
+    state: TrainState,
+    gradients: Any,
+    optimizer: optax.GradientTransformation,
+    config: StageConfig,
+) -> TrainState:
+    """One optimizer step; the moving average warms up so that it forgets the start."""
+    updates, moments = optimizer.update(gradients, state.moments, state.model)
+    model = optax.apply_updates(state.model, updates)
+    ema = state.ema
+    if ema is not None:
+        decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
+        ema = optax.incremental_update(model, ema, 1 - decay)
+    return state._replace(step=state.step + 1, model=model, ema=ema, moments=moments)
+
+
+def layout(path: tuple, leaf: Any) -> P:
+    """The PartitionSpec of a leaf of the state; moments and averages lie as their weights do."""
+    names = path_name(path).split(".")
+    spec = LAYOUT.get(names[-1], ()) if leaf.ndim > 1 else ()
+    return P(None, *spec) if spec and "blocks" in names else P(*spec)

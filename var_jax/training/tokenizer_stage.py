@@ -1,0 +1,81 @@
+"""Stage 1: the tokenizer learns to reconstruct (VAR eq. 5)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key, UInt8
+
+from var_jax.config import StageConfig, TokenizerConfig
+from var_jax.models.tokenizer import Tokenizer
+from var_jax.training.codebook import init_stats, update_codebook
+from var_jax.training.optimizer import learning_rate, make_optimizer
+from var_jax.training.state import Batch, Metrics, Stage, TrainState, apply_gradients, init_state
+
+
+def tokenizer_stage(model_config: TokenizerConfig, config: StageConfig) -> Stage:
+    """The stage that trains a tokenizer on batches of `image`, uint8 (B,H,W,3)."""
+    optimizer, schedule = make_optimizer(config), learning_rate(config)
+
+    def init(key: Key[Array, ""]) -> TrainState:
+        model = Tokenizer(model_config, rngs=nnx.Rngs(key))
+        codebook = init_stats(model.quantizer.codebook[...])
+        return init_state(model, optimizer, config)._replace(codebook=codebook)
+
+    def train_step(state: TrainState, batch: Batch, key: Key[Array, ""]):
+        image = to_float(batch["image"])
+        (loss, (error, code)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.model, image
+        )
+        norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradients)))
+        if config.codebook_decay:  # then the codebook is not the optimizer's
+            gradients.quantizer.codebook[...] = jnp.zeros_like(gradients.quantizer.codebook[...])
+        key = jax.random.fold_in(key, state.step)
+        old = state.model.quantizer.codebook[...]
+        rate = schedule(state.step)
+        state = apply_gradients(state, gradients, optimizer, config)
+        trained = old if config.codebook_decay else state.model.quantizer.codebook[...]
+        codebook, stats, restarted = update_codebook(
+            trained, state.codebook, code.idx, code.residual, key, config
+        )
+        state.model.quantizer.codebook[...] = codebook
+        share = stats.hits / stats.hits.sum()
+        return state._replace(codebook=stats), {
+            "loss": loss,
+            "psnr": jnp.mean(psnr(error)),
+            "vq_loss": code.loss,
+            "codes_in_use": jnp.exp(-jnp.sum(share * jnp.log(share + 1e-12))),
+            "codes_restarted": restarted,
+            "grad_norm": norm,
+            "learning_rate": rate,
+        }
+
+    def eval_step(state: TrainState, batch: Batch) -> Metrics:
+        image = to_float(batch["image"])
+        tokenizer = state.best
+        return {"psnr": psnr(squared_error(tokenizer.decode(tokenizer.encode(image)), image))}
+
+    return Stage("tokenizer", config, init, train_step, eval_step)
+
+
+def loss_fn(tokenizer: Tokenizer, image: Float[Array, "B H W 3"]):
+    """Squared error of the reconstruction plus the quantizer's loss."""
+    reconstruction, code = tokenizer(image)
+    return jnp.mean((reconstruction - image) ** 2) + code.loss, (
+        squared_error(reconstruction, image),
+        code,
+    )
+
+
+def squared_error(a: Float[Array, "B H W 3"], b: Float[Array, "B H W 3"]) -> Float[Array, " B"]:
+    """Mean squared error of each image, for values in [-1, 1]."""
+    return jnp.mean((a - b) ** 2, axis=(1, 2, 3))
+
+
+def psnr(error: Float[Array, " B"]) -> Float[Array, " B"]:
+    """Peak signal-to-noise ratio in dB; the range is 2, so the peak squared is 4."""
+    return 10 * jnp.log10(4 / jnp.maximum(error, 1e-8))
+
+
+def to_float(image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    """Bytes → [-1, 1]."""
+    return image.astype(jnp.float32) / 127.5 - 1

@@ -1,0 +1,85 @@
+"""Stage 2: the transformer learns to predict each scale from all coarser ones (VAR §3.2)."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int32, Key
+
+from var_jax.config import StageConfig, TransformerConfig
+from var_jax.models.partition import BATCH, pin
+from var_jax.models.tokenizer import Tokenizer
+from var_jax.models.transformer import Transformer
+from var_jax.scales import slices
+from var_jax.training.optimizer import learning_rate, make_optimizer
+from var_jax.training.state import Batch, Metrics, Stage, TrainState, apply_gradients, init_state
+from var_jax.training.tokenizer_stage import to_float
+
+
+def transformer_stage(model_config: TransformerConfig, config: StageConfig) -> Stage:
+    """The stage that trains the transformer.
+
+    A batch holds `label` (B,), either `image` uint8 (B,H,W,3) or cached `tokens` (B,L), and under
+    "tokenizer" the frozen tokenizer: an argument of the step, like all it reads.
+    """
+    optimizer, schedule = make_optimizer(config), learning_rate(config)
+
+    def init(key: Key[Array, ""]) -> TrainState:
+        return init_state(Transformer(model_config, rngs=nnx.Rngs(key)), optimizer, config)
+
+    def loss_fn(model: Transformer, batch: Batch, key: Key[Array, ""]):
+        drop_label, drop_path = jax.random.split(key)
+        tokens, inputs = teacher(batch)
+        withheld = jax.random.bernoulli(drop_label, config.label_dropout, tokens.shape[:1])
+        labels = jnp.where(pin(withheld, BATCH), model_config.num_classes, batch["label"])
+        logits = model(labels, inputs, key=drop_path)
+        return cross_entropy(logits, tokens, config.label_smoothing).mean(), (logits, tokens)
+
+    def train_step(state: TrainState, batch: Batch, key: Key[Array, ""]):
+        key = jax.random.fold_in(key, state.step)
+        (loss, (logits, tokens)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.model, batch, key
+        )
+        rate = schedule(state.step)
+        norm = optax.global_norm(gradients)
+        state = apply_gradients(state, gradients, optimizer, config)
+        by_scale = jax.tree.map(jnp.mean, scale_metrics(logits, tokens, model_config))
+        return state, {"loss": loss, **by_scale, "grad_norm": norm, "learning_rate": rate}
+
+    def eval_step(state: TrainState, batch: Batch) -> Metrics:
+        tokens, inputs = teacher(batch)
+        logits = state.best(batch["label"], inputs)
+        loss = cross_entropy(logits, tokens).mean(axis=1)
+        return {"loss": loss, **scale_metrics(logits, tokens, model_config)}
+
+    return Stage("transformer", config, init, train_step, eval_step)
+
+
+def teacher(batch: Batch) -> tuple[Int32[Array, "B L"], Float[Array, "B M C"]]:
+    """The tokens of a batch, and what the transformer reads to predict them."""
+    tokenizer: Tokenizer = batch["tokenizer"]
+    tokens = batch.get("tokens")
+    if tokens is None:
+        tokens = tokenizer.encode(to_float(batch["image"]))
+    return tokens, tokenizer.quantizer.teacher_input(tokens)
+
+
+def cross_entropy(
+    logits: Float[Array, "B L V"], tokens: Int32[Array, "B L"], smoothing: float = 0.0
+) -> Float[Array, "B L"]:
+    """Cross-entropy a token in nats; one-hot, because the vocabulary may be split over devices."""
+    target = jax.nn.one_hot(tokens, logits.shape[-1])
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(target, smoothing))
+
+
+def scale_metrics(
+    logits: Float[Array, "B L V"], tokens: Int32[Array, "B L"], config: TransformerConfig
+) -> dict[str, Float[Array, " B"]]:
+    """Loss and accuracy of each scale and image; "last" is the finest, as in the paper's figures."""
+    loss, right = cross_entropy(logits, tokens), logits.argmax(-1) == tokens
+    metrics = {"accuracy": right.mean(axis=1)}
+    for k, s in enumerate(slices(config.patch_nums)):
+        name = "last" if k == len(config.patch_nums) - 1 else f"scale{k + 1}"
+        metrics[f"loss_{name}"] = loss[:, s].mean(axis=1)
+        metrics[f"accuracy_{name}"] = right[:, s].mean(axis=1)
+    return metrics
