@@ -136,6 +136,7 @@ class DataConfig:
     """What to train on."""
 
     source: str = "emoji"
+    size: int = 256  # side of the square images in pixels
     flip: bool = False
     shift: int = 0  # random move by up to so many pixels
 
@@ -160,8 +161,19 @@ class Config:
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
+    export_dtype: str = "float32"  # of the checkpoint that the run leaves; float16 halves it
 
     def __post_init__(self):
+        if self.export_dtype not in ("float32", "float16", "bfloat16"):
+            raise BadInput(
+                f"export_dtype={self.export_dtype!r} is not one of float32, float16, bfloat16."
+            )
+        latent, last = self.data.size / self.tokenizer.downsample, self.tokenizer.patch_nums[-1]
+        if latent != last:
+            raise BadInput(
+                f"tokenizer.patch_nums ends in {last}, but images of data.size={self.data.size}"
+                f" reduced {self.tokenizer.downsample} times give latents of side {latent:g}."
+            )
         for field in ("patch_nums", "vocab_size", "latent_dim"):
             ours, theirs = getattr(self.tokenizer, field), getattr(self.transformer, field)
             if ours != theirs:

@@ -129,3 +129,9 @@ def _quiet_libraries() -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)
     for name in ("asyncio", "grain", "orbax", "jax._src.xla_bridge"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def no_arguments(argv: list[str]) -> None:
+    """Raises BadInput for a word that is no flag."""
+    if len(argv) > 1:
+        raise BadInput(f"unexpected argument {argv[1]!r}; every option is a --flag.")

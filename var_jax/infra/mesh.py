@@ -24,7 +24,7 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
     if sizes.count(-1) == 1:
         sizes[sizes.index(-1)] = max(count // math.prod(s for s in sizes if s != -1), 1)
     if min(sizes) < 1 or math.prod(sizes) != count:
-        given = " × ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        given = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         raise BadInput(f"mesh {given} does not cover the {count} devices exactly.")
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3)
 

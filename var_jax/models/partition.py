@@ -18,6 +18,13 @@ def on_mesh() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
+def round_up(count: int) -> int:
+    """The smallest batch of at least `count` that the mesh splits evenly."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shares = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-count // shares) * shares
+
+
 def pin(x: Array, *spec: Axes) -> Array:
     """`x` laid out as `spec` says, one entry for each leading axis (the rest are not split)."""
     return jax.sharding.reshard(x, P(*spec)) if on_mesh() else x

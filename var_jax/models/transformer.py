@@ -17,7 +17,7 @@ from var_jax.models.attention import block_causal, dense
 from var_jax.models.partition import BATCH, einsum, pin, take
 from var_jax.scales import level_ids, slices
 
-# How the large weights lie on the mesh (blocks carry one axis more in front); the rest is replicated.
+# How the large weights lie on the mesh (blocks carry one axis more); the rest is replicated.
 # 'fsdp' shards are gathered before use, 'tensor' splits heads, MLP and vocabulary.
 LAYOUT = {
     "qkv": ("fsdp", None, "tensor"),

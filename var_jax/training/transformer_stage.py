@@ -75,7 +75,7 @@ def cross_entropy(
 def scale_metrics(
     logits: Float[Array, "B L V"], tokens: Int32[Array, "B L"], config: TransformerConfig
 ) -> dict[str, Float[Array, " B"]]:
-    """Loss and accuracy of each scale and image; "last" is the finest, as in the paper's figures."""
+    """Loss and accuracy of each scale and image; "last" is the finest, as in the paper."""
     loss, right = cross_entropy(logits, tokens), logits.argmax(-1) == tokens
     metrics = {"accuracy": right.mean(axis=1)}
     for k, s in enumerate(slices(config.patch_nums)):

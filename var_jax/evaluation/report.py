@@ -1,0 +1,71 @@
+"""Figures of a finished run: how good reconstructions and samples are, and whether they are copies.
+
+An independent classifier, trained on real pictures, says how often a sample is taken for its
+class; its rate on held-out real pictures is the yardstick. Distances to the nearest training
+picture, beside those of held-out pictures, tell copies from new pictures.
+"""
+
+import numpy as np
+from jaxtyping import Float, Int32, UInt8
+from sklearn.decomposition import PCA
+from sklearn.pipeline import make_pipeline
+from sklearn.svm import SVC
+
+from var_jax.data.sources import Source
+from var_jax.sampling.generate import generate
+
+HOW = {"cfg": 2.0, "top_k": 0, "top_p": 0.95}  # how the samples that are judged are drawn
+
+
+def arrays(source: Source) -> tuple[UInt8[np.ndarray, "N H W 3"], Int32[np.ndarray, " N"]]:
+    """All pictures and labels of a source."""
+    items = [source[i] for i in range(len(source))]
+    return np.stack([i["image"] for i in items]), np.array([i["label"] for i in items])
+
+
+def features(images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N D"]:
+    """Pixels in [0, 1], one row an image."""
+    return images.reshape(len(images), -1).astype(np.float32) / 255
+
+
+def nearest_distance(
+    images: UInt8[np.ndarray, "N H W 3"], among: UInt8[np.ndarray, "M H W 3"]
+) -> Float[np.ndarray, " N"]:
+    """Root-mean-square pixel distance, in [0, 1], to the nearest of `among`."""
+    a, b = features(images), features(among)
+    squared = (a**2).sum(1)[:, None] - 2 * a @ b.T + (b**2).sum(1)
+    return np.sqrt(np.maximum(squared.min(1), 0) / a.shape[1])
+
+
+def report(
+    models, train: Source, validation: Source, seed: int, copies: int = 2
+) -> dict[str, float]:
+    """Figures of finished `models`; `copies` samples for each held-out picture, of its class.
+
+    `models` is a checkpoint's (tokenizer, transformer, class names).
+    """
+    known, known_labels = arrays(train)
+    held_out, held_out_labels = arrays(validation)
+    labels = np.repeat(held_out_labels, copies)
+    made = generate(
+        models.transformer, models.tokenizer, labels, batch_size=64, seed=seed + 1, **HOW
+    )
+    samples = np.concatenate([images for images, _ in made])
+    classifier = make_pipeline(PCA(64, random_state=0), SVC(C=10.0))
+    classifier.fit(features(known), known_labels)
+    real = classifier.score(features(held_out), held_out_labels)
+    agree = classifier.predict(features(samples)) == labels
+    near_real, near_made = nearest_distance(held_out, known), nearest_distance(samples, known)
+    return {
+        "class agreement, real": real,
+        "class agreement, samples": agree.mean(),
+        "samples / real": agree.mean() / real,
+        **{
+            f"  {name}": agree[labels == i].mean()
+            for i, name in enumerate(models.class_names)
+            if (labels == i).any()
+        },
+        "distance to training, real": float(np.median(near_real)),
+        "distance to training, samples": float(np.median(near_made)),
+        "nearer than 5% of real": float((near_made < np.quantile(near_real, 0.05)).mean()),
+    }

@@ -1,0 +1,251 @@
+"""Trains a tokenizer, then a transformer on its tokens.
+
+    python -m var_jax.train --config configs/emoji.py [--workdir DIR] [--config.a.b=v]
+
+The same command goes on where a stopped run was. It leaves in the work directory: checkpoint/ (what
+`var_jax.sample` reads), reconstructions.png, samples.png, curves.png, summary.json, metrics.jsonl,
+tensorboard/.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from var_jax import BadInput
+from var_jax.config import Config, from_dict
+from var_jax.data.augment import augment_items
+from var_jax.data.pipeline import batches
+from var_jax.data.sources import Source, open_source
+from var_jax.evaluation.report import report
+from var_jax.infra import cli
+from var_jax.infra.logs import Metrics, read_metrics
+from var_jax.infra.mesh import check_batch, make_mesh
+from var_jax.infra.pictures import curves, grid, labelled_rows, save_png
+from var_jax.models.partition import BATCH, pin, round_up
+from var_jax.models.tokenizer import Tokenizer
+from var_jax.sampling.generate import generate, to_bytes
+from var_jax.training import loop
+from var_jax.training.cache import tokenize
+from var_jax.training.export import Models, save_models
+from var_jax.training.state import TrainState
+from var_jax.training.tokenizer_stage import to_float, tokenizer_stage
+from var_jax.training.transformer_stage import transformer_stage
+
+CONFIG = config_flags.DEFINE_config_file("config")
+WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/NAME for configs/NAME.py.")
+SAMPLES_A_CLASS = 10
+LOOK_HOW = {"cfg": 2.0, "top_k": 0, "top_p": 0.95}  # of the pictures made during training
+
+
+def main(argv: list[str]) -> None:
+    """Runs both stages and writes what they leave."""
+    started = time.monotonic()
+    cli.no_arguments(argv)
+    config = from_dict(Config, CONFIG.value.to_dict())
+    run = Run(config, epath.Path(WORKDIR.value or default_workdir()))
+    with jax.set_mesh(run.mesh):
+        tokenizer = run.train_tokenizer()
+        transformer = run.train_transformer(tokenizer)
+        models = Models(tokenizer, transformer, run.train.class_names)
+        save_models(run.workdir / "checkpoint", models, config)
+        summary = report(models, run.train, run.validation, seed=config.seed)
+    summary["minutes"] = (time.monotonic() - started) / 60
+    (run.workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print("\n".join(f"{name:32s} {value:.4g}" for name, value in summary.items()))
+    print(f"pictures and checkpoint are in {run.workdir}")
+
+
+class Run:
+    """One experiment: its data, mesh and work directory, checked before anything is computed."""
+
+    def __init__(self, config: Config, workdir: epath.Path):
+        self.config, self.workdir = config, workdir
+        self.mesh = make_mesh(**dataclasses.asdict(config.mesh))
+        for name in ("train_tokenizer", "train_transformer"):
+            check_batch(f"{name}.batch_size", getattr(config, name).batch_size, self.mesh)
+        self.train = open_source(config.data.source, "train", config.data.size)
+        self.validation = open_source(config.data.source, "validation", config.data.size)
+        if len(self.train.class_names) != config.transformer.num_classes:
+            raise BadInput(
+                f"transformer.num_classes={config.transformer.num_classes}, but"
+                f" {config.data.source} has {len(self.train.class_names)} classes."
+            )
+        claim(workdir, config)
+        self.metrics = Metrics(workdir)
+        self.augmentation = {"flip": config.data.flip, "shift": config.data.shift}
+
+    def batches(self, source: Source, batch_size: int, **augmentation):
+        """An endless stream of this process's share of the batches."""
+        return batches(
+            source,
+            batch_size=batch_size,
+            seed=self.config.seed,
+            augment=augment_items(**augmentation) if augmentation else None,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def train_tokenizer(self) -> Tokenizer:
+        """Stage 1."""
+        config = self.config.train_tokenizer
+        stage = tokenizer_stage(self.config.tokenizer, config)
+
+        def look(step: int, state: TrainState) -> dict[str, float]:
+            picture = reconstructions(state.best, self.validation)
+            save_png(self.workdir / "reconstructions.png", picture)
+            self.metrics.image(stage.name, step, "reconstructions", picture)
+            return loop.evaluate(stage, state, self.validation, config.batch_size, mesh=self.mesh)
+
+        state = loop.run(
+            stage,
+            self.batches(self.train, config.batch_size, **self.augmentation),
+            mesh=self.mesh,
+            seed=self.config.seed,
+            directory=self.workdir / "tokenizer",
+            metrics=self.metrics,
+            look=look,
+        )
+        return state.best
+
+    def train_transformer(self, tokenizer: Tokenizer):
+        """Stage 2, on cached tokens or on pixels."""
+        config = self.config.train_transformer
+        stage = transformer_stage(self.config.transformer, config)
+        frozen = {"tokenizer": tokenizer}
+        source, augmentation = self.train, self.augmentation
+        if config.augmented_copies:
+            source, augmentation = self.cached_tokens(tokenizer), {}
+
+        def look(step: int, state: TrainState) -> dict[str, float]:
+            models = Models(tokenizer, state.best, self.train.class_names)
+            picture = sample_rows(models, seed=self.config.seed)
+            save_png(self.workdir / "samples.png", picture)
+            self.metrics.image(stage.name, step, "samples", picture)
+            return loop.evaluate(
+                stage, state, self.validation, config.batch_size, mesh=self.mesh, constants=frozen
+            )
+
+        state = loop.run(
+            stage,
+            self.batches(source, config.batch_size, **augmentation),
+            mesh=self.mesh,
+            seed=self.config.seed,
+            directory=self.workdir / "transformer",
+            metrics=self.metrics,
+            constants=frozen,
+            look=look,
+        )
+        plot(self.workdir)
+        return state.best
+
+    def cached_tokens(self, tokenizer: Tokenizer):
+        """Codes of the training pictures and of augmented copies of them."""
+        return tokenize(
+            tokenizer,
+            self.train,
+            mesh=self.mesh,
+            batch_size=self.config.train_tokenizer.batch_size,
+            copies=self.config.train_transformer.augmented_copies,
+            seed=self.config.seed,
+            **self.augmentation,
+        )
+
+
+def default_workdir() -> str:
+    """runs/NAME for configs/NAME.py; a suffix such as :large is part of the name."""
+    path, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    return str(Path("runs") / "-".join(filter(None, (Path(path).stem, variant))))
+
+
+def claim(workdir: epath.Path, config: Config) -> None:
+    """Makes `workdir` this config's. Raises: BadInput if it is another's; the mesh may differ."""
+    path, wanted = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
+    if path.exists():
+        found = json.loads(path.read_text())
+        for section in wanted.keys() - {"mesh"}:
+            if found.get(section) != wanted[section]:
+                raise BadInput(
+                    f"{workdir} belongs to a run whose config.{difference(section, found, wanted)};"
+                    " name another --workdir."
+                )
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    beside = workdir / ".config.json.partial"
+    beside.write_text(json.dumps(wanted, indent=2) + "\n")
+    beside.replace(path)
+
+
+def difference(section: str, found: dict, wanted: dict) -> str:
+    """The first field of a section that differs, as text."""
+    ours, theirs = wanted[section], found.get(section)
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return f"{section} is {theirs}, not {ours}"
+    name = next(n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n))
+    return f"{section}.{name} is {theirs.get(name)}, not {ours.get(name)}"
+
+
+def reconstructions(tokenizer: Tokenizer, source: Source, count: int = 12) -> np.ndarray:
+    """A row a picture: original, reconstruction, and the image after each scale."""
+    rows = np.linspace(0, len(source) - 1, count).astype(int)
+    originals = np.stack([source[int(i)]["image"] for i in rows])
+    padded = np.resize(originals, (round_up(count), *originals.shape[1:]))
+    steps = jax.jit(coarse_to_fine)(tokenizer, pin(jnp.asarray(padded), BATCH))
+    steps = [to_bytes(step)[:count] for step in steps]
+    strip = np.stack([originals, steps[-1], *steps], axis=1)
+    scale = max(1, 64 // originals.shape[1])
+    return grid(strip.reshape(-1, *originals.shape[1:]), columns=strip.shape[1], scale=scale)
+
+
+def coarse_to_fine(tokenizer: Tokenizer, image):
+    """The reconstruction after each scale."""
+    sums = tokenizer.quantizer.encode(tokenizer.latent(to_float(image))).sums
+    return [tokenizer.decode_latent(f_hat) for f_hat in sums]
+
+
+def sample_rows(models: Models, seed: int) -> np.ndarray:
+    """A row of samples a class, its name beside it."""
+    names = models.class_names[:16]
+    labels = np.repeat(np.arange(len(names), dtype=np.int32), SAMPLES_A_CLASS)
+    made = generate(
+        models.transformer, models.tokenizer, labels, batch_size=64, seed=seed, **LOOK_HOW
+    )
+    images = np.concatenate([images for images, _ in made])
+    rows = images.reshape(len(names), SAMPLES_A_CLASS, *images.shape[1:])
+    return labelled_rows(dict(zip(names, rows, strict=True)), max(1, 64 // images.shape[1]))
+
+
+def plot(workdir: epath.Path) -> None:
+    """curves.png from metrics.jsonl."""
+    records = read_metrics(workdir)
+
+    def line(stage: str, name: str):
+        points = [(r["step"], r[name]) for r in records if r["stage"] == stage and name in r]
+        return tuple(zip(*points, strict=True)) if points else ((), ())
+
+    both = lambda stage, name: {
+        "training": line(stage, name), "validation": line(stage, f"val_{name}")
+    }  # fmt: skip
+    last = {r: r for record in records for r in record if r.startswith("loss_")}
+    panels = {
+        "tokenizer: PSNR (dB)": both("tokenizer", "psnr"),
+        "tokenizer: codes in use": {"": line("tokenizer", "codes_in_use")},
+        "transformer: loss (nats a token)": both("transformer", "loss"),
+        "transformer: accuracy": both("transformer", "accuracy"),
+        "transformer: loss by scale": {
+            n.removeprefix("loss_"): line("transformer", n) for n in last
+        },
+        "learning rate": {s: line(s, "learning_rate") for s in ("tokenizer", "transformer")},
+    }
+    curves(workdir / "curves.png", panels)
+
+
+if __name__ == "__main__":
+    cli.run(main)
