@@ -26,8 +26,8 @@ def augment(
     """
     if flip and rng.random() < 0.5:
         image = image[:, ::-1]
-    dy = rng.integers(-shift, shift, endpoint=True)
-    dx = rng.integers(-shift, shift, endpoint=True)
+    dy = int(rng.integers(-shift, shift, endpoint=True))
+    dx = int(rng.integers(-shift, shift, endpoint=True))
     if not zoom:
         return _move(_move(image, dy, axis=0), dx, axis=1)
     scale = 1 + rng.uniform(-zoom, zoom)

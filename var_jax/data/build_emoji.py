@@ -72,7 +72,9 @@ def _read(tar: tarfile.TarFile) -> tuple[list[dict], list[Image.Image], str]:
     members = {member.name: member for member in tar.getmembers()}  # one pass over the gzip stream
 
     def content(path: str) -> bytes:
-        return tar.extractfile(members[path]).read()
+        file = tar.extractfile(members[path])
+        assert file is not None, f"{path} is not a file"
+        return file.read()
 
     about = json.loads(content("package/package.json"))
     found = f"{about['name']}@{about['version']}"

@@ -18,7 +18,8 @@ SPLITS = ("train", "validation", "all")
 class Source(Protocol):
     """Items are dicts of NumPy arrays: uint8 `image` (H,W,3) and int32 `label` () for pictures."""
 
-    class_names: tuple[str, ...]
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
 
     def __len__(self) -> int: ...
 

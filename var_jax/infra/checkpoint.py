@@ -339,7 +339,7 @@ def _damage(directory: epath.Path) -> str:
 
 def _reason(error: Exception) -> str:
     """The error as part of a sentence: its root's first line, cut where it gets long."""
-    while error.__cause__ is not None:
+    while isinstance(error.__cause__, Exception):
         error = error.__cause__
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else ""

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 
 from absl import app, flags
@@ -72,8 +73,8 @@ def _bad_flag(error: Exception) -> str | None:
         return f"--config: {text}"
     meant = re.search(r'Did you mean "(\w+)"', text)
     hint = f"; did you mean {meant[1]!r}?" if meant else ""
-    field = re.search(r"\w+", text)
-    return f"--config has no field {field[0]!r}{hint}"
+    field = re.findall(r"\w+", text)[0]
+    return f"--config has no field {field!r}{hint}"
 
 
 def _say(sentence: str, code: int) -> int:
@@ -82,10 +83,8 @@ def _say(sentence: str, code: int) -> int:
 
 
 def _raised_in(error: Exception, package: str) -> bool:
-    trace = error.__traceback__
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace.tb_frame.f_globals.get("__name__", "").split(".")[0] == package
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals.get("__name__", "").split(".")[0] == package
 
 
 def _disk_full(error: BaseException) -> str | None:

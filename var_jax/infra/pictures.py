@@ -35,11 +35,12 @@ def labelled_rows(rows: dict[str, np.ndarray], scale: int = 1) -> np.ndarray:
     """One row of images (n, H, W, 3), uint8, for each name, which stands left of it; uint8 HWC."""
     strips = {name: grid(images, len(images), GAP * scale, scale) for name, images in rows.items()}
     height = max(strip.shape[0] for strip in strips.values())
-    font = ImageFont.load_default(size=min(max(height // 4, 12), 24))
-    margin = font.size // 2
+    letters = min(max(height // 4, 12), 24)
+    font = ImageFont.load_default(size=letters)
+    margin = letters // 2
     text = max(round(font.getlength(name)) for name in strips) + 2 * margin
     width = text + max(strip.shape[1] for strip in strips.values())
-    pitch = max(height, round(1.4 * font.size)) + 2 * GAP * scale
+    pitch = max(height, round(1.4 * letters)) + 2 * GAP * scale
     sheet = Image.new("RGB", (width, pitch * len(strips) - 2 * GAP * scale), (PAPER,) * 3)
     draw = ImageDraw.Draw(sheet)
     for i, (name, strip) in enumerate(strips.items()):

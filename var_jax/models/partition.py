@@ -35,6 +35,20 @@ def einsum(equation: str, x: Array, w: Array, *spec: Axes) -> Array:
     return jnp.einsum(equation, x, w, out_sharding=P(*spec) if on_mesh() else None)
 
 
+def project(x: Float[Array, "B L D"], w: Float[Array, "D F"], out: Axes = None) -> Array:
+    """x @ w over the last axis, whose result (B,L,F) is split over `out`.
+
+    As one product of matrices: XLA's CPU backend takes the gradient of a batched one much slower.
+    """
+    B, L, D = x.shape
+    if not on_mesh():
+        return (x.reshape(B * L, D) @ w).reshape(B, L, -1)
+    inner = jax.typeof(x).sharding.spec[-1]
+    x = jax.lax.reshape(x, (B * L, D), out_sharding=P(BATCH, inner))
+    y = einsum("MD,DF->MF", x, w, BATCH, out)
+    return jax.lax.reshape(y, (B, L, w.shape[1]), out_sharding=P(BATCH, None, out))
+
+
 def reshape(x: Float[Array, "B *rest"], *shape: int) -> Float[Array, "B *new"]:
     """`x.reshape` of all axes but the first, which alone may be split."""
     if not on_mesh():

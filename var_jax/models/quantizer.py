@@ -95,11 +95,12 @@ class Quantizer(nnx.Module):
         """Quantizes, with the loss (VAR eq. 5): codebook + beta · commitment, mean over scales."""
         code = self.encode(f_BhwC)
         fixed = jax.lax.stop_gradient
-        loss = sum(
+        losses = [
             jnp.mean((f_hat - fixed(f_BhwC)) ** 2)
             + self.config.beta * jnp.mean((fixed(f_hat) - f_BhwC) ** 2)
             for f_hat in code.sums
-        ) / len(code.sums)
+        ]
+        loss = jnp.mean(jnp.stack(losses))
         f_hat = f_BhwC + fixed(code.sums[-1] - f_BhwC)
         return Quantized(f_hat, code.idx, fixed(code.residual), loss)
 

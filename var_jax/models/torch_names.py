@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import jax
 import numpy as np
+from flax import nnx
 from jaxtyping import Float
 
 from var_jax import BadInput
@@ -85,7 +86,7 @@ def phi_name(name: str, num_phi: int) -> str:
     return name.replace("quant_resi.", "quant_resi.qresi_ls.") if num_phi else name
 
 
-def leaves(model: T) -> Iterator[tuple[str, bool, list[str], tuple[int, ...]]]:
+def leaves(model: nnx.Module) -> Iterator[tuple[str, bool, list[str], tuple[int, ...]]]:
     """(our path, stacked?, their names, our shape of one of them) of every leaf."""
     num_phi = getattr(model.config, "num_phi", 0)  # type: ignore[attr-defined]
     for key, leaf in jax.tree_util.tree_leaves_with_path(model):
@@ -107,7 +108,7 @@ def from_torch(model: T, tensors: Mapping[str, Float[np.ndarray, "..."]]) -> T:
     return jax.tree.unflatten(jax.tree.structure(model), values)
 
 
-def to_torch(model: T) -> dict[str, Float[np.ndarray, "..."]]:
+def to_torch(model: nnx.Module) -> dict[str, Float[np.ndarray, "..."]]:
     """A state dict of the weights, the inverse of `from_torch` (derived buffers left out)."""
     tensors = {}
     for (path, stacked, names, _), leaf in zip(leaves(model), jax.tree.leaves(model), strict=True):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int32, Key
 
 from var_jax.config import TransformerConfig
 from var_jax.models.attention import block_causal, dense
-from var_jax.models.partition import BATCH, einsum, pin, take
+from var_jax.models.partition import BATCH, einsum, pin, project, take
 from var_jax.scales import level_ids, slices
 
 # How the large weights lie on the mesh (blocks carry one axis more); the rest is replicated.
@@ -108,9 +108,9 @@ class Block(nnx.Module):
         x = x + keep1 * gamma1 * mixed
         fc1 = gather(self.fc1, None, "tensor", dtype=x.dtype)
         h = layer_norm(x) * (1 + scale2) + shift2
-        h = einsum("BLD,DF->BLF", h, fc1, BATCH, None, "tensor") + self.fc1_bias.astype(x.dtype)
+        h = project(h, fc1, "tensor") + self.fc1_bias.astype(x.dtype)
         fc2 = gather(self.fc2, "tensor", dtype=x.dtype)
-        h = einsum("BLF,FD->BLD", jax.nn.gelu(h), fc2, BATCH) + self.fc2_bias.astype(x.dtype)
+        h = project(jax.nn.gelu(h), fc2) + self.fc2_bias.astype(x.dtype)
         return x + keep2 * gamma2 * h, Cache(k, v)
 
 
@@ -210,7 +210,7 @@ class Transformer(nnx.Module):
 
     def embed_inputs(self, x_BMC: Float[Array, "B M C"], start: int = 1) -> Float[Array, "B M D"]:
         """The inputs of the tokens from position `start` on."""
-        x = einsum("BMC,CD->BMD", x_BMC, gather(self.word), BATCH) + self.word_bias[...]
+        x = project(x_BMC, gather(self.word)) + self.word_bias[...]
         return (x + self.position()[start : start + x_BMC.shape[1]]).astype(self.dtype)
 
     def block_cond(self, cond: Float[Array, "B D"]) -> Float[Array, "B ..."]:
@@ -235,7 +235,7 @@ class Transformer(nnx.Module):
         scale, shift = ada[:, 0, None], ada[:, 1, None]
         x = layer_norm(x.astype(jnp.float32)) * (1 + scale) + shift
         head = gather(self.head, None, "tensor")
-        return einsum("BLD,DV->BLV", x, head, BATCH, None, "tensor") + self.head_bias[...]
+        return project(x, head, "tensor") + self.head_bias[...]
 
 
 def gather(w: nnx.Param, *spec: str | None, dtype: jnp.dtype = jnp.float32) -> Array:

@@ -40,7 +40,7 @@ def sample(
     both = pin(jnp.concatenate([labels, nobody]), BATCH)
     quantizer, codebook = tokenizer.quantizer, tokenizer.quantizer.codebook[...]
     cache = transformer.empty_cache(2 * B)
-    x, f_hat, tokens, start = transformer.embed_start(both), 0.0, [], 0
+    x, f_hat, tokens, start = transformer.embed_start(both), jnp.zeros(()), [], 0
     for k, side in enumerate(transformer.config.patch_nums):
         ratio = k / max(num_scales - 1, 1)
         logits, cache = transformer.decode(k, x, both, cache)

@@ -62,7 +62,7 @@ def batch_stats(
     """
     V, C = rows_V.shape[0], residual_BLC.shape[-1]
 
-    def count(idx, residual, rows, part=0):
+    def count(idx, residual, rows, part: Array | int = 0):
         idx, residual = idx.reshape(-1), residual.reshape(-1, C)
         hits = jnp.zeros(V).at[idx].add(1.0)
         total = jnp.zeros((V, C)).at[idx].add(residual)

@@ -2,10 +2,11 @@
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
 
+import grain
 import jax
 import numpy as np
 
@@ -22,7 +23,7 @@ Look = Callable[[int, TrainState], dict[str, float]]
 
 def run(
     stage: Stage,
-    batches: Iterator,
+    batches: grain.DatasetIterator,
     *,
     mesh: jax.sharding.Mesh,
     seed: int,
@@ -61,11 +62,11 @@ def run(
                 flush()
                 pending = (step, values)
             saves = step % config.save_every == 0 or last or stop
-            looks = look and ((config.sample_every and step % config.sample_every == 0) or last)
+            looks = last or (config.sample_every and step % config.sample_every == 0)
             if saves or looks:
                 flush()
                 pending = None
-            if looks:
+            if look and looks:
                 metrics.write(stage.name, step, **look(step, state))
             if saves:
                 checkpoints.save(step, state, batches.get_state(), wait=last or stop)
@@ -78,7 +79,11 @@ def run(
 
 
 def restore_or_init(
-    stage: Stage, checkpoints: Checkpoints, batches: Iterator, mesh: jax.sharding.Mesh, seed: int
+    stage: Stage,
+    checkpoints: Checkpoints,
+    batches: grain.DatasetIterator,
+    mesh: jax.sharding.Mesh,
+    seed: int,
 ) -> tuple[TrainState, int]:
     """The newest checkpoint, with `batches` set to where it was; or step 0, born sharded."""
     key = jax.random.key(seed)

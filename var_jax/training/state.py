@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
 
 
 Metrics = dict[str, Float[Array, ""]]
-Batch = dict[str, Array]
+Batch = dict[str, Any]  # arrays, and the frozen tokenizer
 
 
 class Stage(NamedTuple):

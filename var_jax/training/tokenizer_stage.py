@@ -34,6 +34,7 @@ def tokenizer_stage(model_config: TokenizerConfig, config: StageConfig) -> Stage
         rate = schedule(state.step)
         state = apply_gradients(state, gradients, optimizer, config)
         trained = old if config.codebook_decay else state.model.quantizer.codebook[...]
+        assert state.codebook is not None
         codebook, stats, restarted = update_codebook(
             trained, state.codebook, code.idx, code.residual, key, config
         )

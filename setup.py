@@ -1,0 +1,36 @@
+"""Package metadata; tools are configured in pyproject.toml."""
+
+from setuptools import find_namespace_packages, setup
+
+setup(
+    name="var_jax",
+    version="0.1.0",
+    description="VAR, image generation by next-scale prediction, in JAX",
+    python_requires=">=3.11",
+    packages=find_namespace_packages(include=["var_jax", "var_jax.*"]),
+    package_data={"var_jax": ["data/assets/*", "checkpoints/**/*"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "chex>=0.1.90",
+        "etils[epath]>=1.12",
+        "flax>=0.12.8",
+        "grain>=0.2.15",
+        "jax>=0.10.2",
+        "jaxtyping>=0.3.2",
+        "matplotlib>=3.9",
+        "ml_collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "pillow>=11",
+        "scikit-learn>=1.5",
+        "tensorboardX>=2.6.2",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "tfds": ["tensorflow-datasets>=4.9.9", "importlib_resources"],
+        "test": ["pytest>=8", "ruff>=0.9", "pyright>=1.1.400"],
+    },
+)

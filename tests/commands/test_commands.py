@@ -1,0 +1,163 @@
+"""The commands from outside: what they leave, how they resume, what they say to bad input."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = pathlib.Path(__file__).parent / "tiny.py"
+
+
+def command(name, *flags, **kwargs):
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-m", f"var_jax.{name}", *map(str, flags)]
+    return subprocess.Popen(
+        argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+def run(name, *flags, **kwargs):
+    process = command(name, *flags, **kwargs)
+    out, err = process.communicate(timeout=500)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A work directory of one uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("run") / "work"
+    code, out, err = run("train", "--config", TINY, "--workdir", workdir)
+    assert code == 0, err
+    assert "samples / real" in out
+    return workdir
+
+
+def test_what_training_leaves(trained):
+    for name in ("reconstructions", "samples", "curves"):
+        assert min(Image.open(trained / f"{name}.png").size) > 100
+    summary = json.loads((trained / "summary.json").read_text())
+    assert 0 < summary["class agreement, real"] <= 1
+    assert summary["distance to training, samples"] > 0
+    steps = [json.loads(line) for line in (trained / "metrics.jsonl").open()]
+    assert [r["step"] for r in steps if r["stage"] == "tokenizer" and "loss" in r] == [
+        *range(1, 13)
+    ]
+    assert {"val_psnr", "val_loss"} <= {name for record in steps for name in record}
+
+
+def test_the_same_command_again_changes_nothing(trained):
+    before = (trained / "metrics.jsonl").read_text()
+    code, _, err = run("train", "--config", TINY, "--workdir", trained)
+    assert code == 0, err
+    assert (trained / "metrics.jsonl").read_text() == before
+
+
+def test_sample(trained, tmp_path):
+    flags = ("--checkpoint", trained / "checkpoint", "--batch_size", 8)
+    code, _, err = run("sample", *flags, "--labels", "flags,0,3", "--out", tmp_path / "a")
+    assert code == 0, err
+    with np.load(tmp_path / "a" / "samples.npz") as made:
+        assert made["arr_0"].shape == (3, 16, 16, 3) and made["arr_0"].dtype == np.uint8
+        assert made["labels"].tolist() == [8, 0, 3]
+        assert made["tokens"].shape == (3, 21) and made["tokens"].dtype == np.int32
+    assert not (tmp_path / "a" / "parts").exists()
+    code, _, err = run("sample", *flags, "--num", 20, "--out", tmp_path / "b")
+    assert code == 0, err
+    with np.load(tmp_path / "b" / "samples.npz") as made:
+        assert np.bincount(made["labels"]).tolist() == [3, 3, 2, 2, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--labels", "dogs"], "the classes of this checkpoint are Smileys & Emotion"),
+        (["--labels", "9"], "--labels holds 9; classes are 0 to 8"),
+        ([], "say what to draw: --labels, --num or both"),
+    ],
+)
+def test_sample_bad_input(trained, tmp_path, flags, sentence):
+    out = tmp_path / "out"
+    code, _, err = run("sample", "--checkpoint", trained / "checkpoint", "--out", out, *flags)
+    assert (code, len(err.strip().splitlines())) == (2, 1) and sentence in err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--config", "nowhere.py"], "nowhere.py"),
+        (["--config", TINY, "--config.train_tokenizer.stepz=3"], "stepz"),
+        (["--config", TINY, "--config.train_tokenizer.steps=many"], "many"),
+        (["--config", TINY, "--config.data.size=32"], "give latents of side 8"),
+        (["--config", TINY, "--config.mesh.data=3"], "does not cover the 1 devices"),
+        (["--config", TINY, "--config.transformer.num_classes=10"], "has 9 classes"),
+    ],
+)
+def test_train_bad_input(tmp_path, flags, sentence):
+    workdir = tmp_path / "work"
+    code, _, err = run("train", "--workdir", workdir, *flags)
+    assert (code, len(err.strip().splitlines())) == (2, 1), err
+    assert sentence in err
+    assert not workdir.exists()
+
+
+def test_too_many_devices_for_the_batch(tmp_path):
+    env = "--xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = env
+    try:
+        flag = "--config.train_tokenizer.batch_size=12"
+        code, _, err = run("train", "--config", TINY, "--workdir", tmp_path / "work", flag)
+    finally:
+        del os.environ["XLA_FLAGS"]
+    assert code == 2
+    assert "train_tokenizer.batch_size=12 cannot be split evenly over 8 devices" in err
+
+
+def test_another_configs_work_directory_is_refused(trained):
+    flag = "--config.train_transformer.learning_rate=0.5"
+    code, _, err = run("train", "--config", TINY, "--workdir", trained, flag)
+    assert code == 2
+    assert "train_transformer.learning_rate is 0.01, not 0.5" in err
+
+
+def wait_for(path, seconds=240):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} never came"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_a_killed_run_ends_as_if_never_stopped(trained, tmp_path, stage):
+    workdir = tmp_path / "work"
+    process = command("train", "--config", TINY, "--workdir", workdir)
+    wait_for(workdir / stage / "8")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    code, _, err = run("train", "--config", TINY, "--workdir", workdir)
+    assert code == 0, err
+    assert (workdir / "metrics.jsonl").read_text() == (trained / "metrics.jsonl").read_text()
+    ours, theirs = (json.loads((d / "summary.json").read_text()) for d in (workdir, trained))
+    assert ours.pop("minutes") and theirs.pop("minutes") and ours == theirs
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_where_it_is(tmp_path):
+    workdir = tmp_path / "work"
+    flags = ("--config.train_tokenizer.steps=100000", "--config.train_tokenizer.save_every=90000")
+    process = command("train", "--config", TINY, "--workdir", workdir, *flags)
+    wait_for(workdir / "metrics.jsonl")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "interrupted" in err
+    saved = [int(p.name) for p in (workdir / "tokenizer").iterdir() if p.name.isdigit()]
+    assert saved and max(saved) > 0

@@ -1,0 +1,31 @@
+"""Codes follow what they stand for; unused ones start anew."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from var_jax.config import StageConfig
+from var_jax.training.codebook import batch_stats, init_stats, update_codebook
+
+
+def test_a_used_code_moves_to_the_mean_of_its_residuals_and_an_unused_one_restarts():
+    residual = jnp.array([[[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]]])
+    idx = jnp.array([[0, 0, 1]])
+    codebook = jnp.full((3, 2), 100.0)
+    config = StageConfig(codebook_decay=0.5, restart_below=0.01)
+    new, stats, restarted = update_codebook(
+        codebook, init_stats(codebook), idx, residual, jax.random.key(0), config
+    )
+    np.testing.assert_allclose(new[:2], [[2, 0], [0, 5]], atol=1e-6)
+    assert restarted == 1
+    assert any((new[2] == row).all() for row in residual[0])  # one of this batch
+    assert (stats.hits > 0).all()
+
+
+def test_stats_count_and_pick():
+    idx = jnp.array([[2, 0], [2, 1]])
+    residual = jnp.arange(8.0).reshape(2, 2, 2)
+    hits, total, picked = batch_stats(idx, residual, jnp.array([3, 0, 1]))
+    np.testing.assert_array_equal(hits, [1, 1, 2])
+    np.testing.assert_array_equal(total[2], [4.0, 6.0])
+    np.testing.assert_array_equal(picked, [[6, 7], [0, 1], [2, 3]])

@@ -1,0 +1,63 @@
+"""The loop resumes exactly and stops on a loss that is not a number."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from test_stages import STAGE, TOKENIZER
+
+from var_jax import BadInput
+from var_jax.data.augment import augment_items
+from var_jax.data.pipeline import batches
+from var_jax.data.sources import Emoji
+from var_jax.infra.logs import Metrics
+from var_jax.infra.mesh import AXES
+from var_jax.training import loop
+from var_jax.training.tokenizer_stage import tokenizer_stage
+
+
+def train(directory, config, until=None):
+    """Runs the loop; with `until` it is interrupted after that step, as by Ctrl-C."""
+    stage, metrics = tokenizer_stage(TOKENIZER, config), Metrics(directory)
+    source = Emoji("train", 16)
+    stream = batches(source, batch_size=16, seed=0, augment=augment_items(shift=2))
+
+    def look(step, state):
+        if step == until:
+            raise KeyboardInterrupt
+        return {"looked": step}
+
+    one = jax.devices()[:1]
+    mesh = jax.make_mesh((1, 1, 1), AXES, (AxisType.Explicit,) * 3, devices=one)
+    with jax.set_mesh(mesh):
+        state = loop.run(
+            stage, stream, mesh=mesh, seed=0, directory=directory / "ckpt", metrics=metrics,
+            look=look,
+        )  # fmt: skip
+        return jax.device_get(state)
+
+
+def config(**changes):
+    return STAGE.__class__(
+        steps=9, batch_size=16, learning_rate=1e-2, ema_decay=0.9, log_every=1, save_every=2,
+        sample_every=5, **changes,
+    )  # fmt: skip
+
+
+def test_resuming_equals_never_having_stopped(tmp_path):
+    whole = train(tmp_path / "a", config())
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "b", config(), until=5)  # loses step 5, as step 4 is the last saved
+    resumed = train(tmp_path / "b", config())
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    logs = [(tmp_path / run / "metrics.jsonl").read_text() for run in "ab"]
+    assert logs[0] == logs[1]
+    steps = [json.loads(line)["step"] for line in logs[0].splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 9]
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
+    with pytest.raises(BadInput, match="the loss of tokenizer is nan"):
+        train(tmp_path, config(start_lr_ratio=float("nan"), warmup_steps=3))

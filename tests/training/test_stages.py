@@ -1,0 +1,100 @@
+"""A train step learns, and computes the same on every mesh."""
+
+import contextlib
+
+import jax
+import numpy as np
+import pytest
+
+from var_jax.config import StageConfig, TokenizerConfig, TransformerConfig
+from var_jax.infra.mesh import make_mesh, put_batch, shard
+from var_jax.training.state import layout
+from var_jax.training.tokenizer_stage import tokenizer_stage
+from var_jax.training.transformer_stage import transformer_stage
+
+SIZES = dict(patch_nums=(1, 2, 4), vocab_size=64, latent_dim=16)
+TOKENIZER = TokenizerConfig(
+    **SIZES, channels=16, channel_mults=(1,), num_res_blocks=0, norm_groups=4, patch_size=4,
+    skip=True,
+)  # fmt: skip
+TRANSFORMER = TransformerConfig(**SIZES, depth=2, width=64, num_heads=4, num_classes=9)
+STAGE = StageConfig(steps=10, batch_size=16, learning_rate=1e-2, ema_decay=0.9)
+
+
+def data():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 255, (16, 16, 16, 3)).astype(np.uint8)
+    return {"image": image, "label": rng.integers(0, 9, 16).astype(np.int32)}
+
+
+def train(mesh_shape, stage, tokenizer=None, steps=5):
+    """Losses and final weights of a few steps; the tokenizer as NumPy, to carry across meshes."""
+    mesh = make_mesh(*mesh_shape) if mesh_shape else None
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        key = jax.random.key(0)
+        if mesh:
+            abstract = shard(jax.eval_shape(stage.init, key), mesh, layout)
+            places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+            state = jax.jit(stage.init, out_shardings=places)(key)
+            batch = put_batch(data(), mesh)
+        else:
+            state, batch = jax.jit(stage.init)(key), data()
+        if tokenizer is not None:
+            batch["tokenizer"] = jax.tree.map(jax.numpy.asarray, tokenizer)
+        step, losses = jax.jit(stage.train_step), []
+        for _ in range(steps):
+            state, metrics = step(state, batch, key)
+            losses.append(float(metrics["loss"]))
+        return losses, jax.device_get(state)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Both stages without a mesh."""
+    losses, state = train(None, tokenizer_stage(TOKENIZER, STAGE))
+    return losses, state, *train(None, transformer_stage(TRANSFORMER, STAGE), state.best)
+
+
+def test_both_stages_learn(alone):
+    tokenizer_losses, _, transformer_losses, _ = alone
+    assert tokenizer_losses[-1] < 0.7 * tokenizer_losses[0]
+    assert transformer_losses[-1] < transformer_losses[0] - 0.05
+    assert transformer_losses[0] == pytest.approx(np.log(64), rel=0.01)  # uniform at the start
+
+
+@pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_meshes_agree(alone, mesh_shape):
+    losses, state, more_losses, more_state = alone
+    here, there = train(mesh_shape, tokenizer_stage(TOKENIZER, STAGE))
+    np.testing.assert_allclose(here, losses, rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), state, there)
+    stage = transformer_stage(TRANSFORMER, STAGE)
+    here, there = train(mesh_shape, stage, state.best)
+    np.testing.assert_allclose(here, more_losses, rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), more_state, there)
+
+
+def test_weights_and_moments_are_sharded_from_the_start():
+    mesh = make_mesh(2, 2, 2)
+    stage = transformer_stage(TRANSFORMER, STAGE)
+    abstract = shard(jax.eval_shape(stage.init, jax.random.key(0)), mesh, layout)
+    specs = {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf.sharding.spec
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
+    }
+    sharded = [name for name, spec in specs.items() if name.endswith("blocks.fc1.value")]
+    assert len(sharded) == 4  # weights, average, two moments
+    assert all(specs[name] == (None, "fsdp", "tensor") for name in sharded)
+
+
+def test_cached_tokens_give_the_same_loss_as_pixels(alone):
+    tokenizer = alone[1].best
+    stage = transformer_stage(TRANSFORMER, STAGE)
+    state = jax.jit(stage.init)(jax.random.key(0))
+    frozen = jax.tree.map(jax.numpy.asarray, tokenizer)
+    pixels = data() | {"tokenizer": frozen}
+    tokens = jax.jit(lambda t, x: t.encode(x / 127.5 - 1))(frozen, data()["image"].astype("f4"))
+    cached = {"tokens": tokens, "label": data()["label"], "tokenizer": frozen}
+    step = jax.jit(stage.train_step)
+    losses = [float(step(state, batch, jax.random.key(1))[1]["loss"]) for batch in (pixels, cached)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
