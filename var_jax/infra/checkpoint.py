@@ -99,11 +99,12 @@ class Checkpoints:
         self._orbax.close()
 
     def _open(self) -> ocp.training.Checkpointer:
+        keep = ocp.training.preservation_policies.LatestN(self._keep)
         return ocp.training.Checkpointer(
             self._directory,
             # A lambda, because Orbax deep-copies its options: a bound method would copy `self`.
             context=_context(before_commit=lambda: self._record_sizes()),
-            preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+            preservation_policy=keep,  # type: ignore[arg-type]  # Orbax's own type is too narrow
             cleanup_tmp_directories=True,
         )
 

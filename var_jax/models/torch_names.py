@@ -16,7 +16,7 @@ from jaxtyping import Float
 from var_jax import BadInput
 from var_jax.models.partition import path_name
 
-T = TypeVar("T")
+T = TypeVar("T", bound=nnx.Module)
 
 # Ours → theirs, applied in order to paths such as "encoder.levels.0.blocks.1.norm1.scale".
 TOKENIZER_RULES = (
