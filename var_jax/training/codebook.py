@@ -48,7 +48,7 @@ def update_codebook(
         codebook = total / jnp.maximum(hits, 1e-12)[:, None]
     codebook = jnp.where(dead[:, None], fresh, codebook)
     # A restarted code counts as used a few times, so that the next batches can move it.
-    hits = jnp.where(dead, 10 * config.restart_below * mean_hits, hits)
+    hits = jnp.where(dead, 3 * config.restart_below * mean_hits, hits)
     total = jnp.where(dead[:, None], fresh * hits[:, None], total)
     return codebook, CodebookStats(hits, total), dead.sum()
 
