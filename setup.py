@@ -11,7 +11,6 @@ setup(
     package_data={"var_jax": ["data/assets/*", "checkpoints/**/*"]},
     install_requires=[
         "absl-py>=2.1",
-        "chex>=0.1.90",
         "etils[epath]>=1.12",
         "flax>=0.12.8",
         "grain>=0.2.15",
@@ -30,7 +29,6 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "tfds": ["tensorflow-datasets>=4.9.9", "importlib_resources"],
-        "test": ["pytest>=8", "ruff>=0.9", "pyright>=1.1.400"],
+        "test": ["chex>=0.1.90", "pytest>=8", "ruff>=0.9", "pyright>=1.1.400"],
     },
 )

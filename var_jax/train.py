@@ -49,6 +49,8 @@ def main(argv: list[str]) -> None:
     """Runs both stages and writes what they leave."""
     started = time.monotonic()
     cli.no_arguments(argv)
+    if CONFIG.value is None:
+        raise BadInput("--config is missing; expected a file like configs/emoji.py.")
     config = from_dict(Config, CONFIG.value.to_dict())
     run = Run(config, epath.Path(WORKDIR.value or default_workdir()))
     with jax.set_mesh(run.mesh):

@@ -93,6 +93,7 @@ def test_sample_bad_input(trained, tmp_path, flags, sentence):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
+        ([], "--config is missing"),
         (["--config", "nowhere.py"], "nowhere.py"),
         (["--config", TINY, "--config.train_tokenizer.stepz=3"], "stepz"),
         (["--config", TINY, "--config.train_tokenizer.steps=many"], "many"),

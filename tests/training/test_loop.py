@@ -2,8 +2,8 @@
 
 import json
 
+import chex
 import jax
-import numpy as np
 import pytest
 from jax.sharding import AxisType
 from test_stages import STAGE, TOKENIZER
@@ -51,7 +51,7 @@ def test_resuming_equals_never_having_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "b", config(), until=5)  # loses step 5, as step 4 is the last saved
     resumed = train(tmp_path / "b", config())
-    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    chex.assert_trees_all_equal(whole, resumed)
     logs = [(tmp_path / run / "metrics.jsonl").read_text() for run in "ab"]
     assert logs[0] == logs[1]
     steps = [json.loads(line)["step"] for line in logs[0].splitlines()]

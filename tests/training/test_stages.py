@@ -2,6 +2,7 @@
 
 import contextlib
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -67,11 +68,11 @@ def test_meshes_agree(alone, mesh_shape):
     losses, state, more_losses, more_state = alone
     here, there = train(mesh_shape, tokenizer_stage(TOKENIZER, STAGE))
     np.testing.assert_allclose(here, losses, rtol=1e-4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), state, there)
+    chex.assert_trees_all_close(state, there, atol=2e-3)
     stage = transformer_stage(TRANSFORMER, STAGE)
     here, there = train(mesh_shape, stage, state.best)
     np.testing.assert_allclose(here, more_losses, rtol=1e-4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), more_state, there)
+    chex.assert_trees_all_close(more_state, there, atol=2e-3)
 
 
 def test_weights_and_moments_are_sharded_from_the_start():
