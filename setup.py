@@ -29,6 +29,6 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "test": ["chex>=0.1.90", "pytest>=8", "ruff>=0.9", "pyright>=1.1.400"],
+        "test": ["chex>=0.1.90", "pytest>=8", "ruff>=0.9", "pyright[nodejs]>=1.1.400"],
     },
 )

@@ -58,7 +58,8 @@ def main(argv: list[str]) -> None:
         transformer = run.train_transformer(tokenizer)
         models = Models(tokenizer, transformer, run.train.class_names)
         save_models(run.workdir / "checkpoint", models, config)
-        summary = report(models, run.train, run.validation, seed=config.seed)
+        summary = last_validation(run.workdir)
+        summary |= report(models, run.train, run.validation, seed=config.seed)
     summary["minutes"] = (time.monotonic() - started) / 60
     (run.workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print("\n".join(f"{name:32s} {value:.4g}" for name, value in summary.items()))
@@ -222,6 +223,15 @@ def sample_rows(models: Models, seed: int) -> np.ndarray:
     images = np.concatenate([images for images, _ in made])
     rows = images.reshape(len(names), SAMPLES_A_CLASS, *images.shape[1:])
     return labelled_rows(dict(zip(names, rows, strict=True)), max(1, 64 // images.shape[1]))
+
+
+def last_validation(workdir: epath.Path) -> dict[str, float]:
+    """The newest validation figures of both stages."""
+    shown = {"val_psnr": "validation PSNR (dB)", "val_loss": "validation loss (nats a token)"}
+    found = {}
+    for record in read_metrics(workdir):
+        found.update({shown[name]: record[name] for name in shown.keys() & record.keys()})
+    return found
 
 
 def plot(workdir: epath.Path) -> None:
