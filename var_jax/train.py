@@ -24,7 +24,7 @@ from var_jax.config import Config, from_dict
 from var_jax.data.augment import augment_items
 from var_jax.data.pipeline import batches
 from var_jax.data.sources import Source, open_source
-from var_jax.evaluation.report import report
+from var_jax.evaluation.report import HOW, report
 from var_jax.infra import cli
 from var_jax.infra.logs import Metrics, read_metrics
 from var_jax.infra.mesh import check_batch, make_mesh
@@ -42,7 +42,6 @@ from var_jax.training.transformer_stage import transformer_stage
 CONFIG = config_flags.DEFINE_config_file("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/NAME for configs/NAME.py.")
 SAMPLES_A_CLASS = 10
-LOOK_HOW = {"cfg": 2.0, "top_k": 0, "top_p": 0.95}  # of the pictures made during training
 
 
 def main(argv: list[str]) -> None:
@@ -217,9 +216,7 @@ def sample_rows(models: Models, seed: int) -> np.ndarray:
     """A row of samples a class, its name beside it."""
     names = models.class_names[:16]
     labels = np.repeat(np.arange(len(names), dtype=np.int32), SAMPLES_A_CLASS)
-    made = generate(
-        models.transformer, models.tokenizer, labels, batch_size=64, seed=seed, **LOOK_HOW
-    )
+    made = generate(models.transformer, models.tokenizer, labels, batch_size=64, seed=seed, **HOW)
     images = np.concatenate([images for images, _ in made])
     rows = images.reshape(len(names), SAMPLES_A_CLASS, *images.shape[1:])
     return labelled_rows(dict(zip(names, rows, strict=True)), max(1, 64 // images.shape[1]))

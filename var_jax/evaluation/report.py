@@ -14,7 +14,7 @@ from sklearn.svm import SVC
 from var_jax.data.sources import Source
 from var_jax.sampling.generate import generate
 
-HOW = {"cfg": 2.0, "top_k": 0, "top_p": 0.95}  # how the samples that are judged are drawn
+HOW = {"cfg": 4.0, "top_k": 0, "top_p": 0.95}  # how judged and pictured samples are drawn
 
 
 def arrays(source: Source) -> tuple[UInt8[np.ndarray, "N H W 3"], Int32[np.ndarray, " N"]]:
