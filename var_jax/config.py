@@ -55,10 +55,6 @@ class TokenizerConfig:
     def downsample(self) -> int:
         return self.patch_size * 2 ** (len(self.channel_mults) - 1)
 
-    @property
-    def image_size(self) -> int:
-        return self.patch_nums[-1] * self.downsample
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
@@ -129,6 +125,14 @@ class StageConfig:
     log_every: int = 50
     save_every: int = 1000
     sample_every: int = 0  # pictures during training; 0: only at the end
+
+    def __post_init__(self):
+        if min(self.log_every, self.save_every) < 1:
+            raise BadInput(
+                f"log_every={self.log_every} and save_every={self.save_every} must be at least 1."
+            )
+        if self.schedule == "exp" and self.final_lr_ratio <= 0:
+            raise BadInput(f"schedule='exp' needs final_lr_ratio={self.final_lr_ratio} above 0.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -99,9 +99,13 @@ def claim(out: epath.Path) -> epath.Path:
                     f"{parts} holds an unfinished run with --{name}={found.get(name)}, not {value};"
                     " finish that, remove the folder, or name another --out."
                 )
+    elif parts.exists() and any(path.suffix != ".partial" for path in parts.iterdir()):
+        raise BadInput(f"{parts} was not made by this command; remove it or name another --out.")
     else:
         parts.mkdir(parents=True, exist_ok=True)
-        about.write_text(json.dumps(settings))
+        beside = parts / "settings.json.partial"
+        beside.write_text(json.dumps(settings))
+        beside.replace(about)
     return parts
 
 
@@ -126,7 +130,9 @@ def sample_parts(models: Models, labels: Int32[np.ndarray, " N"], parts: epath.P
                     smooth=SMOOTH.value,
                 )
                 images, tokens = next(made)
-                write(parts / name, {"arr_0": images, "labels": mine, "tokens": tokens})
+                part = {"arr_0": images, "labels": mine}
+                # Mixed codes are no tokens.
+                write(parts / name, part if SMOOTH.value else part | {"tokens": tokens})
             bar.update(len(mine))
 
 

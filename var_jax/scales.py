@@ -5,7 +5,7 @@ tokens; the scales follow each other in one sequence of L tokens. Everything her
 """
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Int32
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # L = 680
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)  # L = 2240
@@ -25,12 +25,6 @@ def num_tokens(patch_nums: tuple[int, ...]) -> int:
 def level_ids(patch_nums: tuple[int, ...]) -> Int32[np.ndarray, " L"]:
     """The scale each token belongs to, 0..K-1."""
     return np.repeat(np.arange(len(patch_nums), dtype=np.int32), [p * p for p in patch_nums])
-
-
-def block_causal_mask(patch_nums: tuple[int, ...]) -> Bool[np.ndarray, "L L"]:
-    """True where a query (row) may look: its own scale and every coarser one (VAR §3.2)."""
-    level = level_ids(patch_nums)
-    return level[:, None] >= level[None, :]
 
 
 def phi_indices(num_scales: int, num_phi: int) -> tuple[int, ...]:

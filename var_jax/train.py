@@ -70,6 +70,8 @@ class Run:
 
     def __init__(self, config: Config, workdir: epath.Path):
         self.config, self.workdir = config, workdir
+        if jax.process_count() > 1:
+            raise BadInput(f"{jax.process_count()} processes; training runs on one host so far.")
         self.mesh = make_mesh(**dataclasses.asdict(config.mesh))
         for name in ("train_tokenizer", "train_transformer"):
             check_batch(f"{name}.batch_size", getattr(config, name).batch_size, self.mesh)

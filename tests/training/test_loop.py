@@ -59,5 +59,5 @@ def test_resuming_equals_never_having_stopped(tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
-    with pytest.raises(BadInput, match="the loss of tokenizer is nan"):
+    with pytest.raises(BadInput, match="of tokenizer is nan"):
         train(tmp_path, config(start_lr_ratio=float("nan"), warmup_steps=3))

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from var_jax.scales import slices
 
@@ -11,12 +11,9 @@ def dense(
     q: Float[Array, "B L H N"],
     k: Float[Array, "B S H N"],
     v: Float[Array, "B S H N"],
-    mask_LS: Bool[Array, "L S"] | None = None,
 ) -> Float[Array, "B L H N"]:
-    """Softmax attention with q already scaled; softmax in float32. False in the mask is hidden."""
+    """Softmax attention over all of k, v, with q already scaled; softmax in float32."""
     logits = jnp.einsum("BLHN,BSHN->BHLS", q, k, preferred_element_type=jnp.float32)
-    if mask_LS is not None:
-        logits = jnp.where(mask_LS, logits, -jnp.inf)
     weight = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("BHLS,BSHN->BLHN", weight, v)
 

@@ -140,13 +140,11 @@ class Transformer(nnx.Module):
         x_BMC: Float[Array, "B M C"],
         *,
         key: Key[Array, ""] | None = None,
-        remat: bool = False,
     ) -> Float[Array, "B L V"]:
         """Logits of all L tokens under teacher forcing.
 
         Labels are 0..num_classes, the last meaning "no class"; `x_BMC` is the quantizer's
-        `teacher_input`, M = L-1. With a `key` drop-path is on. `remat` keeps only each block's
-        input for the backward pass.
+        `teacher_input`, M = L-1. With a `key` drop-path is on.
         """
         cond, x = self.embed_labels(labels), self.embed_inputs(x_BMC)
         x = jnp.concatenate([self.embed_start(labels), x], axis=1)
@@ -156,7 +154,6 @@ class Transformer(nnx.Module):
             block, keep = block_keep
             return block(x, self.block_cond(cond), attend, keep)[0], None
 
-        layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
         keep = None if key is None else self.drop_path(key, x.shape[0])
         x, _ = jax.lax.scan(layer, x, (self.blocks, keep))
         return self.logits(x, cond)

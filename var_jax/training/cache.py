@@ -35,7 +35,7 @@ def tokenize(
         changed = batches(
             source, batch_size=batch_size, seed=seed, augment=augment_items(**augmentation)
         )
-        rounds.append(itertools.islice(changed, copies * len(source) // batch_size))
+        rounds.append(itertools.islice(changed, -(-copies * len(source) // batch_size)))
     tokens, labels = [], []
     with progress(len(source) * (1 + copies), 0, "tokens") as bar:
         for batch in itertools.chain(*rounds):
@@ -43,4 +43,6 @@ def tokenize(
             tokens.append(np.asarray(encode(tokenizer, put_batch(batch, mesh)["image"]))[mask])
             labels.append(batch["label"][mask])
             bar.update(int(mask.sum()))
-    return TokenSource(np.concatenate(tokens), np.concatenate(labels), source.class_names)
+    end = len(source) * (1 + copies)
+    tokens, labels = np.concatenate(tokens)[:end], np.concatenate(labels)[:end]
+    return TokenSource(tokens, labels, source.class_names)

@@ -45,7 +45,8 @@ def update_codebook(
     mean_hits = idx_BL.size / V
     dead = hits < config.restart_below * mean_hits
     if config.codebook_decay:
-        codebook = total / jnp.maximum(hits, 1e-12)[:, None]
+        used = hits[:, None] > 1e-12
+        codebook = jnp.where(used, total / jnp.maximum(hits, 1e-12)[:, None], codebook)
     codebook = jnp.where(dead[:, None], fresh, codebook)
     # A restarted code counts as used a few times, so that the next batches can move it.
     hits = jnp.where(dead, 3 * config.restart_below * mean_hits, hits)

@@ -66,6 +66,7 @@ def run(
             if saves or looks:
                 flush()
                 pending = None
+                check(stage.name, step, values)
             if look and looks:
                 metrics.write(stage.name, step, **look(step, state))
             if saves:
@@ -99,14 +100,19 @@ def restore_or_init(
 
 
 def write(metrics: Metrics, name: str, step: int, values: dict) -> None:
-    """Logs one step. Raises: BadInput if its loss is not finite, and nothing later is kept."""
-    values = jax.device_get(values)
-    if not np.isfinite(values["loss"]):
-        raise BadInput(
-            f"the loss of {name} is {values['loss']} at step {step}; the checkpoint before it is"
-            " kept: lower the learning rate and start again."
-        )
-    metrics.write(name, step, **values)
+    """Logs one step. Raises: BadInput if it diverged."""
+    check(name, step, values)
+    metrics.write(name, step, **jax.device_get(values))
+
+
+def check(name: str, step: int, values: dict) -> None:
+    """Raises BadInput if a step diverged, so that its weights are never saved."""
+    for what in ("loss", "grad_norm"):
+        if not np.isfinite(value := float(values[what])):
+            raise BadInput(
+                f"the {what} of {name} is {value} at step {step}; the checkpoint before it is kept:"
+                " start anew in another --workdir with a lower learning rate."
+            )
 
 
 def evaluate(

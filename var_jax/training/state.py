@@ -54,16 +54,20 @@ def apply_gradients(
     state: TrainState,
     gradients: Any,
     optimizer: optax.GradientTransformation,
-    config: StageConfig,
 ) -> TrainState:
-    """One optimizer step; the moving average warms up so that it forgets the start."""
+    """One optimizer step; the moving average follows by `average`."""
     updates, moments = optimizer.update(gradients, state.moments, state.model)
     model = optax.apply_updates(state.model, updates)
-    ema = state.ema
-    if ema is not None:
-        decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
-        ema = optax.incremental_update(model, ema, 1 - decay)
-    return state._replace(step=state.step + 1, model=model, ema=ema, moments=moments)
+    return state._replace(step=state.step + 1, model=model, moments=moments)
+
+
+def average(state: TrainState, config: StageConfig) -> TrainState:
+    """The moving average, once a step's weights are final; warms up, to forget the start."""
+    if state.ema is None:
+        return state
+    done = state.step - 1
+    decay = jnp.minimum(config.ema_decay, (1 + done) / (10 + done))
+    return state._replace(ema=optax.incremental_update(state.model, state.ema, 1 - decay))
 
 
 def layout(path: tuple, leaf: Any) -> P:

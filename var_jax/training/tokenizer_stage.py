@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key, UInt8
 
@@ -9,7 +10,15 @@ from var_jax.config import StageConfig, TokenizerConfig
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.training.codebook import init_stats, update_codebook
 from var_jax.training.optimizer import learning_rate, make_optimizer
-from var_jax.training.state import Batch, Metrics, Stage, TrainState, apply_gradients, init_state
+from var_jax.training.state import (
+    Batch,
+    Metrics,
+    Stage,
+    TrainState,
+    apply_gradients,
+    average,
+    init_state,
+)
 
 
 def tokenizer_stage(model_config: TokenizerConfig, config: StageConfig) -> Stage:
@@ -26,13 +35,13 @@ def tokenizer_stage(model_config: TokenizerConfig, config: StageConfig) -> Stage
         (loss, (error, code)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
             state.model, image
         )
-        norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradients)))
         if config.codebook_decay:  # then the codebook is not the optimizer's
             gradients.quantizer.codebook[...] = jnp.zeros_like(gradients.quantizer.codebook[...])
+        norm = optax.tree.norm(gradients)
         key = jax.random.fold_in(key, state.step)
         old = state.model.quantizer.codebook[...]
         rate = schedule(state.step)
-        state = apply_gradients(state, gradients, optimizer, config)
+        state = apply_gradients(state, gradients, optimizer)
         trained = old if config.codebook_decay else state.model.quantizer.codebook[...]
         assert state.codebook is not None
         codebook, stats, restarted = update_codebook(
@@ -40,7 +49,7 @@ def tokenizer_stage(model_config: TokenizerConfig, config: StageConfig) -> Stage
         )
         state.model.quantizer.codebook[...] = codebook
         share = stats.hits / stats.hits.sum()
-        return state._replace(codebook=stats), {
+        return average(state._replace(codebook=stats), config), {
             "loss": loss,
             "psnr": jnp.mean(psnr(error)),
             "vq_loss": code.loss,

@@ -12,7 +12,15 @@ from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import Transformer
 from var_jax.scales import slices
 from var_jax.training.optimizer import learning_rate, make_optimizer
-from var_jax.training.state import Batch, Metrics, Stage, TrainState, apply_gradients, init_state
+from var_jax.training.state import (
+    Batch,
+    Metrics,
+    Stage,
+    TrainState,
+    apply_gradients,
+    average,
+    init_state,
+)
 from var_jax.training.tokenizer_stage import to_float
 
 
@@ -41,8 +49,8 @@ def transformer_stage(model_config: TransformerConfig, config: StageConfig) -> S
             state.model, batch, key
         )
         rate = schedule(state.step)
-        norm = optax.global_norm(gradients)
-        state = apply_gradients(state, gradients, optimizer, config)
+        norm = optax.tree.norm(gradients)
+        state = average(apply_gradients(state, gradients, optimizer), config)
         by_scale = jax.tree.map(jnp.mean, scale_metrics(logits, tokens, model_config))
         return state, {"loss": loss, **by_scale, "grad_norm": norm, "learning_rate": rate}
 
