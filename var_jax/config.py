@@ -43,6 +43,11 @@ class TokenizerConfig:
 
     def __post_init__(self):
         check_schedule(self.patch_nums)
+        if not self.num_res_blocks and len(set((1, *self.channel_mults))) > 1:
+            raise BadInput(
+                f"tokenizer.channel_mults={self.channel_mults} with num_res_blocks=0: only residual"
+                " blocks change the width, so every multiplier must be 1."
+            )
         for mult in self.channel_mults:
             if self.channels * mult % self.norm_groups:
                 raise BadInput(

@@ -90,17 +90,6 @@ def test_augment_moves_and_mirrors(emoji):
     assert {augment(image, rng, shift=2).tobytes() for _ in range(400)} == windows
 
 
-def test_augment_zooms_about_the_centre():
-    image = np.full((33, 33, 3), 255, np.uint8)
-    image[8:25, 8:25] = 0
-    areas = [(augment(image, np.random.default_rng(i), zoom=0.3)[16] < 128).sum() for i in range(9)]
-    assert min(areas) < 17 * 3 < max(areas)
-    for i in range(9):
-        zoomed = augment(image, np.random.default_rng(i), zoom=0.3).astype(int)
-        assert np.abs(zoomed - zoomed[::-1, ::-1]).max() <= 1
-
-
-@pytest.mark.parametrize("options", [{"shift": -1}, {"zoom": 1.0}])
-def test_bad_augmentation(options):
-    with pytest.raises(BadInput, match=r"expected a shift of at least 0 and a zoom in \[0, 1\)"):
-        augment_items(**options)
+def test_bad_augmentation():
+    with pytest.raises(BadInput, match=r"shift=-1; expected at least 0\.$"):
+        augment_items(shift=-1)

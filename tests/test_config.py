@@ -1,0 +1,31 @@
+"""Configs refuse what cannot be built, in one sentence."""
+
+import pytest
+
+from var_jax import BadInput
+from var_jax.config import TokenizerConfig, TransformerConfig
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"patch_nums": (2, 4)}, r"patch_nums=\(2, 4\) must start at 1 and rise"),
+        ({"channels": 20}, "norm_groups=32 does not divide the 20 channels of a level"),
+        ({"channel_mults": (1, 2), "num_res_blocks": 0}, "only residual blocks change the width"),
+    ],
+)
+def test_bad_tokenizer(fields, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        TokenizerConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"num_heads": 15}, "num_heads=15 does not divide width=1024"),
+        ({"dtype": "float16"}, "'float16' is not one of auto, float32, bfloat16"),
+    ],
+)
+def test_bad_transformer(fields, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        TransformerConfig(**fields)
