@@ -25,19 +25,35 @@ def conv(c_in: int, c_out: int, size: int, rngs: nnx.Rngs, **kwargs) -> nnx.Conv
     )
 
 
-def norm(channels: int, config: TokenizerConfig, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    """GroupNorm; the slow variance, because E[x²] - E[x]² cancels in float32."""
-    return nnx.GroupNorm(
-        channels, config.norm_groups, epsilon=1e-6, use_fast_variance=False, rngs=rngs
-    )
+class GroupNorm(nnx.Module):
+    """Normalizes groups of channels over the whole image; variance about the mean, in float32.
+
+    Reduces pixels ahead of channels: on CPU that is four times as fast as flax's, whose other
+    formula for the variance, E[x²] - E[x]², cancels.
+    """
+
+    def __init__(self, channels: int, groups: int):
+        self.scale, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
+        self.groups = groups
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        mean = self.group_mean(x)
+        variance = self.group_mean((x - mean) ** 2)
+        return (x - mean) * (jax.lax.rsqrt(variance + 1e-6) * self.scale[...]) + self.bias[...]
+
+    def group_mean(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 1 1 C"]:
+        """The mean of each group, repeated for each of its channels."""
+        B, C, G = x.shape[0], x.shape[-1], self.groups
+        mean = reshape(x.mean((1, 2)), B, G, C // G).mean(-1, keepdims=True)
+        return reshape(mean.repeat(C // G, axis=-1), B, 1, 1, C)
 
 
 class ResBlock(nnx.Module):
     """norm → silu → conv, twice, beside a shortcut that is 1×1 where the width changes."""
 
     def __init__(self, c_in: int, c_out: int, config: TokenizerConfig, *, rngs: nnx.Rngs):
-        self.norm1, self.conv1 = norm(c_in, config, rngs), conv(c_in, c_out, 3, rngs)
-        self.norm2, self.conv2 = norm(c_out, config, rngs), conv(c_out, c_out, 3, rngs)
+        self.norm1, self.conv1 = GroupNorm(c_in, config.norm_groups), conv(c_in, c_out, 3, rngs)
+        self.norm2, self.conv2 = GroupNorm(c_out, config.norm_groups), conv(c_out, c_out, 3, rngs)
         self.shortcut = conv(c_in, c_out, 1, rngs) if c_in != c_out else None
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
@@ -50,7 +66,7 @@ class Attention(nnx.Module):
     """One head of self-attention over the pixels of the lowest resolution."""
 
     def __init__(self, channels: int, config: TokenizerConfig, *, rngs: nnx.Rngs):
-        self.norm = norm(channels, config, rngs)
+        self.norm = GroupNorm(channels, config.norm_groups)
         self.qkv, self.proj = (
             conv(channels, 3 * channels, 1, rngs),
             conv(channels, channels, 1, rngs),
@@ -110,7 +126,7 @@ class Encoder(nnx.Module):
             conv(w, w, 3, rngs, strides=2, padding=((0, 1), (0, 1))) for w in widths[1:-1]
         ])  # fmt: skip
         self.middle = Middle(widths[-1], config, rngs=rngs)
-        self.norm_out = norm(widths[-1], config, rngs)
+        self.norm_out = GroupNorm(widths[-1], config.norm_groups)
         self.conv_out = conv(widths[-1], config.latent_dim, 3, rngs)
 
     def __call__(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
@@ -138,7 +154,7 @@ class Decoder(nnx.Module):
             for i in range(last + 1)
         ])  # fmt: skip
         self.double = nnx.List([conv(w, w, 3, rngs) for w in widths[1:]])
-        self.norm_out = norm(widths[0], config, rngs)
+        self.norm_out = GroupNorm(widths[0], config.norm_groups)
         self.conv_out = conv(widths[0], 3 * config.patch_size**2, 3, rngs)
 
     def __call__(self, latent: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
