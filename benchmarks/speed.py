@@ -1,0 +1,169 @@
+"""How fast encoding, the training step and sampling are, beside the PyTorch release if you have it.
+
+    python benchmarks/speed.py [--size small|d16] [--rounds 5] [--reference PATH]
+
+PATH is a clone of github.com/FoundationVision/VAR (needs torch). Both run in this process on the
+same two threads in float32, in turn, and the median counts. Compile time is listed apart. Random
+weights: the work is the same.
+"""
+
+import argparse
+import dataclasses
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("KMP_BLOCKTIME", "0")  # idle torch threads must not spin beside ours
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from var_jax.config import TokenizerConfig, TransformerConfig
+from var_jax.models.tokenizer import Tokenizer
+from var_jax.models.transformer import Transformer
+from var_jax.sampling.decode import image_keys, sample
+from var_jax.scales import num_tokens
+
+Task = Callable[[], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A model and the batch each task is measured with."""
+
+    tokenizer: TokenizerConfig
+    transformer: TransformerConfig
+    batch: int
+
+
+def sizes() -> dict[str, Size]:
+    """d16 at 256 px as released, and one that fits a laptop, at 128 px."""
+    small = {"patch_nums": (1, 2, 3, 4, 6, 8), "vocab_size": 1024}
+    narrow = TransformerConfig.from_depth(4, **small, dtype="float32")
+    full = TransformerConfig.from_depth(16, dtype="float32")
+    return {
+        "small": Size(TokenizerConfig(**small, channels=32), narrow, 8),
+        "d16": Size(TokenizerConfig(), full, 2),
+    }
+
+
+def main() -> None:
+    """One row a task."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=list(sizes()), default="small")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--reference", help="a clone of the PyTorch release")
+    args = parser.parse_args()
+    size = sizes()[args.size]
+    rng = np.random.default_rng(0)
+    side = size.transformer.patch_nums[-1] * size.tokenizer.downsample
+    image = rng.uniform(-1, 1, (size.batch, side, side, 3)).astype(np.float32)
+    labels = rng.integers(0, size.transformer.num_classes, size.batch).astype(np.int32)
+    theirs = reference_tasks(args.reference, size, image, labels) if args.reference else {}
+    ours = our_tasks(size, image, labels)
+    print(f"{args.size}, batch {size.batch}, {num_tokens(size.transformer.patch_nums)} tokens")
+    print("| task | compile s | s | images/s | tokens/s | PyTorch s | ratio |\n|" + "---|" * 7)
+    for name, task in ours.items():
+        started = time.perf_counter()
+        task()
+        compiling = time.perf_counter() - started
+        tasks = [task, theirs[name]] if theirs else [task]
+        for other in tasks[1:]:
+            other()
+        times = interleaved(tasks, args.rounds)
+        mine = statistics.median(times[0])
+        rate = size.batch / mine
+        row = f"| {name} | {compiling - mine:.1f} | {mine:.3f} | {rate:.2f} "
+        row += f"| {rate * num_tokens(size.transformer.patch_nums):.0f} |"
+        if theirs:
+            ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
+            row += f" {statistics.median(times[1]):.3f} | {ratio:.2f} |"
+        print(row, flush=True)
+
+
+def interleaved(tasks: list[Task], rounds: int) -> list[list[float]]:
+    """Seconds of each task, in turn, so that the machine's moods hit all alike."""
+    times: list[list[float]] = [[] for _ in tasks]
+    for _ in range(rounds):
+        for task, kept in zip(tasks, times, strict=True):
+            started = time.perf_counter()
+            task()
+            kept.append(time.perf_counter() - started)
+    return times
+
+
+def our_tasks(size: Size, image: np.ndarray, labels: np.ndarray) -> dict[str, Task]:
+    """Encode, forward and backward, sample: each jitted, each waiting for its result."""
+    tokenizer = jax.jit(lambda: Tokenizer(size.tokenizer, rngs=nnx.Rngs(0)))()
+    transformer = jax.jit(lambda: Transformer(size.transformer, rngs=nnx.Rngs(1)))()
+    encode = jax.jit(Tokenizer.encode)
+    tokens = encode(tokenizer, image)
+    inputs = jax.jit(lambda tokenizer, idx: tokenizer.quantizer.teacher_input(idx))(
+        tokenizer, tokens
+    )
+    keys = image_keys(0, jnp.arange(size.batch))
+
+    def loss(transformer):
+        logits = transformer(labels, inputs, key=jax.random.key(0))
+        target = jax.nn.one_hot(tokens, logits.shape[-1])
+        return optax.softmax_cross_entropy(logits, target).mean()
+
+    gradient = jax.jit(jax.value_and_grad(loss))
+    wait = jax.block_until_ready
+    return {
+        "encode": lambda: wait(encode(tokenizer, image)),
+        "forward and backward": lambda: wait(gradient(transformer)),
+        "sample": lambda: wait(sample(transformer, tokenizer, labels, keys)),
+    }
+
+
+def reference_tasks(
+    path: str, size: Size, image: np.ndarray, labels: np.ndarray
+) -> dict[str, Task]:
+    """The same three tasks of the PyTorch release."""
+    import torch
+
+    sys.path.insert(0, path)
+    from models import build_vae_var  # type: ignore[import-not-found]
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    config = size.transformer
+    vae, var = build_vae_var(
+        "cpu", config.patch_nums, V=config.vocab_size, ch=size.tokenizer.channels,
+        num_classes=config.num_classes, depth=config.depth, shared_aln=config.shared_adaln,
+        flash_if_available=False, fused_if_available=False,
+    )  # fmt: skip
+    for parameter in vae.parameters():  # the release leaves them uninitialised before loading
+        torch.nn.init.normal_(parameter, std=0.02)
+    vae.eval()
+    pixels = torch.from_numpy(image.transpose(0, 3, 1, 2).copy())
+    wanted = torch.from_numpy(labels.astype(np.int64))
+    with torch.no_grad():
+        idx = vae.img_to_idxBl(pixels)
+        inputs = vae.quantize.idxBl_to_var_input(idx)
+    target = torch.cat(idx, 1).flatten()
+
+    def encode():
+        with torch.no_grad():
+            vae.img_to_idxBl(pixels)
+
+    def gradient():
+        var.train()
+        var.zero_grad(set_to_none=True)
+        logits = var(wanted, inputs).flatten(0, 1)
+        torch.nn.functional.cross_entropy(logits, target).backward()
+
+    def draw():
+        var.eval()
+        var.autoregressive_infer_cfg(size.batch, wanted, g_seed=0, cfg=1.5, top_k=900, top_p=0.96)
+
+    return {"encode": encode, "forward and backward": gradient, "sample": draw}
+
+
+if __name__ == "__main__":
+    main()
