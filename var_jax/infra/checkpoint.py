@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
@@ -175,7 +176,10 @@ def save_weights(directory: str | PurePath, tree: PyTree, config: dict) -> None:
         _remove(beside)
         beside.mkdir(parents=True)
     _barrier("weights begin")
-    with _context():
+    context = _context()
+    context.memory.deepcopy_host_arrays = False  # Nobody changes them while this waits.
+    context.array.saving.use_compression = False  # 8 % smaller, ten times slower, twice the memory.
+    with context:
         ocp.save(beside / "weights", _flat(tree))
     if jax.process_index() == 0:
         _write_sizes(beside / "weights")
@@ -210,8 +214,11 @@ def load_config(directory: str | PurePath) -> dict:
     return config
 
 
-def load_weights(directory: str | PurePath, abstract: PyTree) -> PyTree:
+def load_weights(directory: str | PurePath, abstract: PyTree, *, as_stored: bool = False) -> PyTree:
     """The weights as `abstract` (`jax.ShapeDtypeStruct`s): its structure, shardings and dtypes.
+
+    Or `as_stored`: in the dtypes of the file, as NumPy arrays. What lies in the checkpoint under
+    other top-level names than `abstract` has is left there.
 
     Raises:
         BadInput: no checkpoint in `directory`, its weights cannot be read, or a tensor's name,
@@ -221,10 +228,16 @@ def load_weights(directory: str | PurePath, abstract: PyTree) -> PyTree:
     path, wanted = _path(directory) / "weights", _wanted(abstract)
     if reason := _damage(path):
         raise BadInput(f"{path} is damaged: {reason}")
+    parts = {name.split("/")[0] for name in wanted}
+    context = _context()
+    context.pytree.loading.partial_load = True
     try:
-        with _context():
-            _compare(ocp.metadata(path).metadata, wanted, str(path), dtypes=False)
-            flat = ocp.load(path, wanted)
+        with context:
+            saved = ocp.metadata(path).metadata
+            saved = {name: x for name, x in saved.items() if name.split("/")[0] in parts}
+            _compare(saved, wanted, str(path), dtypes=False)
+            on_host = {name: np.empty(0, saved[name].dtype) for name in wanted}
+            flat = ocp.load(path, on_host if as_stored else wanted)
     except BadInput:
         raise
     except Exception as error:  # Orbax and tensorstore have no common error for damage.

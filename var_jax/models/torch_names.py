@@ -4,19 +4,24 @@
 (transformer blocks, phi convolutions) are one tensor a layer on the other side.
 """
 
+import functools
 import re
-from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
 from var_jax import BadInput
+from var_jax.config import TokenizerConfig
 from var_jax.models.partition import path_name
+from var_jax.scales import level_ids
 
 T = TypeVar("T", bound=nnx.Module)
+Tensors = Mapping[str, Any]  # arrays, or anything with shape and dtype that NumPy can read
 
 # Ours → theirs, applied in order to paths such as "encoder.levels.0.blocks.1.norm1.scale".
 TOKENIZER_RULES = (
@@ -62,6 +67,7 @@ TRANSFORMER_NAMES = {
     "head": "head.weight",
     "head_bias": "head.bias",
 }
+CODE_USAGE = "quantize.ema_vocab_hit_SV"
 LINEAR = ("word", "ada", "qkv", "proj", "fc1", "fc2", "head_ada", "head")  # theirs are (out, in)
 
 
@@ -96,20 +102,35 @@ def leaves(model: nnx.Module) -> Iterator[tuple[str, bool, list[str], tuple[int,
         yield path, stacked, names, leaf.shape[stacked:]
 
 
-def from_torch(model: T, tensors: Mapping[str, Float[np.ndarray, "..."]]) -> T:
-    """`model` (its leaves may be abstract) with the weights of a state dict.
+def from_torch(
+    model: T,
+    tensors: Tensors,
+    done: Callable[[], object] = lambda: None,
+) -> T:
+    """`model` (its leaves may be abstract) with the weights of a state dict, in their dtypes.
 
-    Raises: BadInput naming a tensor that is missing or has the wrong shape.
+    The tensors may lie in a file: they are read one by one, after all names and shapes are found
+    right, and `done` is called after each.
+
+    Raises: BadInput naming a tensor that is missing, surplus, of the wrong shape or not finite.
     """
+    check(model, tensors)
     values = []
     for path, stacked, names, shape in leaves(model):
-        arrays = [read(path, name, tensors, shape) for name in names]
-        values.append(np.stack(arrays) if stacked else arrays[0])
+        dtype = functools.reduce(jnp.promote_types, (tensors[name].dtype for name in names))
+        ours = np.empty((len(names), *shape), dtype)
+        for i, name in enumerate(names):
+            array = np.asarray(tensors[name])
+            if not np.isfinite(array).all():
+                raise BadInput(f"tensor {name!r} holds values that are not finite.")
+            ours[i] = from_theirs(path, array, shape)
+            done()
+        values.append(ours if stacked else ours[0])
     return jax.tree.unflatten(jax.tree.structure(model), values)
 
 
 def to_torch(model: nnx.Module) -> dict[str, Float[np.ndarray, "..."]]:
-    """A state dict of the weights, the inverse of `from_torch` (derived buffers left out)."""
+    """A state dict of the weights, the inverse of `from_torch`; their `buffers` are left out."""
     tensors = {}
     for (path, stacked, names, _), leaf in zip(leaves(model), jax.tree.leaves(model), strict=True):
         layers = np.asarray(leaf) if stacked else np.asarray(leaf)[None]
@@ -117,14 +138,50 @@ def to_torch(model: nnx.Module) -> dict[str, Float[np.ndarray, "..."]]:
     return tensors
 
 
-def read(path: str, name: str, tensors: Mapping[str, np.ndarray], shape: tuple[int, ...]):
+def buffers(model: nnx.Module) -> dict[str, np.ndarray]:
+    """What their modules save beside the weights; all follows from the config.
+
+    But `quantize.ema_vocab_hit_SV`, how often training used each code: zero here.
+    """
+    c = model.config  # type: ignore[attr-defined]
+    dtype = jax.tree.leaves(model)[0].dtype
+    if isinstance(c, TokenizerConfig):
+        return {CODE_USAGE: np.zeros((len(c.patch_nums), c.vocab_size), dtype)}
+    level = level_ids(c.patch_nums)
+    mask = np.where(level[:, None] >= level, 0, -np.inf).astype(dtype)
+    return {
+        "lvl_1L": level[None].astype(np.int64),
+        "attn_bias_for_masking": mask[None, None],
+        **{f"blocks.{i}.attn.zero_k_bias": np.zeros(c.width, dtype) for i in range(c.depth)},
+    }
+
+
+def check(model: nnx.Module, tensors: Tensors) -> None:
+    """Raises BadInput naming the first tensor that does not belong to a model of these sizes."""
+    expected = {
+        name: theirs(path, np.broadcast_to(np.float32(0), shape)).shape
+        for path, _, names, shape in leaves(model)
+        for name in names
+    }
+    derived = {name: array.shape for name, array in buffers(model).items()}
+    for name in expected:
+        if name not in tensors:
+            raise BadInput(f"tensor {name!r} is missing.")
+        if not jnp.issubdtype(tensors[name].dtype, jnp.floating):
+            raise BadInput(f"tensor {name!r} holds {tensors[name].dtype}, expected floats.")
+    for name, tensor in tensors.items():
+        if name not in expected and name not in derived:
+            raise BadInput(f"tensor {name!r} is surplus: a model of these sizes has none.")
+        shape = expected.get(name) or derived[name]
+        # A tokenizer may have been trained with another schedule than it is used with.
+        if tensor.shape != shape and name != CODE_USAGE:
+            raise BadInput(f"tensor {name!r} has shape {tensor.shape}, expected {shape}.")
+        if name.endswith("zero_k_bias") and np.any(np.asarray(tensor)):
+            raise BadInput(f"tensor {name!r} is not zero; keys have no bias in this model.")
+
+
+def from_theirs(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """One of their tensors in our layout."""
-    if name not in tensors:
-        raise BadInput(f"tensor {name!r} is missing from the checkpoint.")
-    array = np.asarray(tensors[name])
-    expected = theirs(path, np.broadcast_to(np.float32(0), shape)).shape
-    if array.shape != expected:
-        raise BadInput(f"tensor {name!r} has shape {array.shape}, expected {expected}.")
     if is_conv(path):
         return array.transpose(2, 3, 1, 0)
     return (array.T if path.split(".")[-1] in LINEAR else array).reshape(shape)

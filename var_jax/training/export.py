@@ -1,19 +1,22 @@
 """The self-describing checkpoint that training leaves and every other command reads.
 
-A folder with `config.json` (both model configs, class names) and `weights/`. "emoji" names the one
-that ships in the package.
+A folder with `config.json` (both model configs, class names) and `weights/`. A converted one may
+hold a tokenizer only. "emoji" names the one that ships in the package.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from var_jax import BadInput
 from var_jax.config import Config, TokenizerConfig, TransformerConfig, from_dict
 from var_jax.infra.checkpoint import load_config, load_weights, save_weights
 from var_jax.infra.mesh import shard
@@ -32,36 +35,88 @@ class Models(NamedTuple):
 
 def save_models(directory: str | PurePath, models: Models, config: Config) -> None:
     """Writes the checkpoint, weights in `config.export_dtype`."""
-    weights = {"tokenizer": models.tokenizer, "transformer": models.transformer}
     dtype = jnp.dtype(config.export_dtype)
-    weights = jax.tree.map(lambda leaf: leaf.astype(dtype), weights)
+    parts = {"tokenizer": models.tokenizer, "transformer": models.transformer}
+    parts = jax.tree.map(lambda leaf: leaf.astype(dtype), parts)
+    save_parts(directory, parts, models.class_names)
+
+
+def save_parts(
+    directory: str | PurePath,
+    parts: dict[str, Any],
+    class_names: Sequence[str],
+    torch_buffers: dict[str, np.ndarray] | None = None,
+) -> None:
+    """Writes a checkpoint of `tokenizer` and maybe `transformer`, weights as they are.
+
+    `torch_buffers` are tensors of a PyTorch file that only matter on the way back.
+    """
+    buffers = torch_buffers or {}
+    configs = {name: dataclasses.asdict(model.config) for name, model in parts.items()}
     about = {
-        "tokenizer": dataclasses.asdict(config.tokenizer),
-        "transformer": dataclasses.asdict(config.transformer),
-        "class_names": list(models.class_names),
+        **configs,
+        "class_names": list(class_names),
+        "torch_buffers": {name: list(array.shape) for name, array in buffers.items()},
     }
-    save_weights(directory, weights, about)
+    save_weights(directory, parts | {"torch_buffers": buffers}, about)
 
 
 def load_models(directory: str, mesh: jax.sharding.Mesh) -> Models:
     """Reads a checkpoint onto the mesh, weights in float32.
 
-    Raises: BadInput if there is none, or it is damaged.
+    Raises: BadInput if there is none, it is damaged, or holds a tokenizer only.
     """
-    folder: str | Path = directory
-    bundled = resources.files("var_jax") / "checkpoints" / directory
-    if not Path(directory).exists() and "/" not in directory and bundled.is_dir():
-        folder = Path(str(bundled))
-    about = load_config(folder)
-    tokenizer = from_dict(TokenizerConfig, about["tokenizer"], "tokenizer")
-    transformer = from_dict(TransformerConfig, about["transformer"], "transformer")
-    abstract = {
-        "tokenizer": jax.eval_shape(lambda: Tokenizer(tokenizer, rngs=nnx.Rngs(0))),
-        "transformer": jax.eval_shape(lambda: Transformer(transformer, rngs=nnx.Rngs(0))),
-    }
+    folder, about, abstract = describe(directory)
+    if "transformer" not in abstract:
+        raise BadInput(
+            f"{folder} holds a tokenizer but no transformer; convert it with --transformer too."
+        )
     abstract = {
         "tokenizer": shard(abstract["tokenizer"], mesh, lambda path, leaf: PartitionSpec()),
         "transformer": shard(abstract["transformer"], mesh, layout),
     }
     weights = load_weights(folder, abstract)
     return Models(weights["tokenizer"], weights["transformer"], tuple(about["class_names"]))
+
+
+def load_tokenizer(directory: str, mesh: jax.sharding.Mesh) -> Tokenizer:
+    """Reads the tokenizer of a checkpoint, on every device of the mesh, weights in float32.
+
+    Raises: BadInput if there is none, or it is damaged.
+    """
+    folder, _, abstract = describe(directory)
+    whole = shard(abstract["tokenizer"], mesh, lambda path, leaf: PartitionSpec())
+    return load_weights(folder, {"tokenizer": whole})["tokenizer"]
+
+
+def load_parts(directory: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """`parts` and `torch_buffers` of `save_parts` as NumPy arrays, in the dtypes they were saved.
+
+    Raises: BadInput if there is no checkpoint, or it is damaged.
+    """
+    folder, about, abstract = describe(directory)
+    buffers = about.get("torch_buffers", {})
+    kept = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in buffers.items()}
+    parts = load_weights(folder, {**abstract, "torch_buffers": kept}, as_stored=True)
+    return parts, parts.pop("torch_buffers")
+
+
+def describe(directory: str) -> tuple[str | Path, dict, dict[str, Any]]:
+    """The folder, its config.json, and its models with abstract weights.
+
+    Raises: BadInput if it is no checkpoint.
+    """
+    folder: str | Path = directory
+    bundled = resources.files("var_jax") / "checkpoints" / directory
+    if not Path(directory).exists() and "/" not in directory and bundled.is_dir():
+        folder = Path(str(bundled))
+    about = load_config(folder)
+    if not isinstance(about.get("tokenizer"), dict) or "class_names" not in about:
+        raise BadInput(f"{folder}/config.json describes no tokenizer; expected a checkpoint.")
+    tokenizer = from_dict(TokenizerConfig, about["tokenizer"], "tokenizer")
+    abstract = {"tokenizer": jax.eval_shape(lambda: Tokenizer(tokenizer, rngs=nnx.Rngs(0)))}
+    if "transformer" in about:
+        transformer = from_dict(TransformerConfig, about["transformer"], "transformer")
+        build = lambda: Transformer(transformer, rngs=nnx.Rngs(0))
+        abstract["transformer"] = jax.eval_shape(build)
+    return folder, about, abstract
