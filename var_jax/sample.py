@@ -3,11 +3,14 @@
     python -m var_jax.sample --checkpoint emoji --labels "Smileys & Emotion" --num 24 --out samples
 
 Writes samples.npz (`arr_0` uint8 N,H,W,3; `labels`; `tokens` int32 N,L) and grid.png. Image i comes
-from the seed and i alone, not from batch size or devices; a stopped run goes on where it was.
+from the seed and i alone, not from batch size or devices; a stopped run goes on where it was. Disk
+holds all images twice at the end, memory one batch.
 """
 
-import io
+import functools
+import importlib
 import json
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -16,88 +19,155 @@ from etils import epath
 from jaxtyping import Int32
 
 from var_jax import BadInput
+from var_jax.data.sources import open_source
+from var_jax.evaluation.report import scorer
 from var_jax.infra import cli
+from var_jax.infra.checkpoint import fingerprint
 from var_jax.infra.logs import progress
 from var_jax.infra.mesh import make_mesh
+from var_jax.infra.npz import join_npz, load_npz, save_npz
 from var_jax.infra.pictures import grid, save_png
-from var_jax.sampling.generate import generate
+from var_jax.sampling.generate import coarse_to_fine, generate
+from var_jax.sampling.reject import best, candidates
 from var_jax.training.export import Models, load_models
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, 'A folder, or "emoji".', required=True)
-LABELS = flags.DEFINE_list("labels", None, "Class numbers or names; default: all classes.")
-NUM = flags.DEFINE_integer("num", None, "How many images in all, in turn over the labels.")
+LABELS = flags.DEFINE_list(
+    "labels",
+    None,
+    "Class numbers or names, each with a count if you like: 207:50,88:10. Default: all classes. An"
+    " entry with a comma in its name goes in double quotes: --labels '\"tench, Tinca:50\",88:10'.",
+)
+NUM = flags.DEFINE_integer(
+    "num", None, "How many images, in turn over the labels; the first get one more if need be."
+)
 CFG = flags.DEFINE_float("cfg", 1.5, "Guidance: 0 is none.", lower_bound=0)
 TOP_K = flags.DEFINE_integer("top_k", 900, "Draw from the k likeliest codes; 0: all.", 0)
 TOP_P = flags.DEFINE_float("top_p", 0.96, "Draw from this share of probability; 0: all.", 0, 1)
 SMOOTH = flags.DEFINE_bool("smooth", False, "Mix codes: nicer to look at, not for metrics.")
+REJECT = flags.DEFINE_float(
+    "reject", 1.0, "Draw more and keep this share of each class, the best by --scorer.", 1e-4, 1
+)
+SCORER = flags.DEFINE_string(
+    "scorer",
+    None,
+    "MODULE:FUNCTION that takes images (uint8 N,H,W,3) and labels (N) and returns N scores, higher"
+    " is better. Default, for the emoji only: a classifier fitted on them.",
+)
 SEED = flags.DEFINE_integer("seed", 0, "Same seed, same images.", 0, 2**31 - 1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time.", 1)
+DTYPE = flags.DEFINE_enum(
+    "dtype",
+    "auto",
+    ["auto", "float32", "bfloat16"],
+    "What the transformer computes in; bfloat16 also halves its weights in memory. auto: as the"
+    " checkpoint says, which by default is bfloat16 on accelerators and float32 on CPU.",
+)
+SHOW_SCALES = flags.DEFINE_bool(
+    "show_scales", False, "Also write scales.png: the first images after each scale, a row each."
+)
 OUT = flags.DEFINE_string("out", "samples", "Folder to write.")
-SHOWN = 100  # images in grid.png
+SHOWN, ROWS = 100, 8  # images in grid.png and in scales.png
+
+Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def main(argv: list[str]) -> None:
     """Samples in batches, each saved at once; joins them at the end."""
     cli.no_arguments(argv)
+    if SHOW_SCALES.value and SMOOTH.value:
+        raise BadInput("--show_scales needs tokens, and --smooth mixes them; give one of the two.")
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
     with jax.set_mesh(mesh):
-        models = load_models(CHECKPOINT.value, mesh)
-        labels = wanted_labels(models.class_names)
+        models = load_models(CHECKPOINT.value, mesh, DTYPE.value)
+        labels = wanted_labels(models)
+        score = load_scorer(models) if REJECT.value < 1 else None
         out = epath.Path(OUT.value)
-        sample_parts(models, labels, claim(out))
-    parts = [read(out / "parts" / name) for name in part_names(len(labels))]
-    joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    images = joined["arr_0"]
-    show = min(len(images), SHOWN)
+        parts = claim(out, fingerprint(models[:2]))
+        index = np.arange(len(labels), dtype=np.int32)
+        if score is not None:
+            index = candidates(labels, REJECT.value)
+            index = index[accepted(models, labels, index, score, parts)]
+        paths = sample_parts(models, labels, index, parts)
+        if SHOW_SCALES.value:
+            save_png(out / "scales.png", scales(models, first_rows(paths, "tokens", ROWS)))
+    images = first_rows(paths, "arr_0", SHOWN)
     scale = max(1, 96 // images.shape[1])
-    save_png(out / "grid.png", grid(images[:show], columns=min(show, 10), scale=scale))
-    write(out / "samples.npz", joined)
-    (out / "parts").rmtree()
+    save_png(out / "grid.png", grid(images, columns=min(len(images), 10), scale=scale))
+    join_npz(out / "samples.npz", paths, len(labels))
+    for path in paths:
+        path.unlink()
+    parts.rmtree()
     print(
-        f"{len(images)} images are in {out / 'samples.npz'}, the first {show} in {out / 'grid.png'}"
+        f"{len(labels)} images are in {out / 'samples.npz'}, the first {len(images)} in"
+        f" {out / 'grid.png'}"
     )
 
 
-def wanted_labels(class_names: tuple[str, ...]) -> Int32[np.ndarray, " N"]:
+def wanted_labels(models: Models) -> Int32[np.ndarray, " N"]:
     """The class of each image. Raises: BadInput for a class that does not exist."""
-    chosen = [class_index(label.strip(), class_names) for label in LABELS.value or ()]
-    if not chosen and NUM.value is None:
+    if LABELS.value is None and NUM.value is None:
         raise BadInput("say what to draw: --labels, --num or both.")
-    chosen = chosen or list(range(len(class_names)))
+    entries = [counted(entry.strip(), models) for entry in LABELS.value or ()]
+    chosen = np.array([i for i, _ in entries] or range(len(models.class_names)), np.int32)
+    if any(count is not None for _, count in entries):
+        if NUM.value is not None:
+            raise BadInput(f"--labels holds counts, so --num={NUM.value} has no place.")
+        return np.repeat(chosen, [1 if count is None else count for _, count in entries])
     count = len(chosen) if NUM.value is None else NUM.value
     if count < 1:
         raise BadInput(f"--num={count}; expected at least 1.")
-    return np.resize(np.array(chosen, np.int32), count)
+    return np.resize(chosen, count)
 
 
-def class_index(label: str, class_names: tuple[str, ...]) -> int:
-    """A class by number or by name."""
-    if label.lstrip("-").isdigit():
-        if 0 <= int(label) < len(class_names):
-            return int(label)
-        raise BadInput(f"--labels holds {label}; classes are 0 to {len(class_names) - 1}.")
-    found = [i for i, name in enumerate(class_names) if name.lower() == label.lower()]
-    if not found:
-        some = ", ".join(class_names[:12]) + (", ..." if len(class_names) > 12 else "")
-        raise BadInput(f"--labels holds {label!r}; the classes of this checkpoint are {some}.")
-    return found[0]
+def counted(entry: str, models: Models) -> tuple[int, int | None]:
+    """Class and count of "class" or "class:count"; a name may hold colons itself."""
+    name, _, count = entry.rpartition(":")
+    whole_name = entry.lower() in (known.lower() for known in models.class_names)
+    if not name or not count.strip().isdigit() or whole_name:
+        return models.class_index(entry, "--labels"), None
+    if int(count) < 1:
+        raise BadInput(f"--labels holds {entry}; expected a count of at least 1.")
+    return models.class_index(name.strip(), "--labels"), int(count)
 
 
-def claim(out: epath.Path) -> epath.Path:
+def load_scorer(models: Models) -> Score:
+    """What --scorer names. Raises: BadInput if there is no such function."""
+    if SCORER.value is None:
+        config = models.tokenizer.config
+        emoji = open_source("emoji", "train", min(config.patch_nums[-1] * config.downsample, 64))
+        if models.class_names != emoji.class_names:
+            raise BadInput("--reject needs --scorer for this checkpoint; only the emoji have one.")
+        return scorer(emoji)
+    module, _, name = SCORER.value.partition(":")
+    try:
+        score = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise BadInput(f"--scorer={SCORER.value} is no MODULE:FUNCTION here ({error}).") from error
+    return score  # type: ignore[return-value]
+
+
+def claim(out: epath.Path, weights: str) -> epath.Path:
     """The folder of unfinished parts. Raises: BadInput if it holds parts of another command."""
     settings = {
         flag.name: flag.value
-        for flag in (CHECKPOINT, LABELS, NUM, CFG, TOP_K, TOP_P, SMOOTH, SEED, BATCH_SIZE)
-    }
+        for flag in (
+            LABELS, NUM, CFG, TOP_K, TOP_P, SMOOTH, REJECT, SCORER, SEED, BATCH_SIZE, DTYPE
+        )
+    }  # fmt: skip
+    settings |= {"weights": weights}
     parts = out / "parts"
     about = parts / "settings.json"
     if about.exists():
         found = json.loads(about.read_text())
+        advice = "finish that, remove the folder, or name another --out."
+        if found.get("weights") != weights:
+            raise BadInput(f"{parts} holds an unfinished run of other weights; {advice}")
         for name, value in settings.items():
             if found.get(name) != value:
                 raise BadInput(
                     f"{parts} holds an unfinished run with --{name}={found.get(name)}, not {value};"
-                    " finish that, remove the folder, or name another --out."
+                    f" {advice}"
                 )
     elif parts.exists() and any(path.suffix != ".partial" for path in parts.iterdir()):
         raise BadInput(f"{parts} was not made by this command; remove it or name another --out.")
@@ -109,51 +179,90 @@ def claim(out: epath.Path) -> epath.Path:
     return parts
 
 
-def sample_parts(models: Models, labels: Int32[np.ndarray, " N"], parts: epath.Path) -> None:
+def accepted(
+    models: Models,
+    labels: Int32[np.ndarray, " N"],
+    index: Int32[np.ndarray, " M"],
+    score: Score,
+    parts: epath.Path,
+) -> Int32[np.ndarray, " N"]:
+    """Scores all candidates, batch by batch; for each label the position of the one kept."""
+    wanted = labels[index % len(labels)]
+
+    def judge(rows: slice, images: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        scores = np.asarray(score(images, wanted[rows]), np.float64)
+        if scores.shape != (len(images),) or not np.isfinite(scores).all():
+            what = "numbers that are not finite" if scores.ndim == 1 else f"shape {scores.shape}"
+            raise BadInput(f"--scorer returned {what}; expected one score for each image.")
+        return {"scores": scores}
+
+    paths = draw(models, wanted, index, parts, "scores-", "judging", judge)
+    scores = np.concatenate([load_npz(path)["scores"] for path in paths])
+    return best(scores, wanted, labels)
+
+
+def sample_parts(
+    models: Models,
+    labels: Int32[np.ndarray, " N"],
+    index: Int32[np.ndarray, " N"],
+    parts: epath.Path,
+) -> list[epath.Path]:
     """Writes every part that is not there yet."""
-    names = part_names(len(labels))
-    with progress(len(labels), 0, "sampling") as bar:
-        for number, name in enumerate(names):
-            first = number * BATCH_SIZE.value
-            mine = labels[first : first + BATCH_SIZE.value]
-            if not (parts / name).exists():
-                made = generate(
+
+    def keep(rows: slice, images: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        part = {"arr_0": images, "labels": labels[rows]}
+        return part if SMOOTH.value else part | {"tokens": tokens}  # Mixed codes are no tokens.
+
+    return draw(models, labels, index, parts, "", "sampling", keep)
+
+
+def draw(
+    models: Models,
+    labels: Int32[np.ndarray, " N"],
+    index: Int32[np.ndarray, " N"],
+    parts: epath.Path,
+    prefix: str,
+    doing: str,
+    keep: Callable[[slice, np.ndarray, np.ndarray], dict[str, np.ndarray]],
+) -> list[epath.Path]:
+    """Draws batch by batch and writes what `keep` makes of each, unless it is there already."""
+    count, size = len(labels), BATCH_SIZE.value
+    paths = {start: parts / f"{prefix}{start:08d}.npz" for start in range(0, count, size)}
+    left = [start for start, path in paths.items() if not path.exists()]
+    done = count - sum(min(size, count - start) for start in left)
+    with progress(count, done, doing) as bar:
+        for start in left:
+            rows = slice(start, min(start + size, count))
+            images, tokens = next(
+                generate(
                     models.transformer,
                     models.tokenizer,
-                    mine,
-                    batch_size=BATCH_SIZE.value,
+                    labels[rows],
+                    index=index[rows],
+                    batch_size=size,
                     seed=SEED.value,
-                    first=first,
-                    cfg=CFG.value,
+                    cfg=CFG.value or None,
                     top_k=TOP_K.value,
                     top_p=TOP_P.value,
                     smooth=SMOOTH.value,
                 )
-                images, tokens = next(made)
-                part = {"arr_0": images, "labels": mine}
-                # Mixed codes are no tokens.
-                write(parts / name, part if SMOOTH.value else part | {"tokens": tokens})
-            bar.update(len(mine))
+            )
+            save_npz(paths[start], **keep(rows, images, tokens))
+            bar.update(len(images))
+    return list(paths.values())
 
 
-def part_names(count: int) -> list[str]:
-    """File names of the parts of `count` images."""
-    return [f"{start:08d}.npz" for start in range(0, count, BATCH_SIZE.value)]
+def first_rows(paths: list[epath.Path], name: str, count: int) -> np.ndarray:
+    """The first `count` rows of an array that lies in parts."""
+    needed = paths[: -(-count // BATCH_SIZE.value)]
+    return np.concatenate([load_npz(path, name)[name] for path in needed])[:count]
 
 
-def write(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
-    """An npz, written beside and renamed."""
-    data = io.BytesIO()
-    np.savez(data, allow_pickle=False, **arrays)
-    beside = path.parent / f".{path.name}.partial"
-    beside.write_bytes(data.getvalue())
-    beside.replace(path)
-
-
-def read(path: epath.Path) -> dict[str, np.ndarray]:
-    """All arrays of an npz."""
-    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-        return dict(file)
+def scales(models: Models, tokens: Int32[np.ndarray, "N L"]) -> np.ndarray:
+    """A row for each image: what it looks like after each scale."""
+    rows = coarse_to_fine(models.tokenizer, tokens)
+    flat = rows.reshape(-1, *rows.shape[2:])
+    return grid(flat, columns=rows.shape[1], scale=max(1, 96 // flat.shape[1]))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def test_an_image_does_not_depend_on_batch_size_or_devices():
     np.testing.assert_array_equal(tokens, draw(batch_size=2, seed=3)[1])
     with jax.set_mesh(make_mesh(4, 2, 1)):
         np.testing.assert_array_equal(tokens, draw(batch_size=8, seed=3)[1])
-    np.testing.assert_array_equal(tokens[5:], draw(LABELS[5:], seed=3, first=5)[1])
+    np.testing.assert_array_equal(tokens[5:], draw(LABELS[5:], seed=3, index=np.arange(5, 7))[1])
 
 
 def test_seeds_and_labels_matter():

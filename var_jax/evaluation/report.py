@@ -5,10 +5,12 @@ class; its rate on held-out real pictures is the yardstick. Distances to the nea
 picture, beside those of held-out pictures, tell copies from new pictures.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from jaxtyping import Float, Int32, UInt8
 from sklearn.decomposition import PCA
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.svm import SVC
 
 from var_jax.data.sources import Source
@@ -37,6 +39,23 @@ def nearest_distance(
     return np.sqrt(np.maximum(squared.min(1), 0) / a.shape[1])
 
 
+def fit(images: UInt8[np.ndarray, "N H W 3"], labels: Int32[np.ndarray, " N"]) -> Pipeline:
+    """The classifier that judges pictures."""
+    classifier = make_pipeline(PCA(64, random_state=0), SVC(C=10.0))
+    return classifier.fit(features(images), labels)
+
+
+def scorer(source: Source) -> Callable[[np.ndarray, np.ndarray], Float[np.ndarray, " N"]]:
+    """Scores (images, labels): how sure a classifier of the source's pictures is of the label."""
+    classifier = fit(*arrays(source))
+
+    def score(images: np.ndarray, labels: np.ndarray) -> Float[np.ndarray, " N"]:
+        each = classifier.decision_function(features(images))
+        return each[np.arange(len(labels)), np.searchsorted(classifier.classes_, labels)]
+
+    return score
+
+
 def report(
     models, train: Source, validation: Source, seed: int, copies: int = 2
 ) -> dict[str, float]:
@@ -51,8 +70,7 @@ def report(
         models.transformer, models.tokenizer, labels, batch_size=64, seed=seed + 1, **HOW
     )
     samples = np.concatenate([images for images, _ in made])
-    classifier = make_pipeline(PCA(64, random_state=0), SVC(C=10.0))
-    classifier.fit(features(known), known_labels)
+    classifier = fit(known, known_labels)
     real = classifier.score(features(held_out), held_out_labels)
     agree = classifier.predict(features(samples)) == labels
     near_real, near_made = nearest_distance(held_out, known), nearest_distance(samples, known)

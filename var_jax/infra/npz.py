@@ -3,7 +3,7 @@
 import contextlib
 import io
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import BinaryIO
 
@@ -72,3 +72,29 @@ def save_npz(path: str | PurePath, **arrays: np.ndarray) -> None:
     beside = path.parent / f".{path.name}.partial"
     beside.write_bytes(data.getvalue())
     beside.replace(path)
+
+
+def join_npz(path: str | PurePath, parts: Sequence[str | PurePath], length: int) -> None:
+    """Writes the arrays of several npz files, joined to `length` rows, as one npz.
+
+    Part by part, so that memory holds one of them; beside first, then renamed into place.
+    """
+    path = epath.Path(path)
+    beside = path.parent / f".{path.name}.partial"
+    with beside.open("wb") as whole, zipfile.ZipFile(whole, "w") as archive:
+        for name in load_npz(parts[0]):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                for number, part in enumerate(parts):
+                    array = load_npz(part, name)[name]
+                    if number == 0:
+                        about = np.lib.format.header_data_from_array_1_0(array)
+                        about["shape"] = (length, *array.shape[1:])
+                        np.lib.format.write_array_header_1_0(member, about)  # type: ignore
+                    member.write(np.ascontiguousarray(array).data)
+    beside.replace(path)
+
+
+def load_npz(path: str | PurePath, *names: str) -> dict[str, np.ndarray]:
+    """The named arrays of an npz, all of them by default."""
+    with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in names or arrays}

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from var_jax.config import TokenizerConfig
-from var_jax.models.partition import BATCH, pin, take
+from var_jax.models.partition import BATCH, pin, reshape, take
 from var_jax.models.resize import downsample, upsample
 from var_jax.scales import phi_indices, slices
 
@@ -74,8 +74,8 @@ class Quantizer(nnx.Module):
     def embed(self, idx_BL: Int32[Array, "B L"], k: int) -> Float[Array, "B p p C"]:
         """The code vectors of scale k, laid out as a square."""
         p = self.config.patch_nums[k]
-        idx_Bpp = idx_BL[:, slices(self.config.patch_nums)[k]].reshape(-1, p, p)
-        return take(self.codebook[...], idx_Bpp)
+        idx_Bl = idx_BL[:, slices(self.config.patch_nums)[k]]
+        return take(self.codebook[...], reshape(idx_Bl, len(idx_Bl), p, p))
 
     def encode(self, f_BhwC: Float[Array, "B h w C"]) -> Encoded:
         """Codes, the residuals they stand for, the running sum of each scale (algorithm 1)."""
@@ -86,8 +86,8 @@ class Quantizer(nnx.Module):
             idx_Bpp = self.nearest(z_BppC)
             h = self.contribution(k, take(self.codebook[...], idx_Bpp))
             f_hat, rest = f_hat + h, rest - h
-            codes.append(idx_Bpp.reshape(-1, p * p))
-            residuals.append(z_BppC.reshape(-1, p * p, z_BppC.shape[-1]))
+            codes.append(reshape(idx_Bpp, len(idx_Bpp), p * p))
+            residuals.append(reshape(z_BppC, len(z_BppC), p * p, z_BppC.shape[-1]))
             sums.append(f_hat)
         return Encoded(jnp.concatenate(codes, 1), jnp.concatenate(residuals, 1), sums)
 
@@ -114,8 +114,9 @@ class Quantizer(nnx.Module):
 
     def next_input(self, f_hat_BhwC: Float[Array, "B h w C"], k: int) -> Float[Array, "B l C"]:
         """What the transformer reads at scale k: the running sum of all before, area-averaged."""
-        x = downsample(f_hat_BhwC, self.config.patch_nums[k])
-        return x.reshape(x.shape[0], -1, x.shape[-1])
+        p = self.config.patch_nums[k]
+        x_BppC = downsample(f_hat_BhwC, p)
+        return reshape(x_BppC, len(x_BppC), p * p, x_BppC.shape[-1])
 
     def teacher_input(self, idx_BL: Int32[Array, "B L"]) -> Float[Array, "B L-1 C"]:
         """The inputs of scales 2..K given all codes (teacher forcing)."""

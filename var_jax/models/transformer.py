@@ -161,22 +161,30 @@ class Transformer(nnx.Module):
     def decode(
         self, k: int, x_BlD: Float[Array, "B l D"], labels: Int32[Array, " B"], cache: Cache
     ) -> tuple[Float[Array, "B l V"], Cache]:
-        """Logits of scale k given the cached keys and values of the scales before it."""
+        """Logits of scale k given the cached keys and values of the scales before it.
+
+        The cache is carried through the layers, each writing its own part: one buffer, in place.
+        """
         here = slices(self.config.patch_nums)[k]
         cond = self.embed_labels(labels)
 
-        def layer(x, block_past):
-            block, past = block_past
-            join = lambda old, new: jnp.concatenate([old.astype(new.dtype), new], axis=1)
-            attend = lambda q, k, v: dense(q, join(past.k, k), join(past.v, v))
-            return block(x, self.block_cond(cond), attend)
+        def layer(carry, numbered_block):
+            x, cache = carry
+            number, block = numbered_block
 
-        past = jax.tree.map(lambda c: c[:, :, : here.start], cache)
-        x, new = jax.lax.scan(layer, x_BlD, (self.blocks, past))
-        write = lambda c, n: jax.lax.dynamic_update_slice_in_dim(
-            c, n.astype(c.dtype), here.start, axis=2
-        )
-        return self.logits(x, cond), jax.tree.map(write, cache, new)
+            def attend(q, *new):
+                nonlocal cache
+                start = (number, 0, here.start, 0, 0)
+                write = lambda c, n: jax.lax.dynamic_update_slice(c, n.astype(c.dtype)[None], start)
+                cache = jax.tree.map(write, cache, Cache(*new))
+                return dense(q, *(c[number, :, : here.stop] for c in cache))
+
+            x, _ = block(x, self.block_cond(cond), attend)
+            return (x, cache), None
+
+        layers = jnp.arange(self.config.depth), self.blocks
+        (x, cache), _ = jax.lax.scan(layer, (x_BlD, cache), layers)
+        return self.logits(x, cond), cache
 
     def empty_cache(self, batch: int) -> Cache:
         """A zeroed cache for `batch` sequences, in the compute dtype."""

@@ -1,17 +1,26 @@
 """Sampling: class labels → tokens, scale by scale → image. One jitted program (VAR §3.2)."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Bool, Float, Int32, Key
 
-from var_jax.models.partition import BATCH, pin, take
+from var_jax.models.partition import BATCH, pin, reshape, take
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import Transformer
 from var_jax.sampling.filters import guide
 from var_jax.sampling.filters import top_k as keep_top_k
 from var_jax.sampling.filters import top_p as keep_top_p
+from var_jax.scales import slices
+
+
+class Forced(NamedTuple):
+    """Tokens that are given; the others are drawn. Editing gives those of a picture."""
+
+    tokens: Int32[Array, "B L"]
+    keep: Bool[Array, "B L"]
 
 
 def image_keys(seed: int, index: Int32[Array, " B"]) -> Key[Array, " B"]:
@@ -19,42 +28,50 @@ def image_keys(seed: int, index: Int32[Array, " B"]) -> Key[Array, " B"]:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index)
 
 
-@functools.partial(jax.jit, static_argnames=("top_k", "smooth"))
+@functools.partial(jax.jit, static_argnames=("top_k", "top_p", "smooth"))
 def sample(
     transformer: Transformer,
     tokenizer: Tokenizer,
     labels: Int32[Array, " B"],
     keys: Key[Array, " B"],
     *,
-    cfg: Float[Array, ""] | float = 1.5,
+    cfg: Float[Array, ""] | float | None = 1.5,
     top_k: int = 900,
-    top_p: Float[Array, ""] | float = 0.96,
+    top_p: float = 0.96,
     smooth: bool = False,
+    forced: Forced | None = None,
 ) -> tuple[Float[Array, "B H W 3"], Int32[Array, "B L"]]:
     """Images in [-1, 1] and their tokens, under guidance `cfg` that rises linearly over the scales.
 
-    `smooth` mixes code vectors instead of picking one: nicer to look at, not for metrics.
+    A label of num_classes means "no class". Without guidance (None) the work is halved. `smooth`
+    mixes code vectors instead of picking one: nicer to look at, not for metrics.
     """
     B, num_scales = labels.shape[0], len(transformer.config.patch_nums)
     nobody = jnp.full_like(labels, transformer.config.num_classes)
-    both = pin(jnp.concatenate([labels, nobody]), BATCH)
+    double = lambda x, y: x if cfg is None else jnp.concatenate([x, y])
+    both = pin(double(labels, nobody), BATCH)
     quantizer, codebook = tokenizer.quantizer, tokenizer.quantizer.codebook[...]
-    cache = transformer.empty_cache(2 * B)
-    x, f_hat, tokens, start = transformer.embed_start(both), jnp.zeros(()), [], 0
-    for k, side in enumerate(transformer.config.patch_nums):
+    cache = transformer.empty_cache(len(both))
+    x, f_hat, tokens = transformer.embed_start(both), jnp.zeros(()), []
+    for k, here in enumerate(slices(transformer.config.patch_nums)):
         ratio = k / max(num_scales - 1, 1)
         logits, cache = transformer.decode(k, x, both, cache)
-        logits = pin(guide(logits, cfg * ratio), BATCH)
+        logits = pin(logits if cfg is None else guide(logits, cfg * ratio), BATCH)
         logits = keep_top_p(keep_top_k(logits, top_k), top_p)
         scale_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
         idx_Bl = jax.vmap(jax.random.categorical)(scale_keys, logits).astype(jnp.int32)
         code_BlC = mix(scale_keys, logits, codebook, ratio) if smooth else take(codebook, idx_Bl)
-        f_hat = f_hat + quantizer.contribution(k, code_BlC.reshape(B, side, side, -1))
+        if forced is not None:
+            given, keep = forced.tokens[:, here], forced.keep[:, here]
+            idx_Bl = jnp.where(keep, given, idx_Bl)
+            code_BlC = jnp.where(keep[..., None], take(codebook, given), code_BlC)
+        side = transformer.config.patch_nums[k]
+        code_BppC = reshape(code_BlC, B, side, side, code_BlC.shape[-1])
+        f_hat = f_hat + quantizer.contribution(k, code_BppC)
         tokens.append(idx_Bl)
-        start += side * side
         if k + 1 < num_scales:
-            x = transformer.embed_inputs(quantizer.next_input(f_hat, k + 1), start)
-            x = pin(jnp.concatenate([x, x]), BATCH)
+            x = transformer.embed_inputs(quantizer.next_input(f_hat, k + 1), here.stop)
+            x = pin(double(x, x), BATCH)
     return tokenizer.decode_latent(f_hat), jnp.concatenate(tokens, axis=1)
 
 

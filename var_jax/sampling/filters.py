@@ -26,12 +26,14 @@ def top_k(logits: Float[Array, "... V"], k: int) -> Float[Array, "... V"]:
     return jnp.where(rank < threshold, -jnp.inf, logits)
 
 
-def top_p(logits: Float[Array, "... V"], p: Float[Array, ""] | float) -> Float[Array, "... V"]:
+def top_p(logits: Float[Array, "... V"], p: float) -> Float[Array, "... V"]:
     """Hides the tail that holds at most 1-p of the probability, never the best; 0 keeps all."""
+    if p in (0, 1):
+        return logits
     rank, share = ranks(logits), jax.nn.softmax(logits, axis=-1)
     below = lambda t: jnp.sum(share, axis=-1, keepdims=True, where=rank < t)
     threshold = jnp.minimum(last(lambda t: below(t) <= 1 - p, rank), rank.max(-1, keepdims=True))
-    return jnp.where((rank < threshold) & (p > 0), -jnp.inf, logits)
+    return jnp.where(rank < threshold, -jnp.inf, logits)
 
 
 def ranks(x: Float[Array, "..."]) -> UInt32[Array, "..."]:

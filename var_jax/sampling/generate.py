@@ -10,7 +10,7 @@ from jaxtyping import Int32, UInt8
 from var_jax.models.partition import BATCH, pin, round_up
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import Transformer
-from var_jax.sampling.decode import image_keys, sample
+from var_jax.sampling.decode import Forced, image_keys, sample
 
 
 def generate(
@@ -20,21 +20,41 @@ def generate(
     *,
     batch_size: int,
     seed: int = 0,
-    first: int = 0,
+    index: Int32[np.ndarray, " N"] | None = None,
+    forced: Forced | None = None,
     **how,
 ) -> Iterator[tuple[UInt8[np.ndarray, "b H W 3"], Int32[np.ndarray, "b L"]]]:
-    """Images 0..255 and tokens, in order; `first` is the index of the first one, `how` `sample`'s.
+    """Images 0..255 and tokens, in order, each from `seed` and its `index` (default: 0..N-1).
 
-    The last batch is padded, so that one compiled program serves all.
+    `forced` holds NumPy arrays of N rows, `how` is `sample`'s. The last batch is padded, so that
+    one compiled program serves all.
     """
     size = round_up(batch_size)
+    index = np.arange(len(labels), dtype=np.int32) if index is None else index
     for start in range(0, len(labels), batch_size):
         rows = np.arange(start, min(start + batch_size, len(labels)))
         padded = np.resize(rows, size)
-        keys = image_keys(seed, pin(jnp.asarray(first + padded), BATCH))
-        wanted = pin(jnp.asarray(labels[padded]), BATCH)
-        images, tokens = sample(transformer, tokenizer, wanted, keys, **how)
+        take = lambda array, padded=padded: pin(jnp.asarray(array[padded]), BATCH)
+        images, tokens = sample(
+            transformer,
+            tokenizer,
+            take(labels),
+            image_keys(seed, take(index)),
+            forced=None if forced is None else Forced(*map(take, forced)),
+            **how,
+        )
         yield to_bytes(images)[: len(rows)], np.asarray(tokens)[: len(rows)]
+
+
+def coarse_to_fine(
+    tokenizer: Tokenizer, tokens: Int32[np.ndarray, "N L"]
+) -> UInt8[np.ndarray, "N K H W 3"]:
+    """What an image looks like after each scale: the running sums of its codes, decoded."""
+    count = len(tokens)
+    padded = pin(jnp.asarray(np.resize(tokens, (round_up(count), tokens.shape[1]))), BATCH)
+    sums = jax.jit(lambda tokenizer, tokens: tokenizer.quantizer.decode(tokens))(tokenizer, padded)
+    decode = jax.jit(Tokenizer.decode_latent)
+    return np.stack([to_bytes(decode(tokenizer, f_hat))[:count] for f_hat in sums], axis=1)
 
 
 def to_bytes(images: jax.Array) -> UInt8[np.ndarray, "B H W 3"]:

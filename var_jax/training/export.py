@@ -32,6 +32,19 @@ class Models(NamedTuple):
     transformer: Transformer
     class_names: tuple[str, ...]
 
+    def class_index(self, label: str, flag: str) -> int:
+        """A class by number or by name. Raises: BadInput, naming `flag`, if there is none such."""
+        names = self.class_names
+        if label.lstrip("-").isdigit():
+            if 0 <= int(label) < len(names):
+                return int(label)
+            raise BadInput(f"{flag} holds {label}; classes are 0 to {len(names) - 1}.")
+        found = [i for i, name in enumerate(names) if name.lower() == label.lower()]
+        if not found:
+            some = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+            raise BadInput(f"{flag} holds {label!r}; the classes of this checkpoint are {some}.")
+        return found[0]
+
 
 def save_models(directory: str | PurePath, models: Models, config: Config) -> None:
     """Writes the checkpoint, weights in `config.export_dtype`."""
@@ -61,16 +74,29 @@ def save_parts(
     save_weights(directory, parts | {"torch_buffers": buffers}, about)
 
 
-def load_models(directory: str, mesh: jax.sharding.Mesh) -> Models:
+def slim(transformer: Transformer) -> Transformer:
+    """The abstract transformer with its large weights in bfloat16."""
+    narrow = lambda path, leaf: jax.ShapeDtypeStruct(
+        leaf.shape, jnp.bfloat16 if len(layout(path, leaf)) else leaf.dtype
+    )
+    return jax.tree_util.tree_map_with_path(narrow, transformer)
+
+
+def load_models(directory: str, mesh: jax.sharding.Mesh, dtype: str = "auto") -> Models:
     """Reads a checkpoint onto the mesh, weights in float32.
+
+    Another `dtype` than "auto" is what the transformer computes in, and bfloat16 also what its
+    large weights are held in: half the memory.
 
     Raises: BadInput if there is none, it is damaged, or holds a tokenizer only.
     """
-    folder, about, abstract = describe(directory)
+    folder, about, abstract = describe(directory, dtype)
     if "transformer" not in abstract:
         raise BadInput(
             f"{folder} holds a tokenizer but no transformer; convert it with --transformer too."
         )
+    if dtype == "bfloat16":
+        abstract["transformer"] = slim(abstract["transformer"])
     abstract = {
         "tokenizer": shard(abstract["tokenizer"], mesh, lambda path, leaf: PartitionSpec()),
         "transformer": shard(abstract["transformer"], mesh, layout),
@@ -101,8 +127,10 @@ def load_parts(directory: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return parts, parts.pop("torch_buffers")
 
 
-def describe(directory: str) -> tuple[str | Path, dict, dict[str, Any]]:
+def describe(directory: str, dtype: str = "auto") -> tuple[str | Path, dict, dict[str, Any]]:
     """The folder, its config.json, and its models with abstract weights.
+
+    Another `dtype` than "auto" replaces the one that the transformer computes in.
 
     Raises: BadInput if it is no checkpoint.
     """
@@ -117,6 +145,8 @@ def describe(directory: str) -> tuple[str | Path, dict, dict[str, Any]]:
     abstract = {"tokenizer": jax.eval_shape(lambda: Tokenizer(tokenizer, rngs=nnx.Rngs(0)))}
     if "transformer" in about:
         transformer = from_dict(TransformerConfig, about["transformer"], "transformer")
+        if dtype != "auto":
+            transformer = dataclasses.replace(transformer, dtype=dtype)
         build = lambda: Transformer(transformer, rngs=nnx.Rngs(0))
         abstract["transformer"] = jax.eval_shape(build)
     return folder, about, abstract

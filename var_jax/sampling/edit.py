@@ -1,0 +1,55 @@
+"""Which tokens an edit keeps, at every scale (VAR §5.3 and the release's notebook on editing).
+
+A mask on the finest scale says what to repaint; the other scales follow from it. True means keep:
+the token is forced to the picture's own (`decode.Forced`), all others are drawn.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+Box = tuple[float, float, float, float]  # y0, x0, y1, x1, fractions of the picture
+
+
+def box_mask(box: Box, side: int) -> Bool[np.ndarray, "side side"]:
+    """True inside the box, whose edges are rounded to whole cells (halves to even)."""
+    y0, x0, y1, x1 = (round(edge * side) for edge in box)
+    mask = np.zeros((side, side), bool)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def pool_mask(mask: Float[np.ndarray, "H W"], side: int) -> Bool[np.ndarray, "side side"]:
+    """True where a cell's mean is at least 1/2; H and W are multiples of `side`."""
+    H, W = mask.shape
+    return mask.reshape(side, H // side, side, W // side).mean((1, 3)) >= 0.5
+
+
+def kept_tokens(
+    repaint: Bool[np.ndarray, "side side"], patch_nums: tuple[int, ...]
+) -> Bool[np.ndarray, " L"]:
+    """The tokens to keep, scales concatenated, from the cells of the finest scale to repaint.
+
+    A token is kept where the mask of kept cells, read bilinearly at its centre, is above 1/2. The
+    one token of scale 1 is always kept.
+    """
+    keep = (~repaint).astype(np.float32)
+    scales = []
+    for side in patch_nums:
+        reading = bilinear_matrix(len(keep), side)
+        scales.append((reading @ keep @ reading.T > 0.5).ravel() if side > 1 else [True])
+    return np.concatenate(scales)
+
+
+def bilinear_matrix(size_in: int, size_out: int) -> Float[np.ndarray, "out in"]:
+    """Linear interpolation as torch does it: half-pixel centres, no antialiasing.
+
+    Positions are rounded once, as its fused multiply-add does: ties at 1/2 depend on that.
+    """
+    ratio = np.float64(np.float32(size_in) / np.float32(size_out))
+    at = np.maximum(ratio * (np.arange(size_out) + 0.5) - 0.5, 0).astype(np.float32)
+    below = at.astype(int)
+    weight = at - below.astype(np.float32)
+    matrix, rows = np.zeros((size_out, size_in), np.float32), np.arange(size_out)
+    matrix[rows, below] = 1 - weight
+    np.add.at(matrix, (rows, np.minimum(below + 1, size_in - 1)), weight)
+    return matrix
