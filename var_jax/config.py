@@ -76,7 +76,10 @@ class TransformerConfig:
     qk_norm: bool = True
     shared_adaln: bool = False
     drop_path: float = 0.1 * 16 / 24  # rate of the last layer; rises linearly from 0
+    gamma_std: float = 1e-5  # of AdaLN's gates at the start, times (3·width)^-0.5
     dtype: str = "auto"  # of activations: bfloat16 on accelerators, float32 on CPU
+    attention: str = "auto"  # masked, blocks, kernel, cudnn: see models/attention.py
+    remat: str = "none"  # recomputed backward: none, selective (elementwise work), full
 
     def __post_init__(self):
         check_schedule(self.patch_nums)
@@ -88,6 +91,8 @@ class TransformerConfig:
             raise BadInput(
                 f"transformer.dtype={self.dtype!r} is not one of auto, float32, bfloat16."
             )
+        if self.remat not in ("none", "selective", "full"):
+            raise BadInput(f"transformer.remat={self.remat!r} is not one of none, selective, full.")
 
     @classmethod
     def from_depth(cls, depth: int, **overrides: Any) -> "TransformerConfig":

@@ -1,29 +1,136 @@
-"""Attention among scales: a token sees its own scale and every coarser one (VAR §3.2)."""
+"""Attention among scales: a token sees its own scale and every coarser one (VAR §3.2).
+
+`attention` is the same function in four programs; which one runs depends on the platform.
+"""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
-from var_jax.scales import slices
+from var_jax import BadInput
+from var_jax.models import attention_kernel
+from var_jax.models.partition import BATCH, on_mesh, pin, platform
+from var_jax.scales import level_ids, slices
+
+
+def attention(
+    q: Float[Array, "B L H N"],
+    k: Float[Array, "B L H N"],
+    v: Float[Array, "B L H N"],
+    patch_nums: tuple[int, ...],
+    *,
+    q_bias: Float[Array, "H N"] | None = None,
+    scale: Float[Array, " H"] | None = None,
+    qk_norm: bool = False,
+    implementation: str = "auto",
+) -> Float[Array, "B L H N"]:
+    """softmax(q·k) over the tokens of the same and of coarser scales, times v; softmax in float32.
+
+    First q + q_bias, both q and k divided by their norms under `qk_norm`, q times `scale`.
+    `implementation` is one of
+
+    - masked: all L × L products, then a mask. The plain one that the others are compared with.
+    - blocks: each scale over its prefix, so that no hidden product is computed.
+    - kernel: Pallas kernels for TPU that take in all of the above; elsewhere they are interpreted,
+      which is slow. 128 must be a multiple of N.
+    - cudnn: NVIDIA's fused attention, bfloat16 only.
+    - auto: kernel on TPU, cudnn on NVIDIA GPUs, blocks elsewhere and where those do not apply.
+
+    Raises: BadInput if `implementation` is none of these.
+    """
+    if implementation == "auto":
+        implementation = choose(q)
+    if implementation == "kernel":
+        H, N = q.shape[2:]
+        q_bias = jnp.zeros((H, N)) if q_bias is None else q_bias
+        scale = jnp.ones(H) if scale is None else scale
+        how = {"patch_nums": patch_nums, "qk_norm": qk_norm, "interpret": platform() != "tpu"}
+        return attention_kernel.attention(q, k, v, q_bias, scale, **how)
+    q, k = prepare(q, k, q_bias, scale, qk_norm)
+    if implementation == "masked":
+        return dense(q, k, v, visible(patch_nums))
+    if implementation == "blocks":
+        parts = [dense(q[:, s], k[:, : s.stop], v[:, : s.stop]) for s in slices(patch_nums)]
+        return jnp.concatenate(parts, axis=1)
+    if implementation == "cudnn":
+        return cudnn(q, k, v, visible(patch_nums))
+    raise BadInput(
+        f"attention={implementation!r} is not one of auto, masked, blocks, kernel, cudnn."
+    )
+
+
+def prepare(
+    q: Float[Array, "B L H N"],
+    k: Float[Array, "B L H N"],
+    q_bias: Float[Array, "H N"] | None,
+    scale: Float[Array, " H"] | None,
+    qk_norm: bool,
+) -> tuple[Float[Array, "B L H N"], Float[Array, "B L H N"]]:
+    """q and k as the softmax takes them; float32 in between."""
+    q32 = q.astype(jnp.float32)
+    if q_bias is not None:
+        q32 = q32 + q_bias
+    if qk_norm:
+        q32, k = unit(q32), unit(k.astype(jnp.float32)).astype(k.dtype)
+    if scale is not None:
+        q32 = q32 * scale[:, None]
+    return q32.astype(q.dtype), k
+
+
+def choose(q: Float[Array, "B L H N"]) -> str:
+    """The fastest implementation that applies."""
+    if platform() == "tpu" and 128 % q.shape[-1] == 0:
+        return "kernel"
+    if platform() in ("cuda", "gpu") and q.dtype == jnp.bfloat16 and q.shape[-1] <= 128:
+        return "cudnn"
+    return "blocks"
+
+
+def visible(patch_nums: tuple[int, ...]) -> Bool[np.ndarray, "L L"]:
+    """Whether the query of a row sees the key of a column."""
+    level = level_ids(patch_nums)
+    return level[:, None] >= level
 
 
 def dense(
     q: Float[Array, "B L H N"],
     k: Float[Array, "B S H N"],
     v: Float[Array, "B S H N"],
+    mask: Bool[np.ndarray, "L S"] | None = None,
 ) -> Float[Array, "B L H N"]:
-    """Softmax attention over all of k, v, with q already scaled; softmax in float32."""
+    """Attention over all of k, v, or those that `mask` leaves; q already scaled."""
     logits = jnp.einsum("BLHN,BSHN->BHLS", q, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask, logits, -jnp.inf)
     weight = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("BHLS,BSHN->BLHN", weight, v)
 
 
-def block_causal(
-    q: Float[Array, "B L H N"],
-    k: Float[Array, "B L H N"],
-    v: Float[Array, "B L H N"],
-    patch_nums: tuple[int, ...],
-) -> Float[Array, "B L H N"]:
-    """Dense attention of each scale over its prefix: no mask, and no hidden block is computed."""
-    parts = [dense(q[:, s], k[:, : s.stop], v[:, : s.stop]) for s in slices(patch_nums)]
-    return jnp.concatenate(parts, axis=1)
+def cudnn(q: Array, k: Array, v: Array, mask: Bool[np.ndarray, "L L"]) -> Array:
+    """cuDNN wants lengths that are even: one hidden token is added where L is odd."""
+    L = q.shape[1]
+    pad = L % 2
+    widen = lambda x: jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    mask = np.pad(mask, ((0, pad), (0, pad)))
+    mask[L:, 0] = True  # an added query must see something
+    run = lambda q, k, v: jax.nn.dot_product_attention(
+        q, k, v, mask=jnp.asarray(mask)[None, None], scale=1.0, implementation="cudnn"
+    )
+    return local(run)(widen(q), widen(k), widen(v))[:, :L]
+
+
+def local(run: Callable[..., Array]) -> Callable[..., Array]:
+    """`run` on each device's own images and heads, for q, k, v (B,L,H,N)."""
+    if not on_mesh():
+        return run
+    spec = jax.sharding.PartitionSpec(BATCH, None, "tensor")
+    mapped = jax.shard_map(run, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    return lambda *qkv: mapped(*(pin(x, BATCH, None, "tensor") for x in qkv))
+
+
+def unit(x: Float[Array, "*rest N"]) -> Float[Array, "*rest N"]:
+    """Vectors at length 1."""
+    return x * jax.lax.rsqrt(jnp.maximum((x**2).sum(-1, keepdims=True), 1e-24))

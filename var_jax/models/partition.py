@@ -18,6 +18,12 @@ def on_mesh() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
+def platform() -> str:
+    """What the code being traced will run on: the mesh's devices, or else jax's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def round_up(count: int) -> int:
     """The smallest batch of at least `count` that the mesh splits evenly."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -30,23 +36,55 @@ def pin(x: Array, *spec: Axes) -> Array:
     return jax.sharding.reshard(x, P(*spec)) if on_mesh() else x
 
 
-def einsum(equation: str, x: Array, w: Array, *spec: Axes) -> Array:
+def einsum(equation: str, x: Array, w: Array, *spec: Axes, **kwargs) -> Array:
     """`jnp.einsum` with the result laid out as `spec` says."""
-    return jnp.einsum(equation, x, w, out_sharding=P(*spec) if on_mesh() else None)
+    out = P(*spec) if on_mesh() else None
+    return jnp.einsum(equation, x, w, out_sharding=out, **kwargs)
 
 
-def project(x: Float[Array, "B L D"], w: Float[Array, "D F"], out: Axes = None) -> Array:
-    """x @ w over the last axis, whose result (B,L,F) is split over `out`.
-
-    As one product of matrices: XLA's CPU backend takes the gradient of a batched one much slower.
-    """
-    B, L, D = x.shape
+def rows(x: Float[Array, "B L D"]) -> Float[Array, "M D"]:
+    """All tokens of all images in one axis, as matrix products want them."""
+    shape = (x.shape[0] * x.shape[1], x.shape[2])
     if not on_mesh():
-        return (x.reshape(B * L, D) @ w).reshape(B, L, -1)
-    inner = jax.typeof(x).sharding.spec[-1]
-    x = jax.lax.reshape(x, (B * L, D), out_sharding=P(BATCH, inner))
-    y = einsum("MD,DF->MF", x, w, BATCH, out)
-    return jax.lax.reshape(y, (B, L, w.shape[1]), out_sharding=P(BATCH, None, out))
+        return x.reshape(shape)
+    return jax.lax.reshape(x, shape, out_sharding=P(BATCH, jax.typeof(x).sharding.spec[2]))
+
+
+def images(x: Float[Array, "M D"], batch: int) -> Float[Array, "B L D"]:
+    """The inverse of `rows`."""
+    shape = (batch, x.shape[0] // batch, x.shape[1])
+    if not on_mesh():
+        return x.reshape(shape)
+    return jax.lax.reshape(x, shape, out_sharding=P(BATCH, None, jax.typeof(x).sharding.spec[1]))
+
+
+def project(
+    x_MD: Float[Array, "M D"],
+    w: Float[Array, "D F"],
+    out: Axes = None,
+    dtype: jnp.dtype | None = None,
+) -> Float[Array, "M F"]:
+    """x @ w, split over `out`, accumulated and returned in `dtype`."""
+    spec = P(BATCH, out) if on_mesh() else None
+    return jnp.matmul(x_MD, w, preferred_element_type=dtype, out_sharding=spec)
+
+
+def merge_heads(x: Float[Array, "*rest H N"], axis: int = -2) -> Float[Array, "*rest HN"]:
+    """Joins axes H and N, H first and at `axis`; 'tensor' may split them."""
+    axis %= x.ndim
+    shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
+    if not on_mesh():
+        return x.reshape(shape)
+    spec = jax.typeof(x).sharding.spec
+    return jax.lax.reshape(x, shape, out_sharding=P(*spec[: axis + 1], *spec[axis + 2 :]))
+
+
+def split_heads(x: Float[Array, "*rest HN"], N: int) -> Float[Array, "*rest H N"]:
+    """The inverse of `merge_heads` over the last axis."""
+    shape = (*x.shape[:-1], x.shape[-1] // N, N)
+    if not on_mesh():
+        return x.reshape(shape)
+    return jax.lax.reshape(x, shape, out_sharding=P(*jax.typeof(x).sharding.spec, None))
 
 
 def reshape(x: Float[Array, "B *rest"], *shape: int) -> Float[Array, "B *new"]:

@@ -5,6 +5,7 @@ cannot stand in: its "cubic" has another kernel (A = -0.5) and its "area" anothe
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -53,3 +54,14 @@ def downsample(x_BhhC: Float[Array, "B h h C"], size: int) -> Float[Array, "B p 
     """Area average, to `size` × `size`; the identity when already there."""
     side = x_BhhC.shape[1]
     return x_BhhC if side == size else _resize(x_BhhC, area_matrix(side, size))
+
+
+def resize_all(
+    x_KBhhC: Float[Array, "K B h h C"], matrices: Sequence[Float[np.ndarray, "out in"]]
+) -> Float[Array, "K B h h C"]:
+    """Resizes stack k by matrix k, all at once; rows and columns beyond its size are zeros."""
+    side = x_KBhhC.shape[2]
+    square = lambda m: np.pad(m, [(0, side - n) for n in m.shape])
+    matrix = np.stack([square(m) for m in matrices])
+    x = jnp.einsum("KHh,KBhwC->KBHwC", matrix, x_KBhhC, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("KWw,KBHwC->KBHWC", matrix, x, precision=jax.lax.Precision.HIGHEST)

@@ -4,8 +4,9 @@ The input at scale k is the running sum of all coarser scales, area-averaged to 
 reads the class embedding). Blocks are stacked along a leading axis and scanned.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,19 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32, Key
 
 from var_jax.config import TransformerConfig
-from var_jax.models.attention import block_causal, dense
-from var_jax.models.partition import BATCH, einsum, pin, project, take
+from var_jax.models.attention import attention, dense, prepare
+from var_jax.models.partition import (
+    BATCH,
+    einsum,
+    images,
+    merge_heads,
+    pin,
+    platform,
+    project,
+    rows,
+    split_heads,
+    take,
+)
 from var_jax.scales import level_ids, slices
 
 # How the large weights lie on the mesh (blocks carry one axis more); the rest is replicated.
@@ -30,6 +42,8 @@ LAYOUT = {
     "class_embed": (None, "fsdp"),
     "pos_embed": (None, "fsdp"),
 }
+
+T = TypeVar("T")
 
 MAX_LOG_SCALE = jnp.log(100.0).item()  # attention temperature is clipped here
 
@@ -52,7 +66,7 @@ class Block(nnx.Module):
         draw = lambda shape, std: nnx.Param(std * jax.random.normal(rngs.params(), shape))
         zeros = lambda *shape: nnx.Param(jnp.zeros(shape))
         # Gates (gamma) start near zero, scales and shifts at half size.
-        ada_std = jnp.array([1e-5] * 2 + [0.5] * 4)[:, None]
+        ada_std = jnp.array([config.gamma_std] * 2 + [0.5] * 4)[:, None]
         if config.shared_adaln:
             self.ada_offset = draw((6, D), ada_std * D**-0.5)
         else:
@@ -73,45 +87,73 @@ class Block(nnx.Module):
         if self.config.shared_adaln:
             ada = cond + self.ada_offset[...]
         else:
-            ada = einsum("BD,DxE->BxE", jax.nn.silu(cond), gather(self.ada), BATCH) + self.ada_bias
+            ada = modulate(cond, self.ada, self.ada_bias, dtype)
         return [ada[:, i, None].astype(dtype) for i in range(6)]
 
-    def heads(self, x: Float[Array, "B L D"]) -> list[Float[Array, "B L H N"]]:
-        """q, k, v; q scaled so that attention is a plain softmax(q·k)."""
+    def project_qkv(self, x: Array, scale: Array, shift: Array) -> list[Float[Array, "M HN"]]:
+        """q, k, v of all tokens, without biases."""
+        x = rows(layer_norm(x) * (1 + scale) + shift)
         qkv = gather(self.qkv, None, None, "tensor", dtype=x.dtype)
-        q, k, v = jnp.moveaxis(einsum("BLD,DxHN->BLxHN", x, qkv, BATCH, None, None, "tensor"), 2, 0)
-        q = q + self.q_bias.astype(x.dtype)
-        v = v + self.v_bias.astype(x.dtype)
-        if self.config.qk_norm:
-            scale = jnp.exp(jnp.minimum(self.log_scale[...], MAX_LOG_SCALE))[:, None]
-            return [unit(q, scale), unit(k, 1.0), v]
-        return [q * (0.25 * self.config.head_dim**-0.5), k, v]
+        return [project(x, merge_heads(qkv[:, i]), "tensor") for i in range(3)]
+
+    @property
+    def query(self) -> dict[str, Any]:
+        """How attention is to take the queries."""
+        c = self.config
+        if not c.qk_norm:
+            scale = jnp.full((c.num_heads,), 0.25 * c.head_dim**-0.5)
+        else:
+            scale = jnp.exp(jnp.minimum(self.log_scale[...], MAX_LOG_SCALE))
+        return {"q_bias": self.q_bias[...], "scale": scale, "qk_norm": c.qk_norm}
+
+    def project_mixed(self, mixed: Float[Array, "M HN"]) -> Float[Array, "M D"]:
+        """Attention's result back to the width of the residual stream.
+
+        Attention weights sum to 1, so the bias of v is the same as this much more bias here.
+        """
+        proj = merge_heads(gather(self.proj, "tensor", dtype=mixed.dtype), axis=0)
+        v_bias = merge_heads(pin(self.v_bias[...].astype(proj.dtype), "tensor"))
+        bias = self.proj_bias + einsum("F,FD->D", v_bias, proj)
+        return project(mixed, proj) + bias.astype(mixed.dtype)
+
+    def mlp(self, x: Array, gate: Array, out: Array, scale: Array, shift: Array):
+        """The residual stream (B,L,D) after attention, and what the MLP adds to it (M,D)."""
+        x = self.add(x, gate, out)
+        h = rows(layer_norm(x) * (1 + scale) + shift)
+        fc1 = gather(self.fc1, None, "tensor", dtype=x.dtype)
+        h = jax.nn.gelu(project(h, fc1, "tensor") + self.fc1_bias.astype(x.dtype))
+        fc2 = gather(self.fc2, "tensor", dtype=x.dtype)
+        return x, project(h, fc2) + self.fc2_bias.astype(x.dtype)
+
+    def add(self, x: Array, gate: Array, out: Float[Array, "M D"]) -> Float[Array, "B L D"]:
+        """A gated branch joins the residual stream."""
+        return x + gate * images(out, x.shape[0])
+
+    def heads(self, y: Float[Array, "M HN"], x: Float[Array, "B L D"]) -> Float[Array, "B L H N"]:
+        """The heads of all tokens of each image."""
+        return split_heads(images(y, x.shape[0]), self.config.head_dim)
 
     def __call__(
         self,
         x: Float[Array, "B L D"],
         cond: Float[Array, "B ..."],
-        attend: Callable[[Array, Array, Array], Array],
+        attend: Callable[..., tuple[Array, T]],
         keep: Float[Array, "2 B 1 1"] | None = None,
-    ) -> tuple[Float[Array, "B L D"], Cache]:
-        """One block; `attend` maps q, k, v to the mixed values, `keep` is drop-path's mask.
+    ) -> tuple[Float[Array, "B L D"], T]:
+        """One block; `attend(q, k, v, how)` gives the mixed values and whatever else it makes.
 
-        Also returns the keys and values it made, for caching.
+        `keep` is drop-path's mask.
         """
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = self.modulation(cond, x.dtype)
+        again = jax.checkpoint if self.config.remat == "selective" else lambda f, **_: f
+        part = lambda f, *args: again(f, prevent_cse=False)(self, *args)
+        modulation = part(functools.partial(Block.modulation, dtype=x.dtype), cond)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         keep1, keep2 = (1, 1) if keep is None else keep.astype(x.dtype)
-        q, k, v = self.heads(layer_norm(x) * (1 + scale1) + shift1)
-        proj = gather(self.proj, "tensor", dtype=x.dtype)
-        mixed = einsum("BLHN,HND->BLD", attend(q, k, v), proj, BATCH) + self.proj_bias.astype(
-            x.dtype
-        )
-        x = x + keep1 * gamma1 * mixed
-        fc1 = gather(self.fc1, None, "tensor", dtype=x.dtype)
-        h = layer_norm(x) * (1 + scale2) + shift2
-        h = project(h, fc1, "tensor") + self.fc1_bias.astype(x.dtype)
-        fc2 = gather(self.fc2, "tensor", dtype=x.dtype)
-        h = project(jax.nn.gelu(h), fc2) + self.fc2_bias.astype(x.dtype)
-        return x + keep2 * gamma2 * h, Cache(k, v)
+        q, k, v = part(Block.project_qkv, x, scale1, shift1)
+        mixed, made = attend(*(self.heads(y, x) for y in (q, k, v)), self.query)
+        out = part(Block.project_mixed, rows(merge_heads(mixed)))
+        x, out2 = part(Block.mlp, x, keep1 * gamma1, out, scale2, shift2)
+        return part(Block.add, x, keep2 * gamma2, out2), made
 
 
 class Transformer(nnx.Module):
@@ -148,12 +190,19 @@ class Transformer(nnx.Module):
         """
         cond, x = self.embed_labels(labels), self.embed_inputs(x_BMC)
         x = jnp.concatenate([self.embed_start(labels), x], axis=1)
-        attend = lambda q, k, v: block_causal(q, k, v, self.config.patch_nums)
+        config = self.config
+
+        def attend(q, k, v, query):
+            how = {"implementation": config.attention, **query}
+            return attention(q, k, v, config.patch_nums, **how), None
 
         def layer(x, block_keep):
             block, keep = block_keep
-            return block(x, self.block_cond(cond), attend, keep)[0], None
+            return block(x, block_cond, attend, keep)
 
+        block_cond = self.block_cond(cond)
+        if config.remat == "full":
+            layer = jax.checkpoint(layer, prevent_cse=False)
         keep = None if key is None else self.drop_path(key, x.shape[0])
         x, _ = jax.lax.scan(layer, x, (self.blocks, keep))
         return self.logits(x, cond)
@@ -172,16 +221,16 @@ class Transformer(nnx.Module):
             x, cache = carry
             number, block = numbered_block
 
-            def attend(q, *new):
-                nonlocal cache
+            def attend(q, k, v, query):
+                q, k = prepare(q, k, **query)
                 start = (number, 0, here.start, 0, 0)
                 write = lambda c, n: jax.lax.dynamic_update_slice(c, n.astype(c.dtype)[None], start)
-                cache = jax.tree.map(write, cache, Cache(*new))
-                return dense(q, *(c[number, :, : here.stop] for c in cache))
+                written = jax.tree.map(write, cache, Cache(k, v))
+                return dense(q, *(c[number, :, : here.stop] for c in written)), written
 
-            x, _ = block(x, self.block_cond(cond), attend)
-            return (x, cache), None
+            return block(x, block_cond, attend), None
 
+        block_cond = self.block_cond(cond)
         layers = jnp.arange(self.config.depth), self.blocks
         (x, cache), _ = jax.lax.scan(layer, (x_BlD, cache), layers)
         return self.logits(x, cond), cache
@@ -198,7 +247,7 @@ class Transformer(nnx.Module):
         """Compute dtype of the blocks."""
         if self.config.dtype != "auto":
             return jnp.dtype(self.config.dtype)
-        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return jnp.dtype("float32" if platform() == "cpu" else "bfloat16")
 
     def position(self) -> Float[Array, "L D"]:
         """Where a token lies plus which scale it belongs to."""
@@ -215,16 +264,15 @@ class Transformer(nnx.Module):
 
     def embed_inputs(self, x_BMC: Float[Array, "B M C"], start: int = 1) -> Float[Array, "B M D"]:
         """The inputs of the tokens from position `start` on."""
-        x = project(x_BMC, gather(self.word)) + self.word_bias[...]
+        x = project(rows(x_BMC), gather(self.word)) + self.word_bias[...]
+        x = images(x, x_BMC.shape[0])
         return (x + self.position()[start : start + x_BMC.shape[1]]).astype(self.dtype)
 
     def block_cond(self, cond: Float[Array, "B D"]) -> Float[Array, "B ..."]:
         """What the blocks are conditioned on."""
         if not self.config.shared_adaln:
             return cond
-        return (
-            einsum("BD,DxE->BxE", jax.nn.silu(cond), gather(self.ada), BATCH) + self.ada_bias[...]
-        )
+        return modulate(cond, self.ada, self.ada_bias, self.dtype)
 
     def drop_path(self, key: Key[Array, ""], batch: int) -> Float[Array, "depth 2 B 1 1"]:
         """Which residual branches an image keeps, scaled to keep the mean (stochastic depth)."""
@@ -234,13 +282,22 @@ class Transformer(nnx.Module):
         return pin(keep / (1 - rate), None, None, BATCH)
 
     def logits(self, x: Float[Array, "B L D"], cond: Float[Array, "B D"]) -> Float[Array, "B L V"]:
-        """The head, in float32."""
-        ada = einsum("BD,DxE->BxE", jax.nn.silu(cond), gather(self.head_ada), BATCH)
-        ada = ada + self.head_ada_bias[...]
+        """The head; logits are float32."""
+        ada = modulate(cond, self.head_ada, self.head_ada_bias, self.dtype)
         scale, shift = ada[:, 0, None], ada[:, 1, None]
-        x = layer_norm(x.astype(jnp.float32)) * (1 + scale) + shift
-        head = gather(self.head, None, "tensor")
-        return project(x, head, "tensor") + self.head_bias[...]
+        x = (layer_norm(x.astype(jnp.float32)) * (1 + scale) + shift).astype(self.dtype)
+        head = gather(self.head, None, "tensor", dtype=self.dtype)
+        logits = project(rows(x), head, "tensor", jnp.float32) + self.head_bias[...]
+        return images(logits, x.shape[0])
+
+
+def modulate(
+    cond: Float[Array, "B D"], w: nnx.Param, bias: nnx.Param, dtype: jnp.dtype
+) -> Float[Array, "B x E"]:
+    """The class's say in a normalization: silu, then a linear layer; float32."""
+    cond = jax.nn.silu(cond).astype(dtype)
+    ada = einsum("BD,DxE->BxE", cond, gather(w, dtype=dtype), BATCH)
+    return ada.astype(jnp.float32) + bias[...]
 
 
 def gather(w: nnx.Param, *spec: str | None, dtype: jnp.dtype = jnp.float32) -> Array:
@@ -251,12 +308,5 @@ def gather(w: nnx.Param, *spec: str | None, dtype: jnp.dtype = jnp.float32) -> A
 def layer_norm(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
     """LayerNorm without gain or bias, in float32."""
     x32 = x.astype(jnp.float32)
-    centred = x32 - x32.mean(-1, keepdims=True)
-    return (centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
-
-
-def unit(x: Float[Array, "B L H N"], scale: Array | float) -> Float[Array, "B L H N"]:
-    """Each head's vector at length `scale`, in float32."""
-    x32 = x.astype(jnp.float32)
-    length_squared = jnp.maximum((x32**2).sum(-1, keepdims=True), 1e-24)
-    return (x32 * jax.lax.rsqrt(length_squared) * scale).astype(x.dtype)
+    mean, square = x32.mean(-1, keepdims=True), (x32**2).mean(-1, keepdims=True)
+    return ((x32 - mean) * jax.lax.rsqrt(square - mean**2 + 1e-6)).astype(x.dtype)

@@ -41,24 +41,24 @@ def transformer_stage(model_config: TransformerConfig, config: StageConfig) -> S
         withheld = jax.random.bernoulli(drop_label, config.label_dropout, tokens.shape[:1])
         labels = jnp.where(pin(withheld, BATCH), model_config.num_classes, batch["label"])
         logits = model(labels, inputs, key=drop_path)
-        return cross_entropy(logits, tokens, config.label_smoothing).mean(), (logits, tokens)
+        loss, metrics = judge(logits, tokens, model_config, config.label_smoothing)
+        return loss.mean(), jax.tree.map(jnp.mean, metrics)
 
     def train_step(state: TrainState, batch: Batch, key: Key[Array, ""]):
         key = jax.random.fold_in(key, state.step)
-        (loss, (logits, tokens)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+        (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
             state.model, batch, key
         )
         rate = schedule(state.step)
         norm = optax.tree.norm(gradients)
         state = average(apply_gradients(state, gradients, optimizer), config)
-        by_scale = jax.tree.map(jnp.mean, scale_metrics(logits, tokens, model_config))
-        return state, {"loss": loss, **by_scale, "grad_norm": norm, "learning_rate": rate}
+        return state, {"loss": loss, **metrics, "grad_norm": norm, "learning_rate": rate}
 
     def eval_step(state: TrainState, batch: Batch) -> Metrics:
         tokens, inputs = teacher(batch)
         logits = state.best(batch["label"], inputs)
-        loss = cross_entropy(logits, tokens).mean(axis=1)
-        return {"loss": loss, **scale_metrics(logits, tokens, model_config)}
+        loss, metrics = judge(logits, tokens, model_config)
+        return {"loss": loss, **metrics}
 
     return Stage("transformer", config, init, train_step, eval_step)
 
@@ -72,22 +72,27 @@ def teacher(batch: Batch) -> tuple[Int32[Array, "B L"], Float[Array, "B M C"]]:
     return tokens, tokenizer.quantizer.teacher_input(tokens)
 
 
-def cross_entropy(
-    logits: Float[Array, "B L V"], tokens: Int32[Array, "B L"], smoothing: float = 0.0
-) -> Float[Array, "B L"]:
-    """Cross-entropy a token in nats; one-hot, because the vocabulary may be split over devices."""
-    target = jax.nn.one_hot(tokens, logits.shape[-1])
-    return optax.softmax_cross_entropy(logits, optax.smooth_labels(target, smoothing))
+def judge(
+    logits: Float[Array, "B L V"],
+    tokens: Int32[Array, "B L"],
+    config: TransformerConfig,
+    smoothing: float = 0.0,
+) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
+    """Cross-entropy of each image, nats a token; without smoothing by scale, and accuracy.
 
-
-def scale_metrics(
-    logits: Float[Array, "B L V"], tokens: Int32[Array, "B L"], config: TransformerConfig
-) -> dict[str, Float[Array, " B"]]:
-    """Loss and accuracy of each scale and image; "last" is the finest, as in the paper."""
-    loss, right = cross_entropy(logits, tokens), logits.argmax(-1) == tokens
+    "last" is the finest scale, as in the paper. Sums over the vocabulary instead of look-ups,
+    because it may be split over devices; all in two passes over the logits.
+    """
+    top = jax.lax.stop_gradient(logits.max(axis=-1))
+    here = jnp.arange(logits.shape[-1]) == tokens[..., None]
+    hit = jnp.where(here, logits, 0.0).sum(axis=-1)
+    total = top + jnp.log(jnp.exp(logits - top[..., None]).sum(axis=-1))
+    loss, right = total - hit, hit >= top
     metrics = {"accuracy": right.mean(axis=1)}
     for k, s in enumerate(slices(config.patch_nums)):
         name = "last" if k == len(config.patch_nums) - 1 else f"scale{k + 1}"
         metrics[f"loss_{name}"] = loss[:, s].mean(axis=1)
         metrics[f"accuracy_{name}"] = right[:, s].mean(axis=1)
-    return metrics
+    if smoothing:
+        loss = loss + smoothing * (hit - logits.mean(axis=-1))
+    return loss.mean(axis=1), metrics
