@@ -67,13 +67,23 @@ def epoch(
 
 
 def drawn(
-    source: Source, rows: range, batch_size: int, *, seed: int, augment: Augment | None = None
+    source: Source,
+    rows: range,
+    batch_size: int,
+    *,
+    seed: int | None = None,
+    augment: Augment | None = None,
 ) -> Iterator[Batch]:
     """Rows e·N + i of N items: item i as `batches` of this seed shows it in epoch e.
 
-    For writing down what training would see, a piece at a time. `mask` as in `epoch`.
+    For writing down what training would see, a piece at a time. Without `seed` what evaluation
+    sees. `mask` as in `epoch`.
+
+    Raises: BadInput if the sizes or the seed make no sense.
     """
-    _check(source, batch_size, seed, 0, 1)
+    _check(source, batch_size, seed or 0, 0, 1)
+    if seed is None:
+        return _padded(lambda row: source[row % len(source)], rows, batch_size, slice(None))
     stream = _Stream(source, batch_size, seed, augment)
     return _padded(stream.of_row, rows, batch_size, slice(None))
 

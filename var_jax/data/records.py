@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Iterable
 from typing import Any
@@ -81,7 +82,7 @@ def write_shard(path: epath.Path, records: Iterable[bytes]) -> None:
 
     remote = "://" in str(path)
     folder = tempfile.gettempdir() if remote else os.fspath(path.parent)
-    beside = epath.Path(folder) / f".{path.name}.{os.getpid()}.partial"
+    beside = epath.Path(folder) / f".{path.name}.{secrets.token_hex(4)}.partial"
     try:
         writer = ArrayRecordWriter(str(beside), "group_size:1")  # one record is read at a time
         for record in records:
@@ -111,7 +112,7 @@ def claim(folder: epath.Path, manifest: dict[str, Any]) -> bool:
                         f" {_short(wanted[key])}; name another folder or remove it."
                     )
             return name == MANIFEST
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise BadInput(f"{folder} holds other files; name a new or an empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / UNFINISHED, wanted)
@@ -119,7 +120,7 @@ def claim(folder: epath.Path, manifest: dict[str, Any]) -> bool:
 
 
 def finish(folder: epath.Path, manifest: dict[str, Any]) -> None:
-    """Declares the folder complete."""
+    """Declares the folder complete; several hosts may say so."""
     _write_json(folder / MANIFEST, manifest)
     (folder / UNFINISHED).unlink(missing_ok=True)
 
@@ -151,7 +152,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def _write_json(path: epath.Path, value: dict[str, Any]) -> None:
-    beside = path.parent / f".{path.name}.partial"
+    beside = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"  # hosts write at once
     beside.write_text(json.dumps(value, indent=1) + "\n")
     beside.replace(path)
 

@@ -1,13 +1,16 @@
 """Codes computed ahead of training, so that the tokenizer runs once instead of every epoch."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from etils import epath
 from jaxtyping import Int32
 
 from var_jax import BadInput
-from var_jax.data.records import Records, read_manifest
+from var_jax.data.records import Records, read_manifest, shard_size
+from var_jax.data.sources import Source
 
 TOKENS = "a token cache"  # the kind of array_record folder
 PACKED = np.dtype("<u2")  # codes and classes below 65,536; array_record compresses the rest
@@ -58,6 +61,37 @@ def pack(tokens: Int32[np.ndarray, " L"], label: int) -> bytes:
     return np.array([label, *tokens]).astype(PACKED).tobytes()
 
 
+def describe(
+    tokenizer: str,
+    patch_nums: tuple[int, ...],
+    sources: Mapping[str, Source],
+    copies: int,
+    **how: Any,
+) -> dict[str, Any]:
+    """The manifest of a cache: whose codes, of how many pictures, changed how.
+
+    Validation is cached once, as evaluation sees it.
+    """
+    pictures = {split: len(source) for split, source in sources.items()}
+    many = {split: copies if split == "train" else 1 for split in sources}
+    return {
+        "kind": TOKENS,
+        "tokenizer": tokenizer,
+        "patch_nums": patch_nums,
+        **how,
+        "pictures": pictures,
+        "copies": many,
+        "shard_size": shard_size(max(pictures[split] * many[split] for split in sources)),
+        "class_names": next(iter(sources.values())).class_names,
+    }
+
+
+def records_of(manifest: Mapping[str, Any], folder: str, split: str) -> Records:
+    """The records of one split."""
+    count = manifest["copies"][split] * manifest["pictures"][split]
+    return Records(folder, split, count, manifest["shard_size"])
+
+
 def open_tokens(
     folder: str, split: str, fingerprint: str, patch_nums: tuple[int, ...]
 ) -> TokenCache:
@@ -72,8 +106,7 @@ def open_tokens(
             f"{folder} holds codes of tokenizer {theirs[0]} with patch_nums={theirs[1]}, but this"
             f" run has tokenizer {fingerprint} with patch_nums={patch_nums}."
         )
-    copies, size = manifest["copies"][split], manifest["shard_size"]
-    records = Records(folder, split, copies * manifest["pictures"][split], size)
+    records = records_of(manifest, folder, split)
     if missing := records.missing():
         raise BadInput(f"{records.path(missing[0])} is missing: {folder} is incomplete.")
-    return TokenCache(records, copies, tuple(manifest["class_names"]))
+    return TokenCache(records, manifest["copies"][split], tuple(manifest["class_names"]))
