@@ -117,6 +117,7 @@ def test_batch_larger_than_the_source():
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": 9, "process_count": 2}, "batch_size is 9; .* multiple of the 2 processes"),
         ({"process_index": 2, "process_count": 2}, "process_index is 2; expected 0 to 1"),
+        ({"workers": -1}, r"data\.workers is -1"),
         ({"seed": -1}, "seed is -1; expected 0 to 4294967295"),
     ],
 )

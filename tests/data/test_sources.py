@@ -61,6 +61,10 @@ def test_tree_without_splits_holds_out_a_tenth(tmp_path):
     whole = contents(train) + contents(validation)
     assert len({data for _, data in whole}) == 33
     assert [label for label, _ in contents(validation)] == [0, 0, 1, 1, 2, 2]
+    for path in list((tree / "n00000002").iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(BadInput, match="class 'n00000002' has 1 pictures; expected at least 2"):
+        open_encoded(str(tree), "train")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +242,7 @@ def test_npz(tmp_path):
     for change, sentence in (
         ({"arr_0": images / 255}, "arr_0 is float64"),
         ({"labels": labels[:-1]}, r"labels is int64 of shape \(39,\)"),
-        ({"labels": labels * 2}, "no picture of class 1"),
+        ({"labels": labels * 2}, "class '1' has 0 pictures; expected at least 2"),
         ({"class_names": np.array(["a"])}, "has label 1, but 1 class_names"),
     ):
         np.savez(path, **({"arr_0": images, "labels": labels} | change))

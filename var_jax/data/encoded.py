@@ -176,9 +176,23 @@ def open_folders(folder: epath.Path, split: str) -> Files | Part:
 
 
 def hold_out(whole: Encoded, names: Sequence[str], labels: np.ndarray, split: str) -> Part:
-    """The training or validation part of a set that has no splits of its own."""
+    """The training or validation part of a set that has no splits of its own.
+
+    Raises: BadInput if a class has nothing to train on.
+    """
+    return Part(whole, part_of(whole.class_names, names, labels, split))
+
+
+def part_of(
+    class_names: Sequence[str], names: Sequence[str], labels: np.ndarray, split: str
+) -> Int[np.ndarray, " m"]:
+    """Which pictures belong to a split: every tenth of a class to validation."""
+    counts = np.bincount(labels, minlength=len(class_names))
+    if counts.min() < 2:
+        found = f"{class_names[counts.argmin()]!r} has {counts.min()} pictures"
+        raise BadInput(f"class {found}; expected at least 2, as a tenth is held out.")
     held = every_tenth(names, labels)
-    return Part(whole, np.flatnonzero(held if split == "validation" else ~held))
+    return np.flatnonzero(held if split == "validation" else ~held)
 
 
 def every_tenth(names: Sequence[str], labels: np.ndarray) -> Bool[np.ndarray, " n"]:
@@ -332,7 +346,7 @@ def _members(tar: tarfile.TarFile, start: int = 0) -> list[tuple[str, int, int]]
 def _members_of_members(tar: tarfile.TarFile) -> list[tuple[str, int, int]]:
     found = []
     with progress(1000, 0, "finding pictures") as bar:
-        for member in tar:
+        for member in filter(tarfile.TarInfo.isfile, tar):
             with tarfile.open(fileobj=tar.extractfile(member)) as inner:
                 found += _members(inner, member.offset_data)
             bar.update()

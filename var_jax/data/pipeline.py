@@ -45,6 +45,8 @@ def batches(
     Raises: BadInput if the source is empty or the sizes or the seed make no sense.
     """
     _check(source, batch_size, seed, process_index, process_count)
+    if workers < 0:
+        raise BadInput(f"data.workers is {workers}; expected at least 0.")
     stream = _Stream(source, batch_size // process_count, seed, augment)
     dataset = grain.MapDataset.source(stream)[process_index::process_count]
     return _Workers(dataset, workers) if workers else iter(dataset.to_iter_dataset(_threads()))

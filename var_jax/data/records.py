@@ -120,9 +120,14 @@ def claim(folder: epath.Path, manifest: dict[str, Any]) -> bool:
 
 
 def finish(folder: epath.Path, manifest: dict[str, Any]) -> None:
-    """Declares the folder complete; several hosts may say so."""
+    """Declares the folder complete, and removes what stopped commands left half-written.
+
+    Several hosts may do so at once.
+    """
     _write_json(folder / MANIFEST, manifest)
     (folder / UNFINISHED).unlink(missing_ok=True)
+    for path in folder.glob(".*.partial"):
+        path.unlink(missing_ok=True)
 
 
 def read_manifest(folder: epath.Path, kind: str) -> dict[str, Any]:

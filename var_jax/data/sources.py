@@ -13,7 +13,7 @@ from PIL import Image
 
 from var_jax import BadInput
 from var_jax.data.build_emoji import CELL, COLUMNS
-from var_jax.data.encoded import Encoded, every_tenth, open_encoded
+from var_jax.data.encoded import Encoded, every_tenth, open_encoded, part_of
 from var_jax.data.pictures import Skipped, Unreadable, crop, decode
 
 SPLITS = ("train", "validation", "all")
@@ -180,12 +180,9 @@ def open_arrays(path: str, split: str, size: int, resize: float) -> Arrays:
         raise BadInput(f"{path}: labels is {labels.dtype} of shape {labels.shape}; expected (N,).")
     count = int(labels.max()) + 1
     class_names = tuple(map(str, range(count) if names is None else names))
-    if empty := set(range(len(class_names))) - set(labels.tolist()):
-        raise BadInput(f"{path} has no picture of class {min(empty)}.")
     if count > len(class_names):
         raise BadInput(f"{path} has label {count - 1}, but {len(class_names)} class_names.")
-    held = every_tenth([str(i) for i in range(len(labels))], labels)
-    chosen = held if split == "validation" else ~held
+    chosen = part_of(class_names, [str(i) for i in range(len(labels))], labels, split)
     return Arrays(images[chosen], labels[chosen].astype(np.int32), class_names, size, resize)
 
 
