@@ -23,8 +23,9 @@ from var_jax import BadInput
 from var_jax.config import Config, from_dict
 from var_jax.data.augment import augment_items
 from var_jax.data.pipeline import batches
+from var_jax.data.records import read_manifest
 from var_jax.data.sources import Source, open_source
-from var_jax.data.tokens import TokenCache, open_tokens
+from var_jax.data.tokens import TOKENS, TokenCache, open_tokens
 from var_jax.evaluation.report import HOW, report
 from var_jax.infra import cli
 from var_jax.infra.logs import Metrics, read_metrics
@@ -87,6 +88,8 @@ class Run:
                 f"transformer.num_classes={config.transformer.num_classes}, but"
                 f" {config.data.source} has {len(self.train.class_names)} classes."
             )
+        if data.tokens:
+            read_manifest(epath.Path(data.tokens), TOKENS)
         claim(workdir, config)
         self.metrics = Metrics(workdir)
         self.augmentation = {"flip": config.data.flip, "shift": config.data.shift}
