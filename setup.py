@@ -11,6 +11,7 @@ setup(
     package_data={"var_jax": ["data/assets/*", "checkpoints/**/*"]},
     install_requires=[
         "absl-py>=2.1",
+        "array_record>=0.8.1",
         "etils[epath]>=1.12",
         "flax>=0.12.8",
         "grain>=0.2.15",
@@ -29,6 +30,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
+        "data": ["importlib_resources>=6", "tensorflow-datasets>=4.9.9"],  # for tfds:NAME
+        "gcs": ["etils[epath-gcs]"],  # for gs:// folders
         "test": ["chex>=0.1.90", "pytest>=8", "ruff>=0.9", "pyright[nodejs]>=1.1.400"],
     },
 )

@@ -23,7 +23,9 @@ from var_jax import BadInput
 from var_jax.config import Config, from_dict
 from var_jax.data.augment import augment_items
 from var_jax.data.pipeline import batches
+from var_jax.data.records import read_manifest
 from var_jax.data.sources import Source, open_source
+from var_jax.data.tokens import TOKENS, TokenCache, open_tokens
 from var_jax.evaluation.report import HOW, report
 from var_jax.infra import cli
 from var_jax.infra.logs import Metrics, read_metrics
@@ -36,6 +38,7 @@ from var_jax.training import loop
 from var_jax.training.cache import tokenize
 from var_jax.training.export import Models, save_models
 from var_jax.training.state import TrainState
+from var_jax.training.token_cache import fingerprint
 from var_jax.training.tokenizer_stage import to_float, tokenizer_stage
 from var_jax.training.transformer_stage import transformer_stage
 
@@ -75,13 +78,18 @@ class Run:
         self.mesh = make_mesh(**dataclasses.asdict(config.mesh))
         for name in ("train_tokenizer", "train_transformer"):
             check_batch(f"{name}.batch_size", getattr(config, name).batch_size, self.mesh)
-        self.train = open_source(config.data.source, "train", config.data.size)
-        self.validation = open_source(config.data.source, "validation", config.data.size)
+        data = config.data
+        self.train, self.validation = (
+            open_source(data.source, split, data.size, data.resize)
+            for split in ("train", "validation")
+        )
         if len(self.train.class_names) != config.transformer.num_classes:
             raise BadInput(
                 f"transformer.num_classes={config.transformer.num_classes}, but"
                 f" {config.data.source} has {len(self.train.class_names)} classes."
             )
+        if data.tokens:
+            read_manifest(epath.Path(data.tokens), TOKENS)
         claim(workdir, config)
         self.metrics = Metrics(workdir)
         self.augmentation = {"flip": config.data.flip, "shift": config.data.shift}
@@ -95,6 +103,7 @@ class Run:
             augment=augment_items(**augmentation) if augmentation else None,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            workers=self.config.data.workers,
         )
 
     def train_tokenizer(self) -> Tokenizer:
@@ -124,8 +133,11 @@ class Run:
         config = self.config.train_transformer
         stage = transformer_stage(self.config.transformer, config)
         frozen = {"tokenizer": tokenizer}
-        source, augmentation = self.train, self.augmentation
-        if config.augmented_copies:
+        source, validation, augmentation = self.train, self.validation, self.augmentation
+        if self.config.data.tokens:
+            source, validation = (self.stored_tokens(tokenizer, s) for s in ("train", "validation"))
+            augmentation = {}
+        elif config.augmented_copies:
             source, augmentation = self.cached_tokens(tokenizer), {}
 
         def look(step: int, state: TrainState) -> dict[str, float]:
@@ -134,7 +146,7 @@ class Run:
             save_png(self.workdir / "samples.png", picture)
             self.metrics.image(stage.name, step, "samples", picture)
             return loop.evaluate(
-                stage, state, self.validation, config.batch_size, mesh=self.mesh, constants=frozen
+                stage, state, validation, config.batch_size, mesh=self.mesh, constants=frozen
             )
 
         state = loop.run(
@@ -149,6 +161,14 @@ class Run:
         )
         plot(self.workdir)
         return state.best
+
+    def stored_tokens(self, tokenizer: Tokenizer, split: str) -> TokenCache:
+        """A split of the token cache on disk. Raises: BadInput if it does not fit this run."""
+        tokens, schedule = self.config.data.tokens, self.config.tokenizer.patch_nums
+        cache = open_tokens(tokens, split, fingerprint(tokenizer), schedule)
+        if cache.class_names != self.train.class_names:
+            raise BadInput(f"{tokens} and {self.config.data.source} have different classes.")
+        return cache
 
     def cached_tokens(self, tokenizer: Tokenizer):
         """Codes of the training pictures and of augmented copies of them."""
@@ -170,10 +190,14 @@ def default_workdir() -> str:
 
 
 def claim(workdir: epath.Path, config: Config) -> None:
-    """Makes `workdir` this config's. Raises: BadInput if it is another's; the mesh may differ."""
+    """Makes `workdir` this config's. Raises: BadInput if it is another's.
+
+    The mesh and the number of worker processes may differ.
+    """
     path, wanted = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
     if path.exists():
         found = json.loads(path.read_text())
+        found["data"] = found.get("data", {}) | {"workers": wanted["data"]["workers"]}
         for section in wanted.keys() - {"mesh"}:
             if found.get(section) != wanted[section]:
                 raise BadInput(

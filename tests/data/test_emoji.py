@@ -68,7 +68,7 @@ def test_bad_split():
 
 def test_open_source():
     assert len(open_source("emoji", "validation", 16)) == 194
-    with pytest.raises(BadInput, match=r"data source is 'emojis'; expected one of: emoji\.$"):
+    with pytest.raises(BadInput, match=r"data source is 'emojis'; expected emoji, a folder, "):
         open_source("emojis", "train", 32)
 
 

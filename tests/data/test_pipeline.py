@@ -7,7 +7,7 @@ import pytest
 
 from var_jax import BadInput
 from var_jax.data.augment import augment_items
-from var_jax.data.pipeline import batches, epoch
+from var_jax.data.pipeline import batches, drawn, epoch
 from var_jax.data.sources import Emoji
 
 
@@ -117,6 +117,7 @@ def test_batch_larger_than_the_source():
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": 9, "process_count": 2}, "batch_size is 9; .* multiple of the 2 processes"),
         ({"process_index": 2, "process_count": 2}, "process_index is 2; expected 0 to 1"),
+        ({"workers": -1}, r"data\.workers is -1"),
         ({"seed": -1}, "seed is -1; expected 0 to 4294967295"),
     ],
 )
@@ -132,6 +133,48 @@ def test_epoch_pads_the_last_batch():
     assert all(batch["tokens"].shape == (4, 3) for batch in seen)
     valid = np.concatenate([batch["tokens"][batch["mask"], 0] for batch in seen])
     assert (valid == np.arange(10)).all()
+
+
+@pytest.mark.slow
+def test_worker_processes_resume_anywhere():
+    def start(**how):
+        return batches(Numbers(50), batch_size=8, seed=1, augment=add_noise, **how)
+
+    threads, workers = start(), start(workers=2)
+    for _ in range(5):
+        assert (next(workers)["noise"] == next(threads)["noise"]).all()
+    assert workers.get_state() == threads.get_state()
+    one = start(workers=1)
+    one.set_state(workers.get_state())
+    state = one.get_state()
+    for _ in range(3):
+        assert (next(one)["noise"] == next(threads)["noise"]).all()
+    one.set_state(state)  # going back is resuming too
+    threads.set_state(state)
+    assert (next(one)["noise"] == next(threads)["noise"]).all()
+
+
+def test_drawn_is_what_training_sees():
+    stream = take(batches(Numbers(10), batch_size=10, seed=1, augment=add_noise), 3, "noise")
+    order = take(batches(Numbers(10), batch_size=10, seed=1), 3)[:, 0].reshape(3, 10)
+    rows = range(7, 25)
+    found = list(drawn(Numbers(10), rows, 4, seed=1, augment=add_noise))
+    mask = np.concatenate([batch["mask"] for batch in found])
+    assert mask.sum() == len(rows) and mask[: len(rows)].all()
+    noise = np.concatenate([batch["noise"] for batch in found])[mask]
+    for row, got in zip(rows, noise, strict=True):
+        epoch, index = divmod(row, 10)
+        place = 10 * epoch + order[epoch].tolist().index(index)
+        assert (got == stream[place]).all()
+
+
+def test_epoch_by_process():
+    whole = list(epoch(Numbers(10), batch_size=4))
+    parts = [list(epoch(Numbers(10), 4, process_index=p, process_count=2)) for p in range(2)]
+    for batch, *shares in zip(whole, *parts, strict=True):
+        joined = np.concatenate([share["tokens"] for share in shares])
+        assert (joined == batch["tokens"]).all()
+        assert all((share["mask"] == batch["mask"]).all() for share in shares)
 
 
 def test_epoch_refuses_an_empty_batch():

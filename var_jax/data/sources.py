@@ -1,22 +1,31 @@
 """Random-access sources of labelled pictures. Everything else in `data/` only needs `Source`."""
 
+import dataclasses
 import json
-import zlib
+import zipfile
 from importlib import resources
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from etils import epath
+from jaxtyping import Int32, UInt8
 from PIL import Image
 
 from var_jax import BadInput
 from var_jax.data.build_emoji import CELL, COLUMNS
+from var_jax.data.encoded import Encoded, every_tenth, open_encoded, part_of
+from var_jax.data.pictures import Skipped, Unreadable, crop, decode
 
 SPLITS = ("train", "validation", "all")
+MOST_UNREADABLE = 100  # in a row
 
 
 class Source(Protocol):
-    """Items are dicts of NumPy arrays: uint8 `image` (H,W,3) and int32 `label` () for pictures."""
+    """Items are dicts of NumPy arrays: uint8 `image` (H,W,3) and int32 `label` () for pictures.
+
+    `source[i]` is what evaluation sees. A source may also have `draw(i, epoch, rng)`, what training
+    sees in that epoch, with random numbers of the item's own.
+    """
 
     @property
     def class_names(self) -> tuple[str, ...]: ...
@@ -43,7 +52,7 @@ class Emoji:
         assets = resources.files("var_jax") / "data" / "assets"
         index = json.loads((assets / "emoji.json").read_text())
         labels = np.array(index["group"], np.int32)
-        held_out = _every_tenth(index["name"], labels)
+        held_out = every_tenth(index["name"], labels)
         keep = {"train": ~held_out, "validation": held_out, "all": np.full(len(labels), True)}
         chosen = np.flatnonzero(keep[split])
 
@@ -64,27 +73,117 @@ class Emoji:
         return {"image": self.images[index], "label": self.labels[index]}
 
 
-def open_source(spec: str, split: str, size: int) -> Source:
-    """The source that `spec` names; `split` and `size` as it offers them.
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Squares of side `size` from encoded pictures: random ones for training, else the centre.
+
+    The next readable picture takes the place of one that cannot be read, whichever host or thread
+    meets it; a warning names it.
+    """
+
+    encoded: Encoded
+    size: int
+    resize: float
+    skipped: Skipped = dataclasses.field(default_factory=Skipped)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.encoded.class_names
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self.draw(index)
+
+    def draw(self, index: int, epoch: int = 0, rng: np.random.Generator | None = None):
+        """The picture at a random place, the same whatever the epoch; without `rng` the centre."""
+        name = ""
+        for i in range(index, index + MOST_UNREADABLE):
+            try:
+                data, label, name = self.encoded[i % len(self)]
+                image = decode(data, round(self.resize * self.size))
+            except (FileNotFoundError, PermissionError) as error:
+                name = str(error.filename)
+                self.skipped.add(name, Unreadable(str(error.strerror)))
+            except Unreadable as reason:
+                self.skipped.add(name, reason)
+            else:
+                square = crop(image, self.size, self.resize, rng)
+                return {"image": square, "label": np.array(label, np.int32)}
+        raise BadInput(f"{MOST_UNREADABLE} pictures in a row cannot be read, the last is {name}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """Pictures in memory. Those that are not of side `size` are resampled as `Pictures` are."""
+
+    images: UInt8[np.ndarray, "N H W 3"]
+    labels: Int32[np.ndarray, " N"]
+    class_names: tuple[str, ...]
+    size: int
+    resize: float
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self.draw(index)
+
+    def draw(self, index: int, epoch: int = 0, rng: np.random.Generator | None = None):
+        """As it is, or cropped at random; without `rng` the centre."""
+        image = self.images[index]
+        if image.shape[:2] != (self.size, self.size):
+            image = crop(Image.fromarray(image), self.size, self.resize, rng)
+        return {"image": image, "label": self.labels[index]}
+
+
+def open_source(spec: str, split: str, size: int, resize: float = 1.125) -> Source:
+    """The source that `spec` names: "emoji", an .npz, a folder or "tfds:NAME" (data/encoded.py).
+
+    Its pictures are squares of side `size`, cut from a shorter edge of `resize` times that.
 
     Raises: BadInput if there is no such source, split or size.
     """
-    known = {"emoji": Emoji}
-    if spec not in known:
-        raise BadInput(f"data source is {spec!r}; expected one of: {', '.join(known)}.")
-    return known[spec](split, size)
+    if split not in SPLITS[:2]:
+        raise BadInput(f"split is {split!r}; expected train or validation.")
+    if size < 1 or resize < 1:
+        raise BadInput(f"data.size={size} and data.resize={resize} must be at least 1.")
+    if spec == "emoji":
+        return Emoji(split, size)
+    if spec.endswith(".npz"):
+        return open_arrays(spec, split, size, resize)
+    if not (spec.startswith("tfds:") or "/" in spec or epath.Path(spec).exists()):
+        raise BadInput(f"data source is {spec!r}; expected emoji, a folder, X.npz or tfds:NAME.")
+    return Pictures(open_encoded(spec, split), size, resize)
 
 
-def _every_tenth(names: list[str], labels: np.ndarray) -> Bool[np.ndarray, " n"]:
-    """True for every tenth picture of each class, in the order of a hash of the names.
+def open_arrays(path: str, split: str, size: int, resize: float) -> Arrays:
+    """Arrays from an .npz: `arr_0` uint8 (N,H,W,3), `labels` (N,), perhaps `class_names` (C,).
 
-    A hash instead of a generator: the split must never change with a version of NumPy.
+    Every tenth picture of a class is held out.
+
+    Raises: BadInput if the file is no such .npz.
     """
-    order = sorted(range(len(names)), key=lambda i: (labels[i], zlib.crc32(names[i].encode())))
-    rank = np.arange(len(names)) - np.searchsorted(labels[order], labels[order])
-    held_out = np.zeros(len(names), bool)
-    held_out[order] = rank % 10 == 0
-    return held_out
+    try:
+        with epath.Path(path).expanduser().open("rb") as file, np.load(file) as arrays:
+            images, labels = arrays["arr_0"], arrays["labels"]
+            names = arrays.get("class_names")
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise BadInput(f"{path} cannot be read ({error}); expected arr_0 and labels.") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise BadInput(
+            f"{path}: arr_0 is {images.dtype} of shape {images.shape}; expected uint8 (N,H,W,3)."
+        )
+    whole = np.issubdtype(labels.dtype, np.integer) and labels.shape == (len(images),)
+    if not whole or not len(labels) or labels.min() < 0:
+        raise BadInput(f"{path}: labels is {labels.dtype} of shape {labels.shape}; expected (N,).")
+    count = int(labels.max()) + 1
+    class_names = tuple(map(str, range(count) if names is None else names))
+    if count > len(class_names):
+        raise BadInput(f"{path} has label {count - 1}, but {len(class_names)} class_names.")
+    chosen = part_of(class_names, [str(i) for i in range(len(labels))], labels, split)
+    return Arrays(images[chosen], labels[chosen].astype(np.int32), class_names, size, resize)
 
 
 def _cells(sheet: Image.Image, size: int) -> UInt8[np.ndarray, "cells size size 3"]:

@@ -19,9 +19,12 @@ from var_jax.sampling.generate import generate
 HOW = {"cfg": 4.0, "top_k": 0, "top_p": 0.95}  # how judged and pictured samples are drawn
 
 
-def arrays(source: Source) -> tuple[UInt8[np.ndarray, "N H W 3"], Int32[np.ndarray, " N"]]:
-    """All pictures and labels of a source."""
-    items = [source[i] for i in range(len(source))]
+def arrays(
+    source: Source, most: int = 2**26
+) -> tuple[UInt8[np.ndarray, "N H W 3"], Int32[np.ndarray, " N"]]:
+    """Pictures and labels of a source, evenly thinned out to at most so many bytes."""
+    count = min(len(source), max(most // source[0]["image"].nbytes, 1))
+    items = [source[int(i)] for i in np.linspace(0, len(source) - 1, count).round()]
     return np.stack([i["image"] for i in items]), np.array([i["label"] for i in items])
 
 
@@ -41,8 +44,8 @@ def nearest_distance(
 
 def fit(images: UInt8[np.ndarray, "N H W 3"], labels: Int32[np.ndarray, " N"]) -> Pipeline:
     """The classifier that judges pictures."""
-    classifier = make_pipeline(PCA(64, random_state=0), SVC(C=10.0))
-    return classifier.fit(features(images), labels)
+    parts = PCA(min(64, len(labels)), random_state=0)
+    return make_pipeline(parts, SVC(C=10.0)).fit(features(images), labels)
 
 
 def scorer(source: Source) -> Callable[[np.ndarray, np.ndarray], Float[np.ndarray, " N"]]:
@@ -70,20 +73,29 @@ def report(
         models.transformer, models.tokenizer, labels, batch_size=64, seed=seed + 1, **HOW
     )
     samples = np.concatenate([images for images, _ in made])
-    classifier = fit(known, known_labels)
-    real = classifier.score(features(held_out), held_out_labels)
-    agree = classifier.predict(features(samples)) == labels
     near_real, near_made = nearest_distance(held_out, known), nearest_distance(samples, known)
     return {
-        "class agreement, real": real,
-        "class agreement, samples": agree.mean(),
-        "samples / real": agree.mean() / real,
-        **{
-            f"  {name}": agree[labels == i].mean()
-            for i, name in enumerate(models.class_names)
-            if (labels == i).any()
-        },
+        **(agreement(models.class_names, (known, known_labels), (held_out, held_out_labels),
+                     (samples, labels)) if len(set(known_labels)) > 1 else {}),
         "distance to training, real": float(np.median(near_real)),
         "distance to training, samples": float(np.median(near_made)),
         "nearer than 5% of real": float((near_made < np.quantile(near_real, 0.05)).mean()),
+    }  # fmt: skip
+
+
+def agreement(class_names: tuple[str, ...], known, held_out, samples) -> dict[str, float]:
+    """How often a classifier of the known pictures is right about others; (images, labels) each."""
+    classifier = fit(*known)
+    real = classifier.score(features(held_out[0]), held_out[1])
+    images, labels = samples
+    agree = classifier.predict(features(images)) == labels
+    return {
+        "class agreement, real": real,
+        "class agreement, samples": agree.mean(),
+        "samples / real": agree.mean() / max(real, 1e-9),
+        **{
+            f"  {name}": agree[labels == i].mean()
+            for i, name in enumerate(class_names)
+            if (labels == i).any()
+        },
     }

@@ -1,0 +1,119 @@
+"""Encoded pictures of any format and size to square RGB crops, with Pillow.
+
+Pillow, because its antialiased Lanczos filter is the paper's and its decoder is as fast as any
+(benchmarks/data.py); it works on a thread without holding Python's lock.
+"""
+
+import io
+import sys
+import threading
+import warnings
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 100_000_000  # a picture takes 4 bytes a pixel, on each thread of the pipeline
+ORIENTATION = 0x0112  # the EXIF tag
+NAMED = 20  # warnings that name their file; then every hundredth does
+
+# Pillow warns about half of what it refuses; `decode` has its own limit.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class Unreadable(Exception):
+    """A picture cannot be decoded; the message says why."""
+
+
+def decode(data: bytes, short: int) -> Image.Image:
+    """The first frame of an encoded picture, upright, RGB, transparency on white.
+
+    A JPEG over four times as large as `short`, the shorter edge that will be made of it, comes
+    reduced by a power of two, still at least twice that size: far cheaper, no visible difference.
+
+    Raises: Unreadable if it is damaged, truncated, too large or not a picture.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.draft(None, (2 * short, 2 * short))  # type: ignore[arg-type]
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise Unreadable(f"{width} x {height} pixels are too many")
+            image.load()
+            if image.getexif().get(ORIENTATION, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+            return _rgb(image)
+    except Unreadable:
+        raise
+    except UnidentifiedImageError as error:
+        raise Unreadable("no picture in a known format") from error
+    except Exception as error:  # Each decoder has its own errors for damage.
+        lines = str(error).splitlines()
+        raise Unreadable(lines[0] if lines else type(error).__name__) from error
+
+
+def crop(
+    image: Image.Image, size: int, resize: float, rng: np.random.Generator | None = None
+) -> UInt8[np.ndarray, "size size 3"]:
+    """A square of the picture whose shorter edge is `resize` (at least 1) times `size`.
+
+    At random with `rng`, else the centre. Only the square is resampled (VAR §4.1: Lanczos to
+    1.125, then a random crop). Sizes round as torchvision's Resize and CenterCrop do.
+    """
+    short = round(resize * size)
+    scale = short / min(image.size)
+    sides = [short if side == min(image.size) else int(side * scale) for side in image.size]
+    slack = [side - size for side in sides]
+    if rng is None:
+        corner = [round(s / 2) for s in slack]
+    else:
+        corner = [int(rng.integers(0, s, endpoint=True)) for s in slack]
+    ratio = [have / side for have, side in zip(image.size, sides, strict=True)]
+    left, top = (r * start for r, start in zip(ratio, corner, strict=True))
+    right, bottom = (
+        min(r * (start + size), have)
+        for r, start, have in zip(ratio, corner, image.size, strict=True)
+    )
+    box = (left, top, right, bottom)
+    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise Unreadable("floating-point pixels have no known range")
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
+        return Image.fromarray(
+            (np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8), "L"
+        ).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+class Skipped:
+    """Names the pictures that could not be read on stderr, each once, and counts them."""
+
+    def __init__(self):
+        self._names: set[str] = set()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def add(self, name: str, reason: Unreadable) -> None:
+        """Warns about one picture; the next readable one takes its place."""
+        with self._lock:
+            if name in self._names:
+                return
+            self._names.add(name)
+            count = len(self._names)
+        if count <= NAMED or count % 100 == 0:
+            print(f"warning: skipped {name}: {reason} ({count} skipped)", file=sys.stderr)
+
+    def __getstate__(self):  # a worker process counts for itself
+        return {"_names": self._names}
+
+    def __setstate__(self, state):
+        self.__init__()
+        self._names |= state["_names"]

@@ -1,0 +1,72 @@
+"""Packs pictures into array_record files, for fast random access on disks and in buckets.
+
+    python -m var_jax.data.prepare --source DIR --out imagenet
+
+DIR holds the tars of ILSVRC 2012 as image-net.org distributes them (and the devkit, unless
+tensorflow-datasets is installed), or a tree of class folders; or it is any other `data.source` of
+encoded pictures. Then `--config.data.source=imagenet`. No file is decoded or changed. A stopped
+command goes on where it was.
+"""
+
+from collections.abc import Iterator
+
+from absl import flags
+from etils import epath
+
+from var_jax import BadInput
+from var_jax.data.encoded import PICTURES, Encoded, open_encoded
+from var_jax.data.records import Records, claim, finish, shard_size, write_shard
+from var_jax.infra import cli
+from var_jax.infra.logs import progress
+
+SOURCE = flags.DEFINE_string("source", None, "Tars, class folders or tfds:NAME.", required=True)
+OUT = flags.DEFINE_string("out", None, "Folder to write, local or gs://.", required=True)
+
+
+def main(argv: list[str]) -> None:
+    """Packs both splits."""
+    cli.no_arguments(argv)
+    splits = {split: open_encoded(SOURCE.value, split) for split in ("train", "validation")}
+    out = epath.Path(OUT.value)
+    pack(splits, out)
+    counts = " and ".join(f"{len(source)} {split}" for split, source in splits.items())
+    print(f"{counts} pictures of {len(splits['train'].class_names)} classes are in {out}")
+
+
+def pack(splits: dict[str, Encoded], out: epath.Path) -> None:
+    """Writes the shards that are not there yet, then the manifest.
+
+    Raises: BadInput if `out` holds something else.
+    """
+    counts = {split: len(source) for split, source in splits.items()}
+    if len({source.class_names for source in splits.values()}) > 1:
+        raise BadInput(f"the splits of --source={SOURCE.value} have different classes.")
+    manifest = {
+        "kind": PICTURES,
+        "counts": counts,
+        "shard_size": shard_size(max(counts.values())),
+        "class_names": list(splits["train"].class_names),
+    }
+    if claim(out, manifest):
+        return
+    with progress(sum(counts.values()), 0, "packing") as bar:
+        for split, source in splits.items():
+            records = Records(str(out), split, len(source), manifest["shard_size"])
+            missing = records.missing()
+            bar.update(len(source) - sum(len(records.rows(shard)) for shard in missing))
+            for shard in missing:
+                write_shard(records.path(shard), packed(source, records.rows(shard), bar))
+    finish(out, manifest)
+
+
+def packed(source: Encoded, rows: range, bar) -> Iterator[bytes]:
+    """The records of some pictures, as `PictureRecords` reads them."""
+    for row in rows:
+        data, label, name = source[row]
+        name = "/".join(name.splitlines()[0].split("/")[-2:])  # class folder and file
+        yield f"{label} {name}\n".encode() + data
+        bar.update()
+
+
+if __name__ == "__main__":
+    cli.run(main)

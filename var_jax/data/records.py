@@ -1,0 +1,167 @@
+"""array_record files: shards of bytes with random access, and the manifest beside them.
+
+A folder is finished once it has manifest.json; until then unfinished.json holds the same, so that a
+stopped command goes on and one with other settings is refused.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Iterable
+from typing import Any
+
+from etils import epath
+
+from var_jax import BadInput
+
+MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """`count` records in shards of `shard_size`; like a sequence of bytes, readers opened late."""
+
+    folder: str
+    split: str
+    count: int
+    shard_size: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> bytes:
+        return self._source[index]
+
+    @property
+    def shards(self) -> int:
+        return -(-self.count // self.shard_size)
+
+    def path(self, shard: int) -> epath.Path:
+        """Where a shard lies."""
+        name = f"{self.split}-{shard:05d}-of-{self.shards:05d}.array_record"
+        return epath.Path(self.folder) / name
+
+    def rows(self, shard: int) -> range:
+        """The records of a shard."""
+        start = shard * self.shard_size
+        return range(start, min(start + self.shard_size, self.count))
+
+    def missing(self) -> list[int]:
+        """Shards not written yet."""
+        have = {path.name for path in epath.Path(self.folder).iterdir()}
+        return [shard for shard in range(self.shards) if self.path(shard).name not in have]
+
+    @functools.cached_property
+    def _source(self):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        if missing := self.missing():
+            raise BadInput(f"{self.path(missing[0])} is missing: {self.folder} is incomplete.")
+        # With the ranges told, it need not open every file at the start.
+        spans = [f"{self.path(i)}[0:{len(self.rows(i))}]" for i in range(self.shards)]
+        return ArrayRecordDataSource(spans)
+
+    def __getstate__(self):
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+def shard_size(count: int) -> int:
+    """Records a shard: 256 shards, where that is neither tiny files nor too many for one process.
+
+    A stopped command loses at most the shard it was writing.
+    """
+    return min(max(-(-count // 256), 256), 16384)
+
+
+def write_shard(path: epath.Path, records: Iterable[bytes]) -> None:
+    """Writes one shard: beside, then renamed; into a bucket from a temporary file."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    remote = "://" in str(path)
+    folder = tempfile.gettempdir() if remote else os.fspath(path.parent)
+    beside = epath.Path(folder) / f".{path.name}.{secrets.token_hex(4)}.partial"
+    try:
+        writer = ArrayRecordWriter(str(beside), "group_size:1")  # one record is read at a time
+        for record in records:
+            writer.write(record)
+        writer.close()
+        if remote:
+            path.write_bytes(beside.read_bytes())
+        else:
+            beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def claim(folder: epath.Path, manifest: dict[str, Any]) -> bool:
+    """Makes `folder` this manifest's; whether all of it is there already.
+
+    Raises: BadInput if it holds something else.
+    """
+    wanted = json.loads(json.dumps(manifest))
+    for name in (MANIFEST, UNFINISHED):
+        if (folder / name).exists():
+            found = read_json(folder / name)
+            for key in wanted:
+                if found.get(key) != wanted[key]:
+                    raise BadInput(
+                        f"{folder} was begun with {key}={_short(found.get(key))}, not"
+                        f" {_short(wanted[key])}; name another folder or remove it."
+                    )
+            return name == MANIFEST
+    if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise BadInput(f"{folder} holds other files; name a new or an empty folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / UNFINISHED, wanted)
+    return False
+
+
+def finish(folder: epath.Path, manifest: dict[str, Any]) -> None:
+    """Declares the folder complete, and removes what stopped commands left half-written.
+
+    Several hosts may do so at once.
+    """
+    _write_json(folder / MANIFEST, manifest)
+    (folder / UNFINISHED).unlink(missing_ok=True)
+    for path in folder.glob(".*.partial"):
+        path.unlink(missing_ok=True)
+
+
+def read_manifest(folder: epath.Path, kind: str) -> dict[str, Any]:
+    """The manifest of a finished folder of this kind.
+
+    Raises: BadInput if it is unfinished or something else.
+    """
+    if (folder / UNFINISHED).exists():
+        raise BadInput(f"{folder} is unfinished; give the command that writes it again.")
+    if not (folder / MANIFEST).exists():
+        raise BadInput(f"{folder} has no {MANIFEST}; expected a folder of {kind}.")
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("kind") != kind:
+        raise BadInput(f"{folder} holds {manifest.get('kind')}; expected {kind}.")
+    return manifest
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """A JSON object. Raises: BadInput if the file is damaged."""
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise BadInput(f"{path} is not JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} holds a {type(value).__name__}; expected a JSON object.")
+    return value
+
+
+def _write_json(path: epath.Path, value: dict[str, Any]) -> None:
+    beside = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"  # hosts write at once
+    beside.write_text(json.dumps(value, indent=1) + "\n")
+    beside.replace(path)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "…"
