@@ -10,7 +10,7 @@ it is not width / 64 (and there is no QK-norm), codes chosen by cosine.
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,15 @@ from var_jax.infra.logs import progress
 from var_jax.infra.torch_files import open_tensors, write_pth, write_safetensors
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.torch_config import tokenizer_config, transformer_config
-from var_jax.models.torch_names import CODE_USAGE, buffers, from_torch, to_torch
+from var_jax.models.torch_names import (
+    CODE_USAGE,
+    Tensors,
+    buffers,
+    check,
+    from_torch,
+    leaves,
+    to_torch,
+)
 from var_jax.models.transformer import Transformer
 from var_jax.training.export import load_parts, save_parts
 
@@ -44,7 +52,7 @@ FORMAT = flags.DEFINE_enum("format", "pth", ["pth", "safetensors"], "Of the file
 FROM = (TOKENIZER, TRANSFORMER, PATCH_NUMS, NUM_HEADS, ZNORM, OUT)
 BACK = (CHECKPOINT, TO_TORCH, FORMAT)
 # Where a training checkpoint of the release keeps its two state dicts.
-TOKENIZER_KEYS, TRANSFORMER_KEYS = ("trainer", "vae_local"), ("trainer", "var_wo_ddp")
+INSIDE = {"tokenizer": ("trainer", "vae_local"), "transformer": ("trainer", "var_wo_ddp")}
 
 
 def main(argv: list[str]) -> None:
@@ -53,7 +61,8 @@ def main(argv: list[str]) -> None:
     given = {flag.name for flag in (*FROM, *BACK) if flag.present}
     only = lambda allowed: given <= {flag.name for flag in allowed}
     if TOKENIZER.value and OUT.value and only(FROM):
-        convert(TOKENIZER.value, TRANSFORMER.value, OUT.value)
+        paths = {"tokenizer": TOKENIZER.value, "transformer": TRANSFORMER.value}
+        convert({name: path for name, path in paths.items() if path}, OUT.value)
     elif CHECKPOINT.value and TO_TORCH.value and only(BACK):
         convert_back(CHECKPOINT.value, TO_TORCH.value)
     else:
@@ -64,30 +73,39 @@ def main(argv: list[str]) -> None:
         )
 
 
-def convert(tokenizer_file: str, transformer_file: str | None, out: str) -> None:
-    """PyTorch files → checkpoint. All names, shapes and values are checked before it is written."""
-    sides, transformer, files, parts = patch_nums(), None, {}, {}
-    if transformer_file:
-        with about_file(transformer_file):
-            files["transformer"] = open_tensors(transformer_file, *TRANSFORMER_KEYS)
+def convert(paths: dict[str, str], out: str) -> None:
+    """PyTorch files → checkpoint. Names, shapes and values are checked before it is written."""
+    files = {name: open_tensors(path, *INSIDE[name]) for name, path in paths.items()}
+    models = abstract_models(paths, files)
+    total = sum(len(names) for model in models.values() for _, _, names, _ in leaves(model))
+    with progress(total, 0, "reading tensors") as bar:
+        for name, model in models.items():
+            with about_file(paths[name]):
+                models[name] = from_torch(model, files[name], bar.update)
+    usage = {name: np.asarray(t) for name, t in files["tokenizer"].items() if name == CODE_USAGE}
+    known = "transformer" in models
+    names = class_names(models["transformer"].config.num_classes) if known else ()
+    save_parts(out, models, names, usage)
+    print(f"{out} holds {' and '.join(map(describe, models.values()))}")
+
+
+def abstract_models(paths: dict[str, str], files: Mapping[str, Tensors]) -> dict[str, Any]:
+    """The models that the files describe, without weights."""
+    sides, transformer, models = patch_nums(), None, {}
+    if "transformer" in files:
+        with about_file(paths["transformer"]):
             transformer = transformer_config(files["transformer"], sides, NUM_HEADS.value)
             sides = transformer.patch_nums
-    with about_file(tokenizer_file):
-        files["tokenizer"] = open_tensors(tokenizer_file, *TOKENIZER_KEYS)
+    with about_file(paths["tokenizer"]):
         tokenizer = tokenizer_config(files["tokenizer"], sides, ZNORM.value)
+    models["tokenizer"] = jax.eval_shape(lambda: Tokenizer(tokenizer, rngs=nnx.Rngs(0)))
     if transformer:
         check_pair(tokenizer, transformer)
-    with progress(sum(map(len, files.values())), 0, "reading tensors") as bar:
-        with about_file(tokenizer_file):
-            model = jax.eval_shape(lambda: Tokenizer(tokenizer, rngs=nnx.Rngs(0)))
-            parts["tokenizer"] = from_torch(model, files["tokenizer"], bar.update)
-        if transformer_file and transformer:
-            with about_file(transformer_file):
-                model = jax.eval_shape(lambda: Transformer(transformer, rngs=nnx.Rngs(0)))
-                parts["transformer"] = from_torch(model, files["transformer"], bar.update)
-    usage = {name: np.asarray(t) for name, t in files["tokenizer"].items() if name == CODE_USAGE}
-    save_parts(out, parts, class_names(transformer.num_classes) if transformer else (), usage)
-    print(f"{out} holds {' and '.join(map(describe, parts.values()))}")
+        models["transformer"] = jax.eval_shape(lambda: Transformer(transformer, rngs=nnx.Rngs(0)))
+    for name, model in models.items():
+        with about_file(paths[name]):
+            check(model, files[name])
+    return models
 
 
 def patch_nums() -> tuple[int, ...] | None:
@@ -146,6 +164,8 @@ def convert_back(checkpoint: str, out: str) -> None:
             states[name] = to_torch(model) | buffers(model)
             states[name].update({n: a for n, a in usage.items() if n in states[name]})
     folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"--to_torch={out} is a file; expected a folder to write to.")
     folder.mkdir(parents=True, exist_ok=True)
     write = write_pth if FORMAT.value == "pth" else write_safetensors
     made = {name: folder / f"{name}.{FORMAT.value}" for name in states}

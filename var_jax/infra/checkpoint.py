@@ -162,10 +162,12 @@ def save_weights(directory: str | PurePath, tree: PyTree, config: dict) -> None:
     Arrays are stored in the dtype they have; `config` is JSON.
 
     Raises:
-        BadInput: `directory` holds other files, which replacing it would delete.
+        BadInput: `directory` is a file, or holds other files, which replacing it would delete.
     """
     target = _path(directory)
     beside, old = (target.parent / f".{target.name}.{end}" for end in ("partial", "old"))
+    if target.exists() and not target.is_dir():
+        raise BadInput(f"{target} is a file; expected a directory to write a checkpoint to.")
     if target.exists():
         others = sorted({p.name for p in target.iterdir()} - {"config.json", "weights"})
         if others:

@@ -109,8 +109,8 @@ def from_torch(
 ) -> T:
     """`model` (its leaves may be abstract) with the weights of a state dict, in their dtypes.
 
-    The tensors may lie in a file: they are read one by one, after all names and shapes are found
-    right, and `done` is called after each.
+    The tensors may lie in a file: they are read one by one, after `check`; `done` is called after
+    each.
 
     Raises: BadInput naming a tensor that is missing, surplus, of the wrong shape or not finite.
     """

@@ -1,0 +1,188 @@
+"""`convert` and `tokenize` from outside, on the golden weights as PyTorch files."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from golden_cases import load, models, state_dict
+
+from var_jax.infra.mesh import make_mesh
+from var_jax.infra.torch_files import open_tensors, write_pth, write_safetensors
+from var_jax.models.tokenizer import Tokenizer
+from var_jax.models.torch_names import buffers
+from var_jax.training.export import load_models
+from var_jax.training.tokenizer_stage import to_float
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def run(name, *flags):
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-m", f"var_jax.{name}", *map(str, flags)]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=500)
+    return done.returncode, done.stdout, done.stderr
+
+
+def read(path):
+    return {name: np.asarray(tensor) for name, tensor in open_tensors(path).items()}
+
+
+def state(part):
+    """All that PyTorch saves of a part of the case "base", buffers included."""
+    config = json.loads(str(load("base")["config"]))
+    tensors = state_dict("base", part, config[f"weights_seed_{part}"])
+    derived = buffers(models("base")[part == "transformer"])
+    if part == "tokenizer":
+        derived = {name: array + 0.5 for name, array in derived.items()}  # usage of the codes
+    return tensors | derived
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The case "base" as a .pth and a .safetensors file."""
+    folder = tmp_path_factory.mktemp("torch")
+    write_pth(folder / "tokenizer.pth", state("tokenizer"))
+    write_safetensors(folder / "transformer.safetensors", state("transformer"))
+    return folder / "tokenizer.pth", folder / "transformer.safetensors"
+
+
+@pytest.fixture(scope="module")
+def converted(files, tmp_path_factory):
+    """Its checkpoint."""
+    out = tmp_path_factory.mktemp("converted") / "base"
+    code, said, err = run(
+        "convert", "--tokenizer", files[0], "--transformer", files[1], "--out", out
+    )
+    assert code == 0, err
+    assert "a transformer of 0.3 M float32 (depth 4, 10 classes)" in said
+    return out
+
+
+def test_the_checkpoint_holds_the_weights(converted):
+    mesh = make_mesh(data=-1, fsdp=1, tensor=1)
+    made = load_models(str(converted), mesh)
+    assert made.class_names == tuple("0123456789")
+    for ours, known in zip(made[:2], models("base")[:2], strict=True):
+        for leaf, golden in zip(jax.tree.leaves(ours), jax.tree.leaves(known), strict=True):
+            np.testing.assert_array_equal(leaf, golden)
+    config, golden = made.transformer.config, models("base")[1].config
+    assert (config.patch_nums, config.num_heads) == (golden.patch_nums, golden.num_heads)
+
+
+def test_the_commands_draw_the_releases_tokens(converted, tmp_path):
+    gold = load("base")
+    labels, cfg = ",".join(map(str, gold["labels"])), json.loads(str(gold["config"]))["cfg"]
+    flags = ("--labels", labels, "--cfg", cfg, "--top_k", 1, "--batch_size", 2, "--out", tmp_path)
+    code, _, err = run("sample", "--checkpoint", converted, *flags)
+    assert code == 0, err
+    with np.load(tmp_path / "samples.npz") as made:
+        np.testing.assert_array_equal(made["tokens"], gold["greedy_tokens"])
+        image = 255 * gold["greedy_image"].transpose(0, 2, 3, 1)
+        np.testing.assert_allclose(made["arr_0"], image, atol=0.51)
+
+
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_back_to_torch_is_bit_identical(converted, tmp_path, kind):
+    code, said, err = run(
+        "convert", "--checkpoint", converted, "--to_torch", tmp_path, "--format", kind
+    )
+    assert code == 0, err
+    assert "VAR(vae, num_classes=10, depth=4, embed_dim=64, num_heads=4" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        f"tokenizer.{kind}",
+        f"transformer.{kind}",
+    ]
+    for part in ("tokenizer", "transformer"):
+        expected, found = state(part), read(tmp_path / f"{part}.{kind}")
+        assert sorted(found) == sorted(expected)
+        for name, array in expected.items():
+            assert found[name].dtype == array.dtype and found[name].shape == array.shape, name
+            assert found[name].tobytes() == array.tobytes(), name
+
+
+def test_half_precision_and_a_tokenizer_alone(tmp_path):
+    half = {name: array.astype(np.float16) for name, array in state("tokenizer").items()}
+    write_pth(tmp_path / "t.pth", half)
+    flags = ("--patch_nums", "1,2,3,4", "--out", tmp_path / "out")
+    code, said, err = run("convert", "--tokenizer", tmp_path / "t.pth", *flags)
+    assert code == 0, err
+    assert "float16 (64 px, 64 codes)" in said
+    code, _, err = run("convert", "--checkpoint", tmp_path / "out", "--to_torch", tmp_path / "back")
+    assert code == 0, err
+    back = read(tmp_path / "back" / "tokenizer.pth")
+    assert all(back[name].tobytes() == array.tobytes() for name, array in half.items())
+    code, _, err = run(
+        "sample", "--checkpoint", tmp_path / "out", "--num", 1, "--out", tmp_path / "s"
+    )
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "holds a tokenizer but no transformer" in err and not (tmp_path / "s").exists()
+
+
+def test_what_the_release_cannot_express(tmp_path):
+    code, said, err = run("convert", "--checkpoint", "emoji", "--to_torch", tmp_path)
+    assert code == 0
+    assert "tokenizer.patch_size=4 has no counterpart in the PyTorch release" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["transformer.pth"]
+    assert "VAR(vae, num_classes=9" in said
+
+
+def changed(part, name, value):
+    """A state dict with one tensor replaced, added or, by None, left out."""
+    return {n: a for n, a in (state(part) | {name: value}).items() if a is not None}
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "sentence"),
+    [
+        ("tokenizer", "decoder.mid.attn_1.qkv.bias", None, "'decoder.mid.attn_1.qkv.bias' is miss"),
+        ("transformer", "extra", np.zeros(3, np.float32), "tensor 'extra' is surplus"),
+        ("transformer", "head.bias", np.zeros(3, np.float32), "'head.bias' has shape (3,), expec"),
+    ],
+)
+def test_wrong_tensors(files, tmp_path, part, name, value, sentence):
+    given = dict(zip(("tokenizer", "transformer"), files, strict=True))
+    given[part] = tmp_path / "wrong.pth"
+    write_pth(given[part], changed(part, name, value))
+    flags = [text for kind, path in given.items() for text in (f"--{kind}", path)]
+    code, said, err = run("convert", *flags, "--out", tmp_path / "out")
+    assert (code, said, len(err.splitlines())) == (2, "", 1)
+    assert sentence in err and str(given[part]) in err
+    assert [path.name for path in tmp_path.iterdir()] == ["wrong.pth"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--tokenizer {transformer} --transformer {tokenizer} --out x", "holds a tokenizer"),
+        ("--tokenizer {tokenizer} --out x", "has 4 scales; give their sides as --patch_nums"),
+        ("--tokenizer no.pth --out x", "no.pth cannot be read"),
+        ("--tokenizer {tokenizer}", "give --tokenizer and --out"),
+        ("--tokenizer {tokenizer} --out x --patch_nums 1,b", "--patch_nums=1,b must be whole"),
+    ],
+)
+def test_wrong_flags(files, tmp_path, flags, sentence):
+    given = dict(zip(("tokenizer", "transformer"), files, strict=True))
+    flags = flags.replace("x", str(tmp_path / "x")).format(**given)
+    code, _, err = run("convert", *flags.split())
+    assert (code, len(err.splitlines())) == (2, 1) and sentence in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_tokenize(converted, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    np.savez_compressed(tmp_path / "images.npz", arr_0=images)
+    flags = ("--checkpoint", converted, "--out", tmp_path / "tokens", "--batch_size", 2)
+    code, _, err = run("tokenize", "--images", tmp_path / "images.npz", *flags)
+    assert code == 0, err
+    with np.load(tmp_path / "tokens" / "tokens.npz") as made:
+        assert made["tokens"].dtype == np.int32
+        expected = jax.jit(Tokenizer.encode)(models("base")[0], to_float(images))
+        np.testing.assert_array_equal(made["tokens"], expected)
+    np.savez(tmp_path / "images.npz", arr_0=images[:, :32])
+    code, _, err = run("tokenize", "--images", tmp_path / "images.npz", *flags)
+    assert code == 2 and "holds images of 32 x 64 pixels; the tokenizer of" in err
