@@ -24,7 +24,6 @@ from var_jax.infra.mesh import make_mesh
 from var_jax.infra.npz import save_npz
 from var_jax.infra.pictures import grid, read_picture, save_png, square
 from var_jax.models.partition import BATCH, pin, round_up
-from var_jax.models.tokenizer import Tokenizer
 from var_jax.sampling.decode import Forced
 from var_jax.sampling.edit import Box, box_mask, kept_tokens, pool_mask
 from var_jax.sampling.generate import generate
@@ -69,20 +68,13 @@ def main(argv: list[str]) -> None:
     cli.no_arguments(argv)
     box = check_flags()
     original = read_picture(IMAGE.value)
-    white = None if MASK.value is None else read_mask(MASK.value, original)
+    region = read_mask(str(MASK.value), original) if box is None else box
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
     with jax.set_mesh(mesh):
         models = load_models(CHECKPOINT.value, mesh)
         cells = models.tokenizer.config.patch_nums[-1]
-        side = cells * models.tokenizer.config.downsample
-        image = square(original, side)
-        if white is not None:
-            brightness = square(white, side, Image.Resampling.BOX)[..., 0] / 255
-            repaint, pixels = pool_mask(brightness, cells), brightness >= 0.5
-        else:
-            repaint, pixels = box_mask(box, cells), box_mask(box, side)
-            if TASK.value == "outpaint":
-                repaint, pixels = ~repaint, ~pixels
+        image = square(original, cells * models.tokenizer.config.downsample)
+        repaint, pixels = areas(region, cells, len(image))
         if not repaint.any():
             flag = "mask" if box is None else "box"
             raise BadInput(f"--{flag} leaves nothing to repaint on the {cells} x {cells} cells.")
@@ -125,6 +117,17 @@ def read_mask(path: str, image: Image.Image) -> Image.Image:
     return mask
 
 
+def areas(
+    region: Box | Image.Image, cells: int, side: int
+) -> tuple[Bool[np.ndarray, "cells cells"], Bool[np.ndarray, "side side"]]:
+    """What to repaint, in cells of the finest scale and in pixels."""
+    if isinstance(region, Image.Image):
+        brightness = square(region, side, Image.Resampling.BOX)[..., 0] / 255
+        return pool_mask(brightness, cells), brightness >= 0.5
+    flip = TASK.value == "outpaint"
+    return box_mask(region, cells) ^ flip, box_mask(region, side) ^ flip
+
+
 def edit(
     models: Models,
     image: UInt8[np.ndarray, "H W 3"],
@@ -135,15 +138,16 @@ def edit(
     tokenizer, config = models.tokenizer, models.transformer.config
     encode = jax.jit(lambda tokenizer, image: tokenizer.encode(to_float(image)))
     several = pin(jnp.asarray(np.stack([image] * round_up(1))), BATCH)
-    tokens = np.asarray(encode(tokenizer, several))[:1]
+    tokens = np.asarray(encode(tokenizer, several))[0]
     keep = kept_tokens(repaint, config.patch_nums)
+    each = lambda row: jnp.asarray(np.stack([row] * NUM.value))
     made = generate(
         models.transformer,
         tokenizer,
         np.full(NUM.value, label, np.int32),
         batch_size=min(BATCH_SIZE.value, NUM.value),
         seed=SEED.value,
-        forced=Forced(tokens.repeat(NUM.value, 0), keep[None].repeat(NUM.value, 0)),
+        forced=Forced(each(tokens), each(keep)),
         # Guidance from no class to no class changes nothing.
         cfg=None if label == config.num_classes else CFG.value or None,
         top_k=TOP_K.value,

@@ -1,0 +1,56 @@
+"""A checkpoint for commands that need one, but no good one; and many mistakes in one process."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from tiny import get_config
+
+from var_jax.config import Config, from_dict
+from var_jax.data.sources import open_source
+from var_jax.models.tokenizer import Tokenizer
+from var_jax.models.transformer import Transformer
+from var_jax.training.export import Models, save_models
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory):
+    """A tiny checkpoint of random weights: 16×16 pixels, scales 1 2 4, the classes of the emoji."""
+    config = from_dict(Config, get_config().to_dict())
+    names = open_source("emoji", "train", 16).class_names
+    models = (
+        jax.eval_shape(lambda: Tokenizer(config.tokenizer, rngs=nnx.Rngs(0))),
+        jax.eval_shape(lambda: Transformer(config.transformer, rngs=nnx.Rngs(0))),
+    )
+    rng = np.random.default_rng(0)  # initialising them as usual would compile for 10 s
+    models = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), models)
+    folder = tmp_path_factory.mktemp("untrained") / "checkpoint"
+    save_models(folder, Models(*models, names), config)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def complaints():
+    """complaints(command, [flags, ...]): what each run says on stderr; all must exit with 2."""
+
+    def run_all(command: str, runs: list[list]) -> list[str]:
+        several = pathlib.Path(__file__).with_name("several.py")
+        env = os.environ | {"PYTHONPATH": str(several.parents[2])}
+        argv = [
+            sys.executable,
+            several,
+            command,
+            json.dumps([[str(flag) for flag in run] for run in runs]),
+        ]
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=500)
+        lines = done.stderr.splitlines()
+        assert lines[1::2] == ["exit code 2"] * len(runs), done.stderr
+        return lines[::2]
+
+    return run_all

@@ -1,0 +1,76 @@
+"""`var_jax.edit` from outside: what it leaves, what it says to bad input."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_commands import run
+
+from var_jax.infra.npz import load_npz
+from var_jax.infra.pictures import square
+from var_jax.sampling.edit import box_mask, kept_tokens
+
+SCALES = (1, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("picture") / "wide.png"
+    pixels = np.random.default_rng(0).integers(0, 255, (48, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_box_and_paste(untrained, picture, tmp_path):
+    flags = ("--image", picture, "--task", "outpaint", "--box", ".25,0,.75,.5", "--paste")
+    code, _, err = run("edit", "--checkpoint", untrained, *flags, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "edit.npz", "result.png", "strip.png",
+    ]  # fmt: skip
+    result = np.asarray(Image.open(tmp_path / "out" / "result.png"))
+    outside = ~box_mask((0.25, 0, 0.75, 0.5), 16)
+    original = square(Image.open(picture), 16)
+    np.testing.assert_array_equal(result[~outside], original[~outside])
+    assert (result != original)[outside].mean() > 0.5
+    arrays = load_npz(tmp_path / "out" / "edit.npz")
+    np.testing.assert_array_equal(arrays["arr_0"], result[None])
+    np.testing.assert_array_equal(arrays["keep"], kept_tokens(outside[::4, ::4], SCALES))
+
+
+def test_mask_and_class(untrained, picture, tmp_path):
+    white = np.zeros((24, 30), np.uint8)
+    white[:, 15:] = 255  # the right half, of a mask half as large
+    Image.fromarray(white).save(tmp_path / "mask.png")
+    flags = ("--mask", tmp_path / "mask.png", "--task", "class", "--label", "flags", "--num", 3)
+    out = tmp_path / "out"
+    code, _, err = run("edit", "--checkpoint", untrained, "--image", picture, *flags, "--out", out)
+    assert code == 0, err
+    arrays = load_npz(out / "edit.npz")
+    right = box_mask((0, 0.5, 1, 1), SCALES[-1])
+    np.testing.assert_array_equal(arrays["keep"], kept_tokens(right, SCALES))
+    kept = arrays["tokens"][:, arrays["keep"] == 1]
+    assert arrays["tokens"].shape == (3, 21) and (kept == kept[0]).all()
+    assert len(np.unique(arrays["tokens"], axis=0)) == 3
+    assert Image.open(out / "result_2.png").size == (16, 16)
+    assert Image.open(out / "strip.png").width > 5 * 96
+
+
+def test_bad_input(untrained, picture, tmp_path, complaints):
+    Image.new("L", (10, 10)).save(tmp_path / "mask.png")
+    box, image, out = ("--box", "0,0,1,1"), ("--image", picture), tmp_path / "out"
+    said = {
+        ("--image", "nowhere.png", *box): "there is no file nowhere.png",
+        ("--image", __file__, *box): "cannot be read as an image",
+        (*image, "--box", ".5,0,.5,1"): "--box=.5,0,.5,1; expected y0,x0,y1,x1 with 0 <= y0 < y1",
+        (*image, "--box", "0,0,1"): "--box=0,0,1; expected",
+        image: "say what to repaint: either --box or --mask",
+        (*image, "--box", "0,0,.1,.1"): "--box leaves nothing to repaint on the 4 x 4 cells",
+        (*image, "--mask", tmp_path / "mask.png"): "--mask is 10 x 10 pixels, --image 60 x 48",
+        (*image, *box, "--task", "class"): "--task=class needs --label",
+        (*image, *box, "--label", "dogs"): "--label holds 'dogs'; the classes of",
+        (*image, *box, "--num", 0): "--num",
+    }
+    runs = [["--checkpoint", untrained, "--out", out, *flags] for flags in said]
+    for sentence, expected in zip(complaints("edit", runs), said.values(), strict=True):
+        assert expected in sentence
+    assert not out.exists()

@@ -1,0 +1,73 @@
+"""`var_jax.sample` from outside: counts, rejection, the picture of scales, unfinished runs."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_commands import command, run, wait_for
+
+from var_jax.infra.npz import load_npz
+
+SCORER = "def brightness(images, labels):\n    return images.mean((1, 2, 3))\n"
+
+
+def sample(checkpoint, out, *flags, **kwargs):
+    code, _, err = run("sample", "--checkpoint", checkpoint, "--out", out, *flags, **kwargs)
+    assert code == 0, err
+    return load_npz(out / "samples.npz")
+
+
+def test_rejection_keeps_the_best_of_what_would_be_drawn(untrained, tmp_path):
+    (tmp_path / "judge.py").write_text(SCORER)
+    shared = ("--batch_size", 4, "--show_scales")
+    every = sample(untrained, tmp_path / "all", "--labels", "7:3,flags:2,7:3,flags:2", *shared)
+    assert every["labels"].tolist() == [7, 7, 7, 8, 8] * 2
+    flags = ("--labels", "7:3,flags:2", "--reject", 0.5, "--scorer", "judge:brightness", *shared)
+    kept = sample(untrained, tmp_path / "kept", *flags, cwd=tmp_path)
+    assert kept["labels"].tolist() == [7, 7, 7, 8, 8]
+    for label, count in ((7, 3), (8, 2)):
+        theirs = every["arr_0"][every["labels"] == label]
+        order = np.argsort(-theirs.mean((1, 2, 3)), kind="stable")[:count]
+        np.testing.assert_array_equal(kept["arr_0"][kept["labels"] == label], theirs[sorted(order)])
+    scale, gap = 6, 2
+    assert Image.open(tmp_path / "all" / "scales.png").size == (
+        3 * (16 * scale + gap) - gap, 8 * (16 * scale + gap) - gap,
+    )  # fmt: skip
+    last = np.asarray(Image.open(tmp_path / "all" / "scales.png"))[: 16 * scale, -16 * scale :]
+    np.testing.assert_allclose(last[::scale, ::scale].astype(int), every["arr_0"][0], atol=1)
+
+
+def test_bad_input(untrained, tmp_path, complaints):
+    parts = tmp_path / "begun" / "parts"
+    parts.mkdir(parents=True)
+    (parts / "settings.json").write_text(json.dumps({"weights": "another"}))
+    out = tmp_path / "out"
+    said = {
+        ("--labels", "3:0"): "--labels holds 3:0; expected a count of at least 1",
+        ("--labels", "3:2", "--num", 9): "--labels holds counts, so --num=9 has no place",
+        ("--labels", 3, "--reject", 0.5, "--scorer", "os:nothing"): "is no MODULE:FUNCTION here",
+        ("--labels", 3, "--smooth", "--show_scales"): "--show_scales needs tokens",
+        ("--labels", 3, "--out", parts.parent): "holds an unfinished run of other weights",
+    }
+    runs = [["--checkpoint", untrained, "--out", out, *flags] for flags in said]
+    for sentence, expected in zip(complaints("sample", runs), said.values(), strict=True):
+        assert expected in sentence
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_a_killed_run_repeats_and_loses_nothing(untrained, tmp_path):
+    flags = ("--num", 2000, "--batch_size", 4)
+    whole = sample(untrained, tmp_path / "whole", *flags)
+    out = tmp_path / "killed"
+    process = command("sample", "--checkpoint", untrained, "--out", out, *flags)
+    wait_for(out / "parts" / "00000040.npz")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert (out / "parts").exists()
+    resumed = sample(untrained, out, *flags)
+    assert sorted(p.name for p in out.iterdir()) == ["grid.png", "samples.npz"]
+    for name, array in whole.items():
+        np.testing.assert_array_equal(resumed[name], array)
