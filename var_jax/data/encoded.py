@@ -189,7 +189,7 @@ def part_of(
     """Which pictures belong to a split: every tenth of a class to validation."""
     counts = np.bincount(labels, minlength=len(class_names))
     if counts.min() < 2:
-        found = f"{class_names[counts.argmin()]!r} has {counts.min()} pictures"
+        found = f"{class_names[int(counts.argmin())]!r} has {counts.min()} pictures"
         raise BadInput(f"class {found}; expected at least 2, as a tenth is held out.")
     held = every_tenth(names, labels)
     return np.flatnonzero(held if split == "validation" else ~held)

@@ -49,7 +49,7 @@ def attention(
     lanes = pin(lanes, None, "tensor")
     static = Static(patch_nums, N, qk_norm, interpret)
     mixed = _attention(static, merge_heads(lanes), *(rows(merge_heads(x)) for x in (q, k, v)))
-    return split_heads(images(mixed, q.shape[0]), N)
+    return split_heads(images(mixed, q.shape[0]), N)  # type: ignore[arg-type]
 
 
 class Static(NamedTuple):
