@@ -117,7 +117,7 @@ class Block(nnx.Module):
         return project(mixed, proj) + bias.astype(mixed.dtype)
 
     def mlp(self, x: Array, gate: Array, out: Array, scale: Array, shift: Array):
-        """The residual stream (B,L,D) after attention, and what the second half adds to it (M,D)."""
+        """The residual stream (B,L,D) after attention; what the second half adds to it (M,D)."""
         x = self.add(x, gate, out)
         h = rows(layer_norm(x) * (1 + scale) + shift)
         fc1 = gather(self.fc1, None, "tensor", dtype=x.dtype)
