@@ -130,6 +130,7 @@ class StageConfig:
     restart_below: float = 0.03  # tokenizer: codes used less than so many times the mean start anew
     log_every: int = 50
     save_every: int = 1000
+    keep_every: int = 0  # checkpoints that stay for good, besides the newest three
     sample_every: int = 0  # pictures during training; 0: only at the end
 
     def __post_init__(self):

@@ -3,6 +3,23 @@
 from var_jax.config import TransformerConfig
 from var_jax.scales import slices
 
+# Dense bfloat16 operations a second, from the makers' data sheets, by how jax names the device.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """What a device could do at most; None where it is not known."""
+    fits = [name for name in PEAKS if name in device_kind]
+    return PEAKS[max(fits, key=len)] if fits else None
+
 
 def transformer_flops(config: TransformerConfig, *, backward: bool = True) -> int:
     """Matrix products of one image's forward pass, three times that with the backward pass.

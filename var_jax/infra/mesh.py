@@ -16,6 +16,19 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
 
+def join_hosts(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Joins the other processes of a run; called before anything else of jax.
+
+    With nothing given, a TPU pod, Slurm, Open MPI or Kubernetes is asked who they are.
+
+    Raises: BadInput if nothing tells.
+    """
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        raise BadInput(f"--distributed: {str(error).strip().splitlines()[0]}") from error
+
+
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (all) with explicit axes; one size may be -1, "what is left".
 
@@ -41,6 +54,16 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
     inside = (sizes[0] // slices, *sizes[1:])
     array = create_hybrid_device_mesh(inside, (slices, 1, 1), devices=devices)
     return Mesh(array, AXES, axis_types=types)
+
+
+def check_hosts(mesh: Mesh) -> None:
+    """Raises BadInput if the devices of one image's 'tensor' group are on several hosts."""
+    for group in mesh.devices.reshape(-1, mesh.shape["tensor"]):
+        if len({device.process_index for device in group}) > 1:
+            raise BadInput(
+                f"mesh.tensor={mesh.shape['tensor']} reaches over hosts of"
+                f" {jax.local_device_count()} devices; it must stay inside one."
+            )
 
 
 def check_model(width: int, heads: int, vocab: int, mesh: Mesh) -> None:
@@ -69,6 +92,21 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch as global arrays, split over the batch axes."""
     sharding = NamedSharding(mesh, BATCH)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def put_whole(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch that every process holds whole, as `put_batch` lays it out."""
+    sharding = NamedSharding(mesh, BATCH)
+    put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return jax.tree.map(put, batch)
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays of any layout as NumPy, whole on every process; call it under `jax.set_mesh`."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    whole = lambda x: np.asarray(jax.sharding.reshard(x, P()).addressable_data(0))
+    return jax.tree.map(whole, tree)
 
 
 def shard(tree: Any, mesh: Mesh, spec: Callable[[tuple, Any], P]) -> Any:

@@ -42,6 +42,7 @@ class Stage(NamedTuple):
     init: Callable[[Array], TrainState]  # key → state
     train_step: Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]
     eval_step: Callable[[TrainState, Batch], Metrics]  # values (B,), one an example
+    image_flops: float = 0.0  # the model's operations for one image of a step
 
 
 def init_state(model: Any, optimizer: optax.GradientTransformation, config: StageConfig):

@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32, Key
 
 from var_jax.config import StageConfig, TransformerConfig
+from var_jax.infra.flops import transformer_flops
 from var_jax.models.partition import BATCH, pin
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import Transformer
@@ -64,7 +65,8 @@ def transformer_stage(model_config: TransformerConfig, config: StageConfig) -> S
         loss, metrics = judge(logits, tokens, model_config)
         return {"loss": loss, **metrics}
 
-    return Stage("transformer", config, init, train_step, eval_step)
+    flops = transformer_flops(model_config)
+    return Stage("transformer", config, init, train_step, eval_step, flops)
 
 
 def teacher(batch: Batch) -> tuple[Int32[Array, "B L"], Float[Array, "B M C"]]:
