@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """The cost of a compiled program, read from a text made by hand."""
 
 from var_jax.infra import hlo

@@ -9,9 +9,9 @@ from var_jax.infra.mesh import check_batch, check_model, make_mesh
 
 def test_sizes_that_do_not_divide():
     mesh = make_mesh(1, 2, 4)
-    with pytest.raises(BadInput, match="num_heads=30 cannot be split evenly over mesh.tensor=4"):
+    with pytest.raises(BadInput, match=r"num_heads=30 cannot be split evenly over mesh\.tensor=4"):
         check_model(1920, 30, 4096, mesh)
-    with pytest.raises(BadInput, match="width=65 cannot be split evenly over mesh.fsdp=2"):
+    with pytest.raises(BadInput, match=r"width=65 cannot be split evenly over mesh\.fsdp=2"):
         check_model(65, 4, 4096, mesh)
     with pytest.raises(BadInput, match="batch_size=7 cannot be split evenly over 2 devices"):
         check_batch("batch_size", 7, mesh)
