@@ -116,6 +116,7 @@ class StageConfig:
 
     steps: int = 0
     batch_size: int = 768  # of all devices together
+    accumulate: int = 1  # transformer: parts a batch is taken in, one after another
     learning_rate: float = 1e-4  # for 256 images: scaled by batch_size / 256
     schedule: str = "lin0"  # or cos, lin, lin00, lin0.3, exp: see training/optimizer.py
     warmup_steps: int = 0
@@ -134,12 +135,17 @@ class StageConfig:
     restart_below: float = 0.03  # tokenizer: codes used less than so many times the mean start anew
     log_every: int = 50
     save_every: int = 1000
+    keep_every: int = 0  # checkpoints that stay for good, besides the newest three
     sample_every: int = 0  # pictures during training; 0: only at the end
 
     def __post_init__(self):
         if min(self.log_every, self.save_every) < 1:
             raise BadInput(
                 f"log_every={self.log_every} and save_every={self.save_every} must be at least 1."
+            )
+        if self.accumulate < 1 or self.batch_size % self.accumulate:
+            raise BadInput(
+                f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}."
             )
         if self.schedule == "exp" and self.final_lr_ratio <= 0:
             raise BadInput(f"schedule='exp' needs final_lr_ratio={self.final_lr_ratio} above 0.")

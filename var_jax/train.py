@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
+from jax.experimental.multihost_utils import sync_global_devices
 from ml_collections import config_flags
 
 from var_jax import BadInput
@@ -29,9 +29,17 @@ from var_jax.data.tokens import TOKENS, TokenCache, open_tokens
 from var_jax.evaluation.report import HOW, report
 from var_jax.infra import cli
 from var_jax.infra.logs import Metrics, read_metrics
-from var_jax.infra.mesh import check_batch, make_mesh
+from var_jax.infra.mesh import (
+    check_batch,
+    check_hosts,
+    check_model,
+    join_hosts,
+    make_mesh,
+    put_whole,
+    to_host,
+)
 from var_jax.infra.pictures import curves, grid, labelled_rows, save_png
-from var_jax.models.partition import BATCH, pin, round_up
+from var_jax.models.partition import round_up
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.sampling.generate import generate, to_bytes
 from var_jax.training import loop
@@ -44,6 +52,13 @@ from var_jax.training.transformer_stage import transformer_stage
 
 CONFIG = config_flags.DEFINE_config_file("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/NAME for configs/NAME.py.")
+PROFILE = flags.DEFINE_integer("profile", 0, "Trace so many steps for TensorBoard, from the tenth.")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "One of several hosts: TPU pods, Slurm and the like tell which."
+)
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if nothing tells.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Then also: how many there are.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "And: which this is, from 0.")
 SAMPLES_A_CLASS = 10
 
 
@@ -54,14 +69,19 @@ def main(argv: list[str]) -> None:
     if CONFIG.value is None:
         raise BadInput("--config is missing; expected a file like configs/emoji.py.")
     config = from_dict(Config, CONFIG.value.to_dict())
+    if DISTRIBUTED.value or COORDINATOR.value:
+        join_hosts(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     run = Run(config, epath.Path(WORKDIR.value or default_workdir()))
     with jax.set_mesh(run.mesh):
         tokenizer = run.train_tokenizer()
         transformer = run.train_transformer(tokenizer)
         models = Models(tokenizer, transformer, run.train.class_names)
         save_models(run.workdir / "checkpoint", models, config)
+        if jax.process_index() > 0:
+            return
         summary = last_validation(run.workdir)
-        summary |= report(models, run.train, run.validation, seed=config.seed)
+        if jax.process_count() == 1:
+            summary |= report(models, run.train, run.validation, seed=config.seed)
     summary["minutes"] = (time.monotonic() - started) / 60
     (run.workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print("\n".join(f"{name:32s} {value:.4g}" for name, value in summary.items()))
@@ -73,9 +93,10 @@ class Run:
 
     def __init__(self, config: Config, workdir: epath.Path):
         self.config, self.workdir = config, workdir
-        if jax.process_count() > 1:
-            raise BadInput(f"{jax.process_count()} processes; training runs on one host so far.")
         self.mesh = make_mesh(**dataclasses.asdict(config.mesh))
+        check_hosts(self.mesh)
+        c = config.transformer
+        check_model(c.width, c.num_heads, c.vocab_size, self.mesh)
         for name in ("train_tokenizer", "train_transformer"):
             check_batch(f"{name}.batch_size", getattr(config, name).batch_size, self.mesh)
         data = config.data
@@ -112,8 +133,9 @@ class Run:
         stage = tokenizer_stage(self.config.tokenizer, config)
 
         def look(step: int, state: TrainState) -> dict[str, float]:
-            picture = reconstructions(state.best, self.validation)
-            save_png(self.workdir / "reconstructions.png", picture)
+            picture = reconstructions(state.best, self.validation, self.mesh)
+            if jax.process_index() == 0:
+                save_png(self.workdir / "reconstructions.png", picture)
             self.metrics.image(stage.name, step, "reconstructions", picture)
             return loop.evaluate(stage, state, self.validation, config.batch_size, mesh=self.mesh)
 
@@ -125,6 +147,7 @@ class Run:
             directory=self.workdir / "tokenizer",
             metrics=self.metrics,
             look=look,
+            profile=PROFILE.value,
         )
         return state.best
 
@@ -141,10 +164,11 @@ class Run:
             source, augmentation = self.cached_tokens(tokenizer), {}
 
         def look(step: int, state: TrainState) -> dict[str, float]:
-            models = Models(tokenizer, state.best, self.train.class_names)
-            picture = sample_rows(models, seed=self.config.seed)
-            save_png(self.workdir / "samples.png", picture)
-            self.metrics.image(stage.name, step, "samples", picture)
+            if jax.process_count() == 1:  # `sample` draws on one host
+                models = Models(tokenizer, state.best, self.train.class_names)
+                picture = sample_rows(models, seed=self.config.seed)
+                save_png(self.workdir / "samples.png", picture)
+                self.metrics.image(stage.name, step, "samples", picture)
             return loop.evaluate(
                 stage, state, validation, config.batch_size, mesh=self.mesh, constants=frozen
             )
@@ -158,8 +182,10 @@ class Run:
             metrics=self.metrics,
             constants=frozen,
             look=look,
+            profile=PROFILE.value,
         )
-        plot(self.workdir)
+        if jax.process_index() == 0:
+            plot(self.workdir)
         return state.best
 
     def stored_tokens(self, tokenizer: Tokenizer, split: str) -> TokenCache:
@@ -195,6 +221,12 @@ def claim(workdir: epath.Path, config: Config) -> None:
     The mesh and the number of worker processes may differ.
     """
     path, wanted = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
+    if jax.process_index() == 0 and not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        beside = workdir / ".config.json.partial"
+        beside.write_text(json.dumps(wanted, indent=2) + "\n")
+        beside.replace(path)
+    sync_global_devices("work directory claimed")
     if path.exists():
         found = json.loads(path.read_text())
         found["data"] = found.get("data", {}) | {"workers": wanted["data"]["workers"]}
@@ -204,11 +236,6 @@ def claim(workdir: epath.Path, config: Config) -> None:
                     f"{workdir} belongs to a run whose config.{difference(section, found, wanted)};"
                     " name another --workdir."
                 )
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    beside = workdir / ".config.json.partial"
-    beside.write_text(json.dumps(wanted, indent=2) + "\n")
-    beside.replace(path)
 
 
 def difference(section: str, found: dict, wanted: dict) -> str:
@@ -220,12 +247,15 @@ def difference(section: str, found: dict, wanted: dict) -> str:
     return f"{section}.{name} is {theirs.get(name)}, not {ours.get(name)}"
 
 
-def reconstructions(tokenizer: Tokenizer, source: Source, count: int = 12) -> np.ndarray:
+def reconstructions(
+    tokenizer: Tokenizer, source: Source, mesh: jax.sharding.Mesh, count: int = 12
+) -> np.ndarray:
     """A row a picture: original, reconstruction, and the image after each scale."""
     rows = np.linspace(0, len(source) - 1, count).astype(int)
     originals = np.stack([source[int(i)]["image"] for i in rows])
     padded = np.resize(originals, (round_up(count), *originals.shape[1:]))
-    steps = jax.jit(coarse_to_fine)(tokenizer, pin(jnp.asarray(padded), BATCH))
+    images = put_whole({"image": padded}, mesh)["image"]
+    steps = to_host(jax.jit(coarse_to_fine)(tokenizer, images))
     steps = [to_bytes(step)[:count] for step in steps]
     strip = np.stack([originals, steps[-1], *steps], axis=1)
     scale = max(1, 64 // originals.shape[1])

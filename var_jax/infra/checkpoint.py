@@ -25,15 +25,17 @@ PyTree = Any
 
 
 class Checkpoints:
-    """The checkpoints of one training run, in `directory/STEP`; the newest `keep` stay.
+    """The checkpoints of one training run, in `directory/STEP`.
+
+    The newest `keep` stay, and of the others every `keep_every`-th step (0: none).
 
     Writing is asynchronous and atomic: whenever the process dies, every finished checkpoint stays
     usable, and what was half written is ignored and removed at the next start.
     """
 
-    def __init__(self, directory: str | PurePath, *, keep: int = 3):
+    def __init__(self, directory: str | PurePath, *, keep: int = 3, keep_every: int = 0):
         self._directory = _path(directory)
-        self._keep = keep
+        self._keep, self._keep_every = keep, keep_every
         self._step = -1  # The step being saved, and the save itself.
         self._saving: ocp.AsyncResponse[bool] | None = None
         self._orbax = self._open()
@@ -101,7 +103,10 @@ class Checkpoints:
         self._orbax.close()
 
     def _open(self) -> ocp.training.Checkpointer:
-        keep = ocp.training.preservation_policies.LatestN(self._keep)
+        policies = ocp.training.preservation_policies
+        keep = policies.LatestN(self._keep)
+        if self._keep_every:
+            keep = policies.AnyPreservationPolicy([keep, policies.EveryNSteps(self._keep_every)])
         return ocp.training.Checkpointer(
             self._directory,
             # A lambda, because Orbax deep-copies its options: a bound method would copy `self`.

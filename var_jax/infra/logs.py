@@ -30,17 +30,21 @@ class Metrics:
         if self._writes:
             self._workdir.mkdir(parents=True, exist_ok=True)
 
-    def write(self, stage: str, step: int, **scalars) -> None:
-        """One record {"stage", "step", scalars…}; values are numbers or arrays of one number."""
+    def write(self, stage: str, step: int, *, file: str = "metrics.jsonl", **scalars) -> None:
+        """One record {"stage", "step", scalars…}; values are numbers or arrays of one number.
+
+        Figures that no two runs share, of time and speed, go to another `file`.
+        """
         if not self._writes:
             return
         numbers = {name: np.asarray(value).item() for name, value in scalars.items()}
         line = json.dumps({"stage": stage, "step": int(step), **numbers}) + "\n"
+        path = self._workdir / file
         if self._remote:
-            self._path.write_text(self._text() + line)
+            path.write_text((path.read_text() if path.exists() else "") + line)
         else:
-            with self._path.open("a") as file:
-                file.write(line)
+            with path.open("a") as out:
+                out.write(line)
         if board := self._board(stage):
             for name, value in numbers.items():
                 board.add_scalar(f"{stage}/{name}", value, step)

@@ -1,11 +1,12 @@
 """The device mesh, always ('data', 'fsdp', 'tensor'), and how batches and weights lie on it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -15,18 +16,69 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh over all devices with explicit axes; one size may be -1, "what is left".
+def join_hosts(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Joins the other processes of a run; called before anything else of jax.
 
-    Raises: BadInput when the sizes do not multiply to the number of devices.
+    With nothing given, a TPU pod, Slurm, Open MPI or Kubernetes is asked who they are.
+
+    Raises: BadInput if nothing tells.
     """
-    sizes, count = [data, fsdp, tensor], jax.device_count()
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        raise BadInput(f"--distributed: {str(error).strip().splitlines()[0]}") from error
+
+
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over `devices` (all) with explicit axes; one size may be -1, "what is left".
+
+    Of several TPU slices each holds whole rows of 'data', so that only gradients cross the slower
+    network between them.
+
+    Raises: BadInput when the sizes do not multiply to the number of devices, or 'data' does not
+    to that of slices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes, count = [data, fsdp, tensor], len(devices)
     if sizes.count(-1) == 1:
         sizes[sizes.index(-1)] = max(count // math.prod(s for s in sizes if s != -1), 1)
+    given = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if min(sizes) < 1 or math.prod(sizes) != count:
-        given = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         raise BadInput(f"mesh {given} does not cover the {count} devices exactly.")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3)
+    types = (AxisType.Explicit,) * 3
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    if sizes[0] % slices:
+        raise BadInput(f"mesh {given}: data={sizes[0]} is not a multiple of the {slices} slices.")
+    inside = (sizes[0] // slices, *sizes[1:])
+    array = create_hybrid_device_mesh(inside, (slices, 1, 1), devices=devices)
+    return Mesh(array, AXES, axis_types=types)
+
+
+def check_hosts(mesh: Mesh) -> None:
+    """Raises BadInput if the devices of one image's 'tensor' group are on several hosts."""
+    for group in mesh.devices.reshape(-1, mesh.shape["tensor"]):
+        if len({device.process_index for device in group}) > 1:
+            raise BadInput(
+                f"mesh.tensor={mesh.shape['tensor']} reaches over hosts of"
+                f" {jax.local_device_count()} devices; it must stay inside one."
+            )
+
+
+def check_model(width: int, heads: int, vocab: int, mesh: Mesh) -> None:
+    """Raises BadInput unless the transformer's heads, codes and width split evenly."""
+    wanted = {
+        ("num_heads", heads): "tensor",
+        ("vocab_size", vocab): "tensor",
+        ("width", width): "fsdp",
+    }
+    for (name, count), axis in wanted.items():
+        if count % mesh.shape[axis]:
+            raise BadInput(
+                f"transformer.{name}={count} cannot be split evenly over mesh.{axis}="
+                f"{mesh.shape[axis]}."
+            )
 
 
 def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
@@ -40,6 +92,21 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch as global arrays, split over the batch axes."""
     sharding = NamedSharding(mesh, BATCH)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def put_whole(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch that every process holds whole, as `put_batch` lays it out."""
+    sharding = NamedSharding(mesh, BATCH)
+    put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return jax.tree.map(put, batch)
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays of any layout as NumPy, whole on every process; call it under `jax.set_mesh`."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    whole = lambda x: np.asarray(jax.sharding.reshard(x, P()).addressable_data(0))
+    return jax.tree.map(whole, tree)
 
 
 def shard(tree: Any, mesh: Mesh, spec: Callable[[tuple, Any], P]) -> Any:

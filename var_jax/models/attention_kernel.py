@@ -48,8 +48,10 @@ def attention(
     lanes = jnp.stack([q_bias, jnp.broadcast_to(scale[:, None], (H, N))]).astype(jnp.float32)
     lanes = pin(lanes, None, "tensor")
     static = Static(patch_nums, N, qk_norm, interpret)
-    mixed = _attention(static, merge_heads(lanes), *(rows(merge_heads(x)) for x in (q, k, v)))
-    return split_heads(images(mixed, q.shape[0]), N)  # type: ignore[arg-type]
+    mixed: Array = _attention(
+        static, merge_heads(lanes), *(rows(merge_heads(x)) for x in (q, k, v))
+    )  # type: ignore
+    return split_heads(images(mixed, q.shape[0]), N)
 
 
 class Static(NamedTuple):
@@ -128,6 +130,7 @@ def _call(static, kernel, operands, dtypes):
                 dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES
             ),
             interpret=static.interpret,
+            name="block_causal" + kernel.__name__.removesuffix("_kernel"),
         )(*operands)
         return tuple(x.reshape(-1, F) if d else x for x, d in zip(made, dtypes, strict=True))
 

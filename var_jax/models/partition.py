@@ -94,6 +94,14 @@ def reshape(x: Float[Array, "B *rest"], *shape: int) -> Float[Array, "B *new"]:
     return jax.lax.reshape(x, shape, out_sharding=P(jax.typeof(x).sharding.spec[0]))
 
 
+def split_rows(x: Float[Array, "B *rest"], parts: int) -> Float[Array, "b parts *rest"]:
+    """The batch in `parts` parts of every `parts`-th row, along a second axis."""
+    shape = (x.shape[0] // parts, parts, *x.shape[1:])
+    if not on_mesh():
+        return x.reshape(shape)
+    return jax.lax.reshape(x, shape, out_sharding=P(jax.typeof(x).sharding.spec[0]))
+
+
 def take(table_VC: Float[Array, "V C"], idx: Int[Array, "B *rest"]) -> Float[Array, "B *rest C"]:
     """Rows of a table, split over the batch as `idx` is."""
     if not on_mesh():

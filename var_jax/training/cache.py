@@ -10,7 +10,7 @@ from var_jax.data.pipeline import batches, epoch
 from var_jax.data.sources import Source
 from var_jax.data.tokens import TokenSource
 from var_jax.infra.logs import progress
-from var_jax.infra.mesh import put_batch
+from var_jax.infra.mesh import put_whole, to_host
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.training.tokenizer_stage import to_float
 
@@ -40,7 +40,8 @@ def tokenize(
     with progress(len(source) * (1 + copies), 0, "tokens") as bar:
         for batch in itertools.chain(*rounds):
             mask = batch.pop("mask", np.ones(batch_size, bool))
-            tokens.append(np.asarray(encode(tokenizer, put_batch(batch, mesh)["image"]))[mask])
+            image = put_whole({"image": batch["image"]}, mesh)["image"]
+            tokens.append(to_host(encode(tokenizer, image))[mask])
             labels.append(batch["label"][mask])
             bar.update(int(mask.sum()))
     end = len(source) * (1 + copies)

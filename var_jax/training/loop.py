@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import time
 from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 
 from var_jax import BadInput
 from var_jax.data.pipeline import epoch
 from var_jax.data.sources import Source
 from var_jax.infra.checkpoint import Checkpoints
+from var_jax.infra.flops import peak_flops
 from var_jax.infra.logs import Metrics, progress
-from var_jax.infra.mesh import put_batch, shard
+from var_jax.infra.mesh import put_batch, put_whole, shard, to_host
 from var_jax.training.state import Stage, TrainState, layout
 
 Look = Callable[[int, TrainState], dict[str, float]]
@@ -31,35 +35,46 @@ def run(
     metrics: Metrics,
     constants: dict[str, Any] | None = None,
     look: Look | None = None,
+    profile: int = 0,
 ) -> TrainState:
     """Trains `stage` to its last step and returns the state; call it under `jax.set_mesh(mesh)`.
 
     Starts from the newest checkpoint under `directory`, with the data where it was, so that a run
     stopped anywhere ends with the numbers of one never stopped. `constants` join every batch (the
     frozen tokenizer). `look` makes pictures and validation figures every `sample_every` steps and
-    at the end. Ctrl-C saves, then raises KeyboardInterrupt.
+    at the end. Ctrl-C, SIGTERM and a preemption notice on any host save, then raise
+    KeyboardInterrupt. `profile` many steps are traced, from the tenth of this start on.
 
     Raises: BadInput if the checkpoints are another config's, or the loss is no longer finite.
     """
     config, key = stage.config, jax.random.key(seed)
-    checkpoints = Checkpoints(directory)
+    checkpoints = Checkpoints(directory, keep_every=config.keep_every)
     state, start = restore_or_init(stage, checkpoints, batches, mesh, seed)
     metrics.rewind(stage.name, start)
     train_step = jax.jit(stage.train_step, donate_argnums=0)
     pending = None  # metrics of the step before, read while this one runs
+    stopped = False
 
     def flush():
         if pending is not None:
             write(metrics, stage.name, *pending)
 
-    with progress(config.steps, start, stage.name) as bar, deferred_interrupt() as interrupted:
+    speed = Speed(stage)
+    with (
+        progress(config.steps, start, stage.name) as bar,
+        deferred_interrupt() as interrupted,
+        Trace(directory, start + 10, profile) as trace,
+    ):
         for step in range(start + 1, config.steps + 1):
-            batch = put_batch(next(batches), mesh) | (constants or {})
+            trace(step)
+            with speed.waiting():
+                batch = put_batch(next(batches), mesh) | (constants or {})
             state, values = train_step(state, batch, key)
             bar.update(1, **({"loss": pending[1]["loss"]} if pending else {}))
-            last, stop = step == config.steps, bool(interrupted)
+            last, stop = step == config.steps, agree(step, interrupted)
             if step % config.log_every == 0 or last:
                 flush()
+                metrics.write(stage.name, step, file="speed.jsonl", **speed.since(step - start))
                 pending = (step, values)
             saves = step % config.save_every == 0 or last or stop
             looks = last or (config.sample_every and step % config.sample_every == 0)
@@ -71,10 +86,10 @@ def run(
                 metrics.write(stage.name, step, **look(step, state))
             if saves:
                 checkpoints.save(step, state, batches.get_state(), wait=last or stop)
-            if stop:
+            if stopped := stop:
                 break
     checkpoints.close()
-    if interrupted:
+    if stopped:
         raise KeyboardInterrupt
     return state
 
@@ -126,30 +141,88 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over all of `source`, as `val_NAME`."""
     step, total, count = jax.jit(stage.eval_step), {}, 0
-    share = batch_size // jax.process_count()
-    mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
     for batch in epoch(source, batch_size):
         mask = batch.pop("mask")
-        batch = put_batch({k: v[mine] for k, v in batch.items()}, mesh) | (constants or {})
-        for name, values in step(state, batch).items():
-            # Replicated, so that every process reads all of it.
-            values = jax.device_get(jax.sharding.reshard(values, jax.sharding.PartitionSpec()))
-            total[name] = total.get(name, 0.0) + float(values[mask].sum())
+        values = to_host(step(state, put_whole(batch, mesh) | (constants or {})))
+        for name, value in values.items():
+            total[name] = total.get(name, 0.0) + float(value[mask].sum())
         count += int(mask.sum())
     return {f"val_{name}": value / count for name, value in total.items()}
 
 
+class Speed:
+    """Images a second, share of the peak the chips make (MFU), share of time waited for data."""
+
+    def __init__(self, stage: Stage):
+        self._stage, self._peak = stage, peak_flops(jax.devices()[0].device_kind)
+        self._steps, self._since, self._waited = 0, time.monotonic(), 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Around what waits for data."""
+        started = time.monotonic()
+        yield
+        self._waited += time.monotonic() - started
+
+    def since(self, steps: int) -> dict[str, float]:
+        """The figures since the last call, after so many steps in all."""
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        rate = (steps - self._steps) * self._stage.config.batch_size / seconds
+        found = {"images_per_second": rate, "data_wait": self._waited / seconds}
+        if self._peak and self._stage.image_flops:
+            found["mfu"] = rate * self._stage.image_flops / self._peak / jax.device_count()
+        self._steps, self._since, self._waited = steps, time.monotonic(), 0.0
+        return found
+
+
+class Trace:
+    """A profiler trace of steps `first` ... `first + count - 1`, for TensorBoard or xprof."""
+
+    def __init__(self, directory: str | PurePath, first: int, count: int):
+        self._folder = str(epath.Path(directory).parent / "tensorboard")
+        self._first, self._end, self._on = first, first + count, False
+
+    def __enter__(self):
+        return self
+
+    def __call__(self, step: int) -> None:
+        """Starts or stops ahead of `step`."""
+        if step == self._first and self._end > self._first:
+            jax.profiler.start_trace(self._folder)
+            self._on = True
+        elif step == self._end:
+            self.__exit__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self._on:
+            jax.profiler.stop_trace()
+            self._on = False
+
+
+def agree(step: int, interrupted: list[int]) -> bool:
+    """Whether to stop after this step; the same answer on every host, whichever was told to."""
+    if jax.process_count() == 1:
+        return bool(interrupted)
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
 @contextlib.contextmanager
 def deferred_interrupt():
-    """Collects Ctrl-C and SIGTERM, so that the step in flight ends; a second Ctrl-C is at once."""
+    """Collects Ctrl-C and SIGTERM, so that the step in flight ends; a second Ctrl-C is at once.
+
+    Of several hosts jax's own service hears SIGTERM and tells the others; Ctrl-C becomes one.
+    """
     received: list[int] = []
 
     def handle(number, frame):
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        if jax.process_count() > 1:
+            signal.raise_signal(signal.SIGTERM)
 
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+    old = {number: signal.signal(number, handle) for number in heard}
     try:
         yield received
     finally:

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
 from var_jax.config import StageConfig
-from var_jax.models.partition import path_name
+from var_jax.models.partition import path_name, split_rows
 from var_jax.models.transformer import LAYOUT
 from var_jax.training.codebook import CodebookStats
 
@@ -42,6 +42,7 @@ class Stage(NamedTuple):
     init: Callable[[Array], TrainState]  # key → state
     train_step: Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]
     eval_step: Callable[[TrainState, Batch], Metrics]  # values (B,), one an example
+    image_flops: float = 0.0  # the model's operations for one image of a step
 
 
 def init_state(model: Any, optimizer: optax.GradientTransformation, config: StageConfig):
@@ -59,6 +60,30 @@ def apply_gradients(
     updates, moments = optimizer.update(gradients, state.moments, state.model)
     model = optax.apply_updates(state.model, updates)
     return state._replace(step=state.step + 1, model=model, moments=moments)
+
+
+def accumulated(
+    loss_fn: Callable[..., Any], model: Any, arrays: Batch, key: Array, parts: int
+) -> tuple[Any, Any]:
+    """`value_and_grad` of `loss_fn(model, arrays, key)`, means over equal parts of the batch.
+
+    Part i takes every `parts`-th row from i on, so that no row leaves its device.
+    """
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    if parts == 1:
+        return gradient(model, arrays, key)
+    pieces = jax.tree.map(lambda x: split_rows(x, parts), arrays)
+
+    def step(total, i):
+        piece = jax.tree.map(lambda x: x[:, i], pieces)
+        return jax.tree.map(
+            jnp.add, total, gradient(model, piece, jax.random.fold_in(key, i))
+        ), None
+
+    first = jax.tree.map(lambda x: x[:, 0], pieces)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, model, first, key))
+    total, _ = jax.lax.scan(step, zeros, jnp.arange(parts))
+    return jax.tree.map(lambda x: x / parts, total)
 
 
 def average(state: TrainState, config: StageConfig) -> TrainState:

@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32, Key
 
 from var_jax.config import StageConfig, TransformerConfig
+from var_jax.infra.flops import transformer_flops
 from var_jax.models.partition import BATCH, pin
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import Transformer
@@ -17,6 +18,7 @@ from var_jax.training.state import (
     Metrics,
     Stage,
     TrainState,
+    accumulated,
     apply_gradients,
     average,
     init_state,
@@ -35,19 +37,22 @@ def transformer_stage(model_config: TransformerConfig, config: StageConfig) -> S
     def init(key: Key[Array, ""]) -> TrainState:
         return init_state(Transformer(model_config, rngs=nnx.Rngs(key)), optimizer, config)
 
-    def loss_fn(model: Transformer, batch: Batch, key: Key[Array, ""]):
-        drop_label, drop_path = jax.random.split(key)
-        tokens, inputs = teacher(batch)
-        withheld = jax.random.bernoulli(drop_label, config.label_dropout, tokens.shape[:1])
-        labels = jnp.where(pin(withheld, BATCH), model_config.num_classes, batch["label"])
-        logits = model(labels, inputs, key=drop_path)
-        loss, metrics = judge(logits, tokens, model_config, config.label_smoothing)
-        return loss.mean(), jax.tree.map(jnp.mean, metrics)
-
     def train_step(state: TrainState, batch: Batch, key: Key[Array, ""]):
         key = jax.random.fold_in(key, state.step)
-        (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.model, batch, key
+        tokenizer = batch["tokenizer"]
+
+        def loss_fn(model: Transformer, arrays: Batch, key: Key[Array, ""]):
+            drop_label, drop_path = jax.random.split(key)
+            tokens, inputs = teacher(arrays | {"tokenizer": tokenizer})
+            withheld = jax.random.bernoulli(drop_label, config.label_dropout, tokens.shape[:1])
+            labels = jnp.where(pin(withheld, BATCH), model_config.num_classes, arrays["label"])
+            logits = model(labels, inputs, key=drop_path)
+            loss, metrics = judge(logits, tokens, model_config, config.label_smoothing)
+            return loss.mean(), jax.tree.map(jnp.mean, metrics)
+
+        arrays = {name: x for name, x in batch.items() if name != "tokenizer"}
+        (loss, metrics), gradients = accumulated(
+            loss_fn, state.model, arrays, key, config.accumulate
         )
         rate = schedule(state.step)
         norm = optax.tree.norm(gradients)
@@ -60,7 +65,8 @@ def transformer_stage(model_config: TransformerConfig, config: StageConfig) -> S
         loss, metrics = judge(logits, tokens, model_config)
         return {"loss": loss, **metrics}
 
-    return Stage("transformer", config, init, train_step, eval_step)
+    flops = transformer_flops(model_config)
+    return Stage("transformer", config, init, train_step, eval_step, flops)
 
 
 def teacher(batch: Batch) -> tuple[Int32[Array, "B L"], Float[Array, "B M C"]]:

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Starts training on every host, or goes on where a stopped run was: the command is the same.
+#   NAME=d16 CONFIG=configs/imagenet.py:d16 BUCKET=gs://mine run.sh [--dry_run] [--config.a.b=v ...]
+# shellcheck source=launch/common.sh
+. "$(dirname "$0")/common.sh"
+
+command="python -m var_jax.train --distributed --config $CONFIG --workdir $WORKDIR $*"
+# tmux outlives the connection; a session that is still there is not started twice.
+everywhere "cd var_jax && . .venv/bin/activate && { tmux has-session -t train 2>/dev/null \
+  || tmux new-session -d -s train \"$command 2>&1 | tee -a train.log\"; }"

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Keeps a run on spot TPUs alive: after a preemption it asks anew, sets up and goes on. Leave it
+# running on any machine with gcloud; it takes what run.sh takes, and ends with the run.
+#   NAME=d16 CONFIG=configs/imagenet.py:d16 BUCKET=gs://mine watch.sh [--dry_run]
+# shellcheck source=launch/common.sh
+. "$(dirname "$0")/common.sh"
+here=$(dirname "$0")
+flag=()
+if "$dry_run"; then
+  flag=(--dry_run)
+fi
+
+again() {
+  "$here/create.sh" "${flag[@]}" && "$here/setup.sh" "${flag[@]}" && "$here/run.sh" "${flag[@]}" "$@"
+}
+
+if "$dry_run"; then
+  again "$@"
+  "$here/delete.sh" "${flag[@]}"
+  exit
+fi
+
+until gcloud storage ls "$WORKDIR/checkpoint/config.json" >/dev/null 2>&1; do
+  case $(state) in
+    ACTIVE) "$here/run.sh" "$@" >/dev/null || true ;;
+    MISSING) again "$@" || true ;;
+    FAILED | SUSPENDED) "$here/delete.sh" || true ;;
+  esac
+  sleep 60
+done
+"$here/delete.sh"

@@ -1,0 +1,46 @@
+"""The report on a step compiled for TPUs that are not there."""
+
+import json
+import pathlib
+
+import pytest
+from test_commands import run
+
+ROOT = pathlib.Path(__file__).parents[2]
+SMALL = (
+    "--config", ROOT / "configs" / "imagenet.py:d16", "--config.transformer.depth=2",
+    "--config.transformer.width=128", "--config.transformer.num_heads=2", "--topology", "v5e:2x2",
+    "--config.train_transformer.batch_size=8", "--json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--topology", "v5e:2x2"], "--config is missing"),
+        ([*SMALL[:2]], "--topology is missing"),
+        ([*SMALL[:2], "--topology", "v9:2x2"], "'v9:2x2' is not of v5e, v5p, v6e"),
+    ],
+)
+def test_bad_input(flags, sentence):
+    code, _, err = run("aot", *flags)
+    assert (code, len(err.strip().splitlines())) == (2, 1) and sentence in err
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+def test_report():
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'var_jax[tpu]'")
+    code, out, err = run("aot", *SMALL)
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["chips"] == 4 and report["fits"]
+    assert 0 < report["efficiency"] < 1
+    assert report["kernel_cycles_charged"] > 0
+    assert report["bytes_per_chip"] > report["bytes_activations"] > 0
+    assert report["collective_bytes_by_kind"]["all-gather"] > 0
+    assert report["collective_bytes_by_kind"]["reduce-scatter"] > 0
+    total = report["estimated_cycles"] + report["kernel_cycles_charged"]
+    assert report["efficiency"] == pytest.approx(report["yardstick_cycles"] / total, rel=1e-3)
+    code, out, _ = run("aot", *SMALL[:-3], "--config.train_transformer.batch_size=40000", "--json")
+    assert code == 0 and not json.loads(out)["fits"]
