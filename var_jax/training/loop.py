@@ -74,8 +74,8 @@ def run(
             last, stop = step == config.steps, agree(step, interrupted)
             if step % config.log_every == 0 or last:
                 flush()
-                pace: dict[str, Any] = speed.since(step - start)
-                metrics.write(stage.name, step, file="speed.jsonl", **pace)
+                pace = speed.since(step - start)
+                metrics.write(stage.name, step, "speed.jsonl", **pace)
                 pending = (step, values)
             saves = step % config.save_every == 0 or last or stop
             looks = last or (config.sample_every and step % config.sample_every == 0)
