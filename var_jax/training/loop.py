@@ -75,7 +75,7 @@ def run(
             if step % config.log_every == 0 or last:
                 flush()
                 pace = speed.since(step - start)
-                metrics.write(stage.name, step, "speed.jsonl", **pace)
+                metrics.write(stage.name, step, file="speed.jsonl", **pace)  # type: ignore
                 pending = (step, values)
             saves = step % config.save_every == 0 or last or stop
             looks = last or (config.sample_every and step % config.sample_every == 0)
