@@ -75,7 +75,7 @@ def run(
             if step % config.log_every == 0 or last:
                 flush()
                 pace = speed.since(step - start)
-                metrics.write(stage.name, step, file="speed.jsonl", **pace)  # type: ignore
+                metrics.write(stage.name, step, file="speed.jsonl", **pace)
                 pending = (step, values)
             saves = step % config.save_every == 0 or last or stop
             looks = last or (config.sample_every and step % config.sample_every == 0)
@@ -165,7 +165,7 @@ class Speed:
         yield
         self._waited += time.monotonic() - started
 
-    def since(self, steps: int) -> dict[str, float]:
+    def since(self, steps: int) -> dict[str, Any]:
         """The figures since the last call, after so many steps in all."""
         seconds = max(time.monotonic() - self._since, 1e-9)
         rate = (steps - self._steps) * self._stage.config.batch_size / seconds
