@@ -22,7 +22,7 @@ from var_jax.infra.logs import Metrics, progress
 from var_jax.infra.mesh import put_batch, put_whole, shard, to_host
 from var_jax.training.state import Stage, TrainState, layout
 
-Look = Callable[[int, TrainState], dict[str, float]]
+Look = Callable[[int, TrainState], dict[str, Any]]
 
 
 def run(
