@@ -270,7 +270,7 @@ def open_tfds(name: str, split: str) -> Tfds:
     Raises: BadInput if the package or the set is missing, or the set has no images and labels.
     """
     try:
-        import tensorflow_datasets as tfds
+        import tensorflow_datasets as tfds  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise BadInput(f"data source 'tfds:{name}' needs pip install 'var_jax[data]'.") from error
     folder = _tfds_folder(name)
