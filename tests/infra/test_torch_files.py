@@ -120,7 +120,7 @@ def test_a_state_dict_inside_a_training_checkpoint(torch_pickle, tmp_path):
     state = {"args": args, "trainer": {"vae": weights, "groups": [{"params": [0, 1]}]}}
     path = archive(tmp_path / "t.pth", torch_pickle(state), np.float32([1, 2, 3]))
     np.testing.assert_array_equal(read(path, "trainer", "vae")["w"], [1, 2, 3])
-    with pytest.raises(BadInput, match="holds 'args', a dict, where a state dict has a tensor"):
+    with pytest.raises(BadInput, match="holds 'args' of type dict, where a state dict has tensors"):
         open_tensors(path)
 
 
@@ -212,7 +212,7 @@ def test_pickles_are_never_run(tmp_path, pickled):
         (Tensor(Storage("0", 5), (4,), (1,)), "has 16 bytes, not 5 values"),
         (Tensor(Storage("7", 4), (4,), (1,)), "'data/7' is missing"),
         (Tensor(Storage("../data.pkl", 4), (4,), (1,)), "is missing"),
-        (3.5, "'w', a float, where a state dict has a tensor"),
+        (3.5, "'w' of type float, where a state dict has tensors"),
     ],
 )
 def test_impossible_tensors(torch_pickle, tmp_path, tensor, sentence):

@@ -335,9 +335,8 @@ def _tensor(path: Path, name: Any, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
     if type(name) is not str or not isinstance(value, _View):
-        raise BadInput(
-            f"{path} holds {name!r}, a {type(value).__name__}, where a state dict has a tensor."
-        )
+        kind = type(value).__name__
+        raise BadInput(f"{path} holds {name!r} of type {kind}, where a state dict has tensors.")
     shape, strides = value.shape, value.strides
     if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
         raise BadInput(f"{path} is damaged: tensor {name!r} has no readable shape.")

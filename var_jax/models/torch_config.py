@@ -147,7 +147,7 @@ def sizes(tensors: Tensors, name: str, axes: int) -> tuple[int, ...]:
         raise BadInput(f"tensor {name!r} is missing.")
     shape = tensors[name].shape
     if len(shape) != axes or 0 in shape:
-        raise BadInput(f"tensor {name!r} has shape {shape}, expected {axes} axes.")
+        raise BadInput(f"tensor {name!r} has shape {shape}, expected {axes} axes, none empty.")
     return shape
 
 
