@@ -5,6 +5,7 @@ reads the class embedding). Blocks are stacked along a leading axis and scanned.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -45,7 +46,7 @@ LAYOUT = {
 
 T = TypeVar("T")
 
-MAX_LOG_SCALE = jnp.log(100.0).item()  # attention temperature is clipped here
+MAX_LOG_SCALE = math.log(100.0)  # attention temperature is clipped here
 
 
 class Cache(NamedTuple):
