@@ -1,8 +1,7 @@
-"""Several processes over loopback end with the numbers of one; checkpoints move between them."""
+"""Several processes over loopback end with the numbers of one."""
 
 import json
 import pathlib
-import shutil
 import socket
 import subprocess
 import sys
@@ -42,18 +41,8 @@ def train(workdir, processes, *flags):
 
 
 @pytest.mark.slow
-def test_processes_agree_and_take_over(tmp_path):
-    steps = lambda n: (f"--config.train_transformer.steps={n}", "--config.mesh.fsdp=2")
-    alone = train(tmp_path / "1", 1, *steps(5))
-    assert ("transformer", 5) in alone
-    for processes in (2, 4):
-        together = train(tmp_path / str(processes), processes, *steps(5))
-        assert together.keys() == alone.keys()
-        np.testing.assert_allclose(list(together.values()), list(alone.values()), rtol=2e-4)
-    # The last checkpoint of four processes goes; one process goes on from the one before it.
-    for stage in ("tokenizer", "transformer"):
-        saved = sorted(int(p.name) for p in (tmp_path / "4" / stage).iterdir() if p.name.isdigit())
-        assert len(saved) > 1
-    shutil.rmtree(tmp_path / "4" / "transformer" / str(saved[-1]))
-    resumed = train(tmp_path / "4", 1, *steps(5))
-    np.testing.assert_allclose(list(resumed.values()), list(alone.values()), rtol=2e-4)
+def test_two_processes_agree_with_one(tmp_path):
+    flags = ("--config.train_transformer.steps=5", "--config.mesh.fsdp=2")
+    alone, together = train(tmp_path / "1", 1, *flags), train(tmp_path / "2", 2, *flags)
+    assert ("transformer", 5) in alone and together.keys() == alone.keys()
+    np.testing.assert_allclose(list(together.values()), list(alone.values()), rtol=2e-4)

@@ -61,6 +61,7 @@ def run(
 
     speed = Speed(stage)
     with (
+        contextlib.closing(checkpoints),  # whatever happens, a save under way ends
         progress(config.steps, start, stage.name) as bar,
         deferred_interrupt() as interrupted,
         Trace(directory, start + 10, profile) as trace,
@@ -89,7 +90,6 @@ def run(
                 checkpoints.save(step, state, batches.get_state(), wait=last or stop)
             if stopped := stop:
                 break
-    checkpoints.close()
     if stopped:
         raise KeyboardInterrupt
     return state
