@@ -38,27 +38,27 @@ def main(argv: list[str]) -> None:
     cli.no_arguments(argv)
     if IMAGES.value.endswith(".npz"):
         raise BadInput(f"--images={IMAGES.value}: an .npz is not read yet.")
-    cache()
-
-
-def cache() -> None:
-    """Writes the token cache of both splits."""
     devices = np.array(jax.local_devices()).reshape(-1, 1, 1)
     mesh = Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * 3)
-    check_batch("--batch_size", BATCH_SIZE.value, mesh)
     with jax.set_mesh(mesh):
-        tokenizer = load_models(CHECKPOINT.value, mesh).tokenizer
-        size = tokenizer.config.patch_nums[-1] * tokenizer.config.downsample
-        sources = {
-            split: open_source(IMAGES.value, split, size, RESIZE.value)
-            for split in ("train", "validation")
-        }
-        out = epath.Path(OUT.value)
-        manifest = write_cache(
-            tokenizer, sources, out, mesh=mesh, batch_size=BATCH_SIZE.value, copies=COPIES.value,
-            seed=SEED.value, flip=FLIP.value, shift=SHIFT.value,
-            about={"source": IMAGES.value, "size": size, "resize": RESIZE.value},
-        )  # fmt: skip
+        cache(mesh)
+
+
+def cache(mesh: Mesh) -> None:
+    """Writes the token cache of both splits."""
+    check_batch("--batch_size", BATCH_SIZE.value, mesh)
+    tokenizer = load_models(CHECKPOINT.value, mesh).tokenizer
+    size = tokenizer.config.patch_nums[-1] * tokenizer.config.downsample
+    sources = {
+        split: open_source(IMAGES.value, split, size, RESIZE.value)
+        for split in ("train", "validation")
+    }
+    out = epath.Path(OUT.value)
+    manifest = write_cache(
+        tokenizer, sources, out, mesh=mesh, batch_size=BATCH_SIZE.value, copies=COPIES.value,
+        seed=SEED.value, flip=FLIP.value, shift=SHIFT.value,
+        about={"source": IMAGES.value, "size": size, "resize": RESIZE.value},
+    )  # fmt: skip
     parts = {split: records_of(manifest, str(out), split) for split in sources}
     if left := sum(len(records.missing()) for records in parts.values()):
         print(f"this host is done; {left} shards are left to the others, or to the same command")

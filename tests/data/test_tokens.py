@@ -92,7 +92,7 @@ def test_it_holds_what_training_sees(cache, tokenizer, sources, mesh):
         for _ in range(3):  # two epochs
             want, got = next(pixels), next(codes)
             padded = np.resize(want["image"], (16, *want["image"].shape[1:]))
-            tokens = token_cache._encode(tokenizer, put_batch({"x": padded}, mesh)["x"])
+            tokens = token_cache.encode(tokenizer, put_batch({"x": padded}, mesh)["x"])
             assert (np.asarray(tokens)[:12] == got["tokens"]).all()
             assert (want["label"] == got["label"]).all()
     crops = [[source.draw(i, epoch)["tokens"].tolist() for i in range(18)] for epoch in range(3)]
@@ -104,7 +104,7 @@ def test_validation_is_the_centre(cache, tokenizer, sources, mesh):
     images = np.stack([sources["validation"][i]["image"] for i in range(6)])
     with jax.set_mesh(mesh):
         padded = put_batch({"x": np.resize(images, (8, *images.shape[1:]))}, mesh)["x"]
-        tokens = np.asarray(token_cache._encode(tokenizer, padded))[:6]
+        tokens = np.asarray(token_cache.encode(tokenizer, padded))[:6]
     assert (tokens == np.stack([source[i]["tokens"] for i in range(6)])).all()
 
 
