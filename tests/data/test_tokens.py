@@ -25,9 +25,16 @@ TINY = TokenizerConfig(
 )  # fmt: skip
 
 
+def make(seed):
+    """A tokenizer with noise for weights: initialising one compiles for long."""
+    rng = np.random.default_rng(seed)
+    noise = lambda leaf: jax.numpy.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+    return jax.tree.map(noise, jax.eval_shape(lambda: Tokenizer(TINY, rngs=nnx.Rngs(0))))
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer(TINY, rngs=nnx.Rngs(0))
+    return make(0)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +99,7 @@ def test_it_holds_what_training_sees(cache, tokenizer, sources, mesh):
         for _ in range(3):  # two epochs
             want, got = next(pixels), next(codes)
             padded = np.resize(want["image"], (16, *want["image"].shape[1:]))
-            tokens = token_cache._encode(tokenizer, put_batch({"x": padded}, mesh)["x"])
+            tokens = token_cache.encode(tokenizer, put_batch({"x": padded}, mesh)["x"])
             assert (np.asarray(tokens)[:12] == got["tokens"]).all()
             assert (want["label"] == got["label"]).all()
     crops = [[source.draw(i, epoch)["tokens"].tolist() for i in range(18)] for epoch in range(3)]
@@ -104,10 +111,11 @@ def test_validation_is_the_centre(cache, tokenizer, sources, mesh):
     images = np.stack([sources["validation"][i]["image"] for i in range(6)])
     with jax.set_mesh(mesh):
         padded = put_batch({"x": np.resize(images, (8, *images.shape[1:]))}, mesh)["x"]
-        tokens = np.asarray(token_cache._encode(tokenizer, padded))[:6]
+        tokens = np.asarray(token_cache.encode(tokenizer, padded))[:6]
     assert (tokens == np.stack([source[i]["tokens"] for i in range(6)])).all()
 
 
+@pytest.mark.slow
 def test_training_from_it_gives_the_losses_of_pixels(cache, tokenizer, sources, mesh):
     model = TransformerConfig(**SIZES, num_classes=3, depth=1, width=16, num_heads=1)
     stage = transformer_stage(model, StageConfig(steps=4, batch_size=8, warmup_steps=1))
@@ -133,9 +141,9 @@ def test_training_from_it_gives_the_losses_of_pixels(cache, tokenizer, sources, 
 
 
 def test_another_tokenizer_or_schedule_is_refused(cache, tokenizer):
-    other = Tokenizer(TINY, rngs=nnx.Rngs(1))
+    other = make(1)
     ours, theirs = fingerprint(tokenizer), fingerprint(other)
-    assert ours == fingerprint(Tokenizer(TINY, rngs=nnx.Rngs(0))) != theirs
+    assert ours == fingerprint(make(0)) != theirs
     with pytest.raises(BadInput, match=rf"codes of tokenizer {ours} .* has tokenizer {theirs}"):
         open_tokens(str(cache), "train", theirs, (1, 2))
     with pytest.raises(BadInput, match=r"patch_nums=\(1, 2\), but .* patch_nums=\(1, 2, 3\)"):

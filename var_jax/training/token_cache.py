@@ -71,13 +71,13 @@ def packed(tokenizer: Tokenizer, batches: Iterator[dict], mesh, bar) -> Iterator
     """The records of some batches."""
     for batch in batches:
         mask = batch.pop("mask")
-        tokens = np.asarray(_encode(tokenizer, put_batch(batch, mesh)["image"]))
+        tokens = np.asarray(encode(tokenizer, put_batch(batch, mesh)["image"]))
         for row in np.flatnonzero(mask):
             yield pack(tokens[row], batch["label"][row])
         bar.update(int(mask.sum()))
 
 
-_encode = jax.jit(lambda tokenizer, image: tokenizer.encode(to_float(image)))
+encode = jax.jit(lambda tokenizer, image: tokenizer.encode(to_float(image)))
 
 
 def fingerprint(model: nnx.Module) -> str:
