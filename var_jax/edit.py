@@ -2,12 +2,12 @@
 
     python -m var_jax.edit --checkpoint emoji --image P.png --task inpaint --box .25,.25,.75,.75
 
-The picture becomes tokens; those to keep are forced, the others are drawn. inpaint repaints inside
-the box and outpaint outside, for no class or for --label; class repaints inside the box as --label.
---mask, an image, says freely what to repaint: white. The picture's shorter edge is resized to the
-model's size (Lanczos), then its centre is cropped; box and mask speak of picture and crop as the
-flags say. Writes result.png (or result_0.png ...), strip.png (input, what is repainted, results)
-and edit.npz (`arr_0` uint8 N,H,W,3; `tokens` int32 N,L; `keep` L: 1 for a token that was kept).
+The picture becomes tokens; those to keep are forced, the others drawn. inpaint repaints inside the
+box and outpaint outside it, for no class or for --label; class repaints inside it as --label.
+--mask, an image, says freely what to repaint: white. Any picture will do: its shorter edge is
+resized to the model's size (Lanczos) and its centre cropped; the box is in fractions of the crop,
+the mask is cropped alike. Writes result.png (or result_0.png ...), strip.png (input, what is
+repainted, results) and edit.npz (`arr_0` uint8 N,H,W,3; `tokens` int32 N,L; `keep` L: 1 if kept).
 """
 
 import jax

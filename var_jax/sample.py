@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
 
 def wanted_labels(models: Models) -> Int32[np.ndarray, " N"]:
     """The class of each image. Raises: BadInput for a class that does not exist."""
-    if LABELS.value is None and NUM.value is None:
+    if not LABELS.value and NUM.value is None:
         raise BadInput("say what to draw: --labels, --num or both.")
     entries = [counted(entry.strip(), models) for entry in LABELS.value or ()]
     chosen = np.array([i for i, _ in entries] or range(len(models.class_names)), np.int32)
