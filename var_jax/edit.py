@@ -2,12 +2,12 @@
 
     python -m var_jax.edit --checkpoint emoji --image P.png --task inpaint --box .25,.25,.75,.75
 
-The picture becomes tokens; those to keep are forced, the others are drawn. inpaint repaints inside
-the box and outpaint outside, for no class or for --label; class repaints inside the box as --label.
---mask, an image, says freely what to repaint: white. The picture's shorter edge is resized to the
-model's size (Lanczos), then its centre is cropped; box and mask speak of picture and crop as the
-flags say. Writes result.png (or result_0.png ...), strip.png (input, what is repainted, results)
-and edit.npz (`arr_0` uint8 N,H,W,3; `tokens` int32 N,L; `keep` L: 1 for a token that was kept).
+The picture becomes tokens; those to keep are forced, the others drawn. inpaint repaints inside the
+box and outpaint outside it, for no class or for --label; class repaints inside it as --label.
+--mask, an image, says freely what to repaint: white. Any picture will do: its shorter edge is
+resized to the model's size (Lanczos) and its centre cropped; the box is in fractions of the crop,
+the mask is cropped alike. Writes result.png (or result_0.png ...), strip.png (input, what is
+repainted, results) and edit.npz (`arr_0` uint8 N,H,W,3; `tokens` int32 N,L; `keep` L: 1 if kept).
 """
 
 import jax
@@ -19,10 +19,11 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from var_jax import BadInput
+from var_jax.data.pictures import Unreadable, crop, decode
 from var_jax.infra import cli
 from var_jax.infra.mesh import make_mesh
 from var_jax.infra.npz import save_npz
-from var_jax.infra.pictures import grid, read_picture, save_png, square
+from var_jax.infra.pictures import grid, save_png
 from var_jax.models.partition import BATCH, pin, round_up
 from var_jax.sampling.decode import Forced
 from var_jax.sampling.edit import Box, box_mask, kept_tokens, pool_mask
@@ -61,19 +62,20 @@ SEED = flags.DEFINE_integer("seed", 0, "Same seed, same results.", 0, 2**31 - 1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Results at a time.", 1)
 OUT = flags.DEFINE_string("out", "edited", "Folder to write.")
 TINT = (255, 0, 128)  # of what is repainted, in strip.png
+LARGEST = 1024  # side of what any model paints; larger pictures may be read reduced
 
 
 def main(argv: list[str]) -> None:
     """Reads, edits, then writes."""
     cli.no_arguments(argv)
     box = check_flags()
-    original = read_picture(IMAGE.value)
+    original = read("--image", IMAGE.value)
     region = read_mask(str(MASK.value), original) if box is None else box
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
     with jax.set_mesh(mesh):
         models = load_models(CHECKPOINT.value, mesh)
         cells = models.tokenizer.config.patch_nums[-1]
-        image = square(original, cells * models.tokenizer.config.downsample)
+        image = crop(original, cells * models.tokenizer.config.downsample, resize=1)
         repaint, pixels = areas(region, cells, len(image))
         if not repaint.any():
             flag = "mask" if box is None else "box"
@@ -108,9 +110,19 @@ def check_flags() -> Box | None:
     return y0, x0, y1, x1
 
 
+def read(flag: str, path: str) -> Image.Image:
+    """An image file. Raises: BadInput if it cannot be read."""
+    try:
+        return decode(epath.Path(path).read_bytes(), LARGEST)
+    except OSError as error:
+        raise BadInput(f"{flag}={path} cannot be read: {error.strerror or error}.") from error
+    except Unreadable as error:
+        raise BadInput(f"{flag}={path} cannot be read: {error}.") from error
+
+
 def read_mask(path: str, image: Image.Image) -> Image.Image:
     """A mask for `image`. Raises: BadInput if it has another shape."""
-    mask = read_picture(path).convert("L").convert("RGB")
+    mask = read("--mask", path).convert("L").convert("RGB")
     (w, h), (W, H) = mask.size, image.size
     if abs(w * H - h * W) > max(W, H, w, h):  # as far as rounding to whole pixels goes
         raise BadInput(f"--mask is {w} x {h} pixels, --image {W} x {H}: expected the same shape.")
@@ -122,7 +134,7 @@ def areas(
 ) -> tuple[Bool[np.ndarray, "cells cells"], Bool[np.ndarray, "side side"]]:
     """What to repaint, in cells of the finest scale and in pixels."""
     if isinstance(region, Image.Image):
-        brightness = square(region, side, Image.Resampling.BOX)[..., 0] / 255
+        brightness = crop(region, side, 1, resample=Image.Resampling.BOX)[..., 0] / 255
         return pool_mask(brightness, cells), brightness >= 0.5
     flip = TASK.value == "outpaint"
     return box_mask(region, cells) ^ flip, box_mask(region, side) ^ flip

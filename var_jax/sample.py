@@ -22,7 +22,6 @@ from var_jax import BadInput
 from var_jax.data.sources import open_source
 from var_jax.evaluation.report import scorer
 from var_jax.infra import cli
-from var_jax.infra.checkpoint import fingerprint
 from var_jax.infra.logs import progress
 from var_jax.infra.mesh import make_mesh
 from var_jax.infra.npz import join_npz, load_npz, save_npz
@@ -30,6 +29,7 @@ from var_jax.infra.pictures import grid, save_png
 from var_jax.sampling.generate import coarse_to_fine, generate
 from var_jax.sampling.reject import best, candidates
 from var_jax.training.export import Models, load_models
+from var_jax.training.token_cache import fingerprint
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, 'A folder, or "emoji".', required=True)
 LABELS = flags.DEFINE_list(
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
         labels = wanted_labels(models)
         score = load_scorer(models) if REJECT.value < 1 else None
         out = epath.Path(OUT.value)
-        parts = claim(out, fingerprint(models[:2]))
+        parts = claim(out, fingerprint(models.tokenizer) + fingerprint(models.transformer))
         index = np.arange(len(labels), dtype=np.int32)
         if score is not None:
             index = candidates(labels, REJECT.value)
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
 
 def wanted_labels(models: Models) -> Int32[np.ndarray, " N"]:
     """The class of each image. Raises: BadInput for a class that does not exist."""
-    if LABELS.value is None and NUM.value is None:
+    if not LABELS.value and NUM.value is None:
         raise BadInput("say what to draw: --labels, --num or both.")
     entries = [counted(entry.strip(), models) for entry in LABELS.value or ()]
     chosen = np.array([i for i, _ in entries] or range(len(models.class_names)), np.int32)

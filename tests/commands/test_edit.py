@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 from test_commands import run
 
+from var_jax.data.pictures import crop
 from var_jax.infra.npz import load_npz
-from var_jax.infra.pictures import square
 from var_jax.sampling.edit import box_mask, kept_tokens
 
 SCALES = (1, 2, 4)
@@ -29,7 +29,7 @@ def test_box_and_paste(untrained, picture, tmp_path):
     ]  # fmt: skip
     result = np.asarray(Image.open(tmp_path / "out" / "result.png"))
     outside = ~box_mask((0.25, 0, 0.75, 0.5), 16)
-    original = square(Image.open(picture), 16)
+    original = crop(Image.open(picture), 16, resize=1)
     np.testing.assert_array_equal(result[~outside], original[~outside])
     assert (result != original)[outside].mean() > 0.5
     arrays = load_npz(tmp_path / "out" / "edit.npz")
@@ -59,8 +59,8 @@ def test_bad_input(untrained, picture, tmp_path, complaints):
     Image.new("L", (10, 10)).save(tmp_path / "mask.png")
     box, image, out = ("--box", "0,0,1,1"), ("--image", picture), tmp_path / "out"
     said = {
-        ("--image", "nowhere.png", *box): "there is no file nowhere.png",
-        ("--image", __file__, *box): "cannot be read as an image",
+        ("--image", "nowhere.png", *box): "--image=nowhere.png cannot be read: No such file",
+        ("--image", __file__, *box): "cannot be read: no picture in a known format",
         (*image, "--box", ".5,0,.5,1"): "--box=.5,0,.5,1; expected y0,x0,y1,x1 with 0 <= y0 < y1",
         (*image, "--box", "0,0,1"): "--box=0,0,1; expected",
         image: "say what to repaint: either --box or --mask",

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from var_jax import BadInput
 from var_jax.infra import pictures
 
 
@@ -51,60 +50,3 @@ def test_curves_writes_a_chart(tmp_path):
     pixels = np.asarray(Image.open(tmp_path / "c.png").convert("RGB"))
     assert pixels.shape[0] > 600 and pixels.shape[1] > 1500
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
-
-
-def saved(tmp_path, image, name="a.png", **how):
-    image.save(tmp_path / name, **how)
-    return np.asarray(pictures.read_picture(tmp_path / name))
-
-
-def test_any_mode_is_read_as_rgb(tmp_path):
-    grey = np.arange(0, 240, 20, np.uint8).reshape(3, 4)
-    rgb = np.repeat(grey[..., None], 3, axis=2)
-    as_rgb = Image.fromarray(rgb)
-    np.testing.assert_array_equal(saved(tmp_path, Image.fromarray(grey)), rgb)
-    np.testing.assert_array_equal(saved(tmp_path, as_rgb.quantize(16)), rgb)
-    deep = Image.fromarray(grey.astype(np.uint16) * 257)
-    assert deep.mode == "I;16"
-    np.testing.assert_array_equal(saved(tmp_path, deep), rgb)
-    np.testing.assert_array_equal(saved(tmp_path, deep, "a.tiff"), rgb)
-    cmyk = saved(tmp_path, as_rgb.convert("CMYK"), "a.tiff")
-    np.testing.assert_array_equal(cmyk, rgb)
-
-
-def test_what_is_transparent_is_white(tmp_path):
-    black = np.zeros((2, 2, 4), np.uint8)
-    black[0, 0, 3], black[0, 1, 3] = 255, 51
-    shown = saved(tmp_path, Image.fromarray(black))[..., 0]
-    np.testing.assert_array_equal(shown, [[0, 204], [255, 255]])
-    palette = Image.fromarray(np.eye(2, dtype=np.uint8), "P")
-    palette.putpalette([10, 10, 10, 20, 20, 20])
-    shown = saved(tmp_path, palette, transparency=0)[..., 0]
-    np.testing.assert_array_equal(shown, [[20, 255], [255, 20]])
-
-
-def test_exif_turns_the_picture(tmp_path, images):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    turned = saved(tmp_path, Image.fromarray(images[0]), exif=exif)
-    np.testing.assert_array_equal(turned, np.rot90(images[0], -1))
-
-
-@pytest.mark.parametrize("content", [None, b"", b"<html></html>", "cut"])
-def test_what_is_no_picture(tmp_path, images, content):
-    path = tmp_path / "a.png"
-    if content == "cut":
-        Image.fromarray(images[0].repeat(50, 0).repeat(50, 1)).save(path)
-        path.write_bytes(path.read_bytes()[:-60])
-    elif content is not None:
-        path.write_bytes(content)
-    with pytest.raises(BadInput, match=r"a\.png"):
-        pictures.read_picture(path)
-
-
-def test_square_resizes_the_shorter_edge_and_crops_the_centre():
-    wide = Image.fromarray(np.tile(np.arange(100, dtype=np.uint8)[None, :, None], (20, 1, 3)))
-    np.testing.assert_array_equal(pictures.square(wide, 20)[0, :, 0], np.arange(40, 60))
-    assert pictures.square(wide, 8).shape == (8, 8, 3)
-    tall = pictures.square(wide.rotate(90, expand=True), 10)
-    assert np.abs(tall[:, 5, 0] - np.arange(58.5, 39, -2)).max() <= 1

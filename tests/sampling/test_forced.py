@@ -1,11 +1,12 @@
 """Editing keeps the tokens that the release keeps, and draws the others as sampling does."""
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from golden_cases import load, models
 from test_decode import LABELS, draw
 
+from var_jax.models.tokenizer import Tokenizer
 from var_jax.sampling.decode import Forced
 from var_jax.sampling.edit import box_mask, kept_tokens, pool_mask
 from var_jax.scales import PATCH_NUMS_256, PATCH_NUMS_512
@@ -51,7 +52,7 @@ def test_forced_tokens_are_kept_and_the_others_drawn():
 
     images, tokens = draw(seed=3, forced=Forced(given, everything))
     np.testing.assert_array_equal(tokens, given)
-    decoded = np.asarray(tokenizer.decode(jnp.asarray(given[:2])) + 1) * 127.5
+    decoded = (np.asarray(jax.jit(Tokenizer.decode)(tokenizer, given[:2])) + 1) * 127.5
     np.testing.assert_allclose(images[:2], decoded, atol=0.51)
 
     some = everything.copy()

@@ -53,7 +53,11 @@ def decode(data: bytes, short: int) -> Image.Image:
 
 
 def crop(
-    image: Image.Image, size: int, resize: float, rng: np.random.Generator | None = None
+    image: Image.Image,
+    size: int,
+    resize: float,
+    rng: np.random.Generator | None = None,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> UInt8[np.ndarray, "size size 3"]:
     """A square of the picture whose shorter edge is `resize` (at least 1) times `size`.
 
@@ -75,7 +79,7 @@ def crop(
         for r, start, have in zip(ratio, corner, image.size, strict=True)
     )
     box = (left, top, right, bottom)
-    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box))
+    return np.asarray(image.resize((size, size), resample, box))
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -5,7 +5,6 @@ work on local and `gs://` directories and from any mesh to any other.
 """
 
 import base64
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -253,17 +252,6 @@ def load_weights(directory: str | PurePath, abstract: PyTree, *, as_stored: bool
             f"{path} cannot be read ({_reason(error)}); expected undamaged weights"
         ) from error
     return jax.tree.unflatten(jax.tree.structure(abstract), [flat[name] for name in wanted])
-
-
-def fingerprint(tree: PyTree) -> str:
-    """Twelve hex digits that tell weights apart: a checksum of their bits, made where they lie."""
-
-    def checksum(x: jax.Array) -> jax.Array:
-        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-        return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).sum()
-
-    sums = jax.jit(lambda leaves: [checksum(x) for x in leaves])(jax.tree.leaves(tree))
-    return hashlib.sha256(np.asarray(sums).tobytes()).hexdigest()[:12]
 
 
 def _path(directory: str | PurePath) -> epath.Path:

@@ -5,45 +5,10 @@ from pathlib import PurePath
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-
-from var_jax import BadInput
+from PIL import Image, ImageDraw, ImageFont
 
 GAP = 2
 PAPER = 255
-
-
-def read_picture(path: str | PurePath) -> Image.Image:
-    """An image file as RGB: turned as its EXIF says, on white where transparent, first frame only.
-
-    Raises: BadInput if there is no such file, it is no image, or it is damaged.
-    """
-    try:
-        with epath.Path(path).open("rb") as file, Image.open(file) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # grey of 16 bits, which `convert` would clip at 255
-                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                paper = Image.new("RGBA", image.size, (PAPER,) * 3 + (255,))
-                image = Image.alpha_composite(paper, image)
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise BadInput(f"there is no file {path}.") from error
-    except Exception as error:  # Pillow has no common error for what cannot be read.
-        reason = getattr(error, "strerror", None) or str(error).split(" <")[0]
-        raise BadInput(f"{path} cannot be read as an image ({reason}).") from error
-
-
-def square(
-    image: Image.Image, side: int, resample: Image.Resampling = Image.Resampling.LANCZOS
-) -> np.ndarray:
-    """The shorter edge resized to `side`, then cropped to the centre; uint8 (side, side, 3)."""
-    short = min(image.size)
-    width, height = (edge * side // short for edge in image.size)
-    left, top = round((width - side) / 2), round((height - side) / 2)
-    resized = image.resize((width, height), resample)
-    return np.asarray(resized.crop((left, top, left + side, top + side)))
 
 
 def save_png(path: str | PurePath, image: np.ndarray) -> None:
