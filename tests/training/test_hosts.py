@@ -1,7 +1,8 @@
-"""Several processes over loopback end with the numbers of one."""
+"""Several processes over loopback end with the numbers of one, and can hand over to others."""
 
 import json
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ROOT / "tests" / "commands" / "tiny.py"
+FLAGS = ("--config.train_transformer.steps=5", "--config.mesh.fsdp=2")
 
 
 def train(workdir, processes, *flags):
@@ -40,9 +42,25 @@ def train(workdir, processes, *flags):
     return {(r["stage"], r["step"]): r["loss"] for r in lines if "loss" in r}
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The losses of a run as one process."""
+    return train(tmp_path_factory.mktemp("alone"), 1, *FLAGS)
+
+
 @pytest.mark.slow
-def test_two_processes_agree_with_one(tmp_path):
-    flags = ("--config.train_transformer.steps=5", "--config.mesh.fsdp=2")
-    alone, together = train(tmp_path / "1", 1, *flags), train(tmp_path / "2", 2, *flags)
-    assert ("transformer", 5) in alone and together.keys() == alone.keys()
-    np.testing.assert_allclose(list(together.values()), list(alone.values()), rtol=2e-4)
+@pytest.mark.parametrize("processes, resumed_by, mesh", [(2, 1, "tensor=2"), (4, 2, "fsdp=4")])
+def test_processes_agree_with_one_and_hand_over(tmp_path, alone, processes, resumed_by, mesh):
+    together = train(tmp_path, processes, *FLAGS)
+    assert ("transformer", 5) in alone
+    agree(together, alone)
+    shutil.rmtree(tmp_path / "transformer" / "5")  # as if stopped after step 4
+    agree(
+        train(tmp_path, resumed_by, *FLAGS, "--config.mesh.fsdp=1", f"--config.mesh.{mesh}"), alone
+    )
+
+
+def agree(losses, others):
+    """Within what the order of sums makes of float32 in the few steps of a run."""
+    assert losses.keys() == others.keys()
+    np.testing.assert_allclose(list(losses.values()), list(others.values()), rtol=2e-4)

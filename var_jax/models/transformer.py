@@ -117,14 +117,18 @@ class Block(nnx.Module):
         bias = self.proj_bias + einsum("F,FD->D", v_bias, proj)
         return project(mixed, proj) + bias.astype(mixed.dtype)
 
-    def mlp(self, x: Array, gate: Array, out: Array, scale: Array, shift: Array):
-        """The residual stream (B,L,D) after attention, and what the MLP adds to it (M,D)."""
+    def widen(self, x: Array, gate: Array, out: Array, scale: Array, shift: Array):
+        """The residual stream (B,L,D) after attention, and the MLP's first product (M,F)."""
         x = self.add(x, gate, out)
         h = rows(layer_norm(x) * (1 + scale) + shift)
         fc1 = gather(self.fc1, None, "tensor", dtype=x.dtype)
-        h = jax.nn.gelu(project(h, fc1, "tensor") + self.fc1_bias.astype(x.dtype))
-        fc2 = gather(self.fc2, "tensor", dtype=x.dtype)
-        return x, project(h, fc2) + self.fc2_bias.astype(x.dtype)
+        return x, project(h, fc1, "tensor")
+
+    def narrow(self, h: Float[Array, "M F"]) -> Float[Array, "M D"]:
+        """What the MLP adds to the residual stream."""
+        h = jax.nn.gelu(h + self.fc1_bias.astype(h.dtype))
+        fc2 = gather(self.fc2, "tensor", dtype=h.dtype)
+        return project(h, fc2) + self.fc2_bias.astype(h.dtype)
 
     def add(self, x: Array, gate: Array, out: Float[Array, "M D"]) -> Float[Array, "B L D"]:
         """A gated branch joins the residual stream."""
@@ -153,8 +157,8 @@ class Block(nnx.Module):
         q, k, v = part(Block.project_qkv, x, scale1, shift1)
         mixed, made = attend(*(self.heads(y, x) for y in (q, k, v)), self.query)
         out = part(Block.project_mixed, rows(merge_heads(mixed)))
-        x, out2 = part(Block.mlp, x, keep1 * gamma1, out, scale2, shift2)
-        return part(Block.add, x, keep2 * gamma2, out2), made
+        x, h = part(Block.widen, x, keep1 * gamma1, out, scale2, shift2)
+        return part(Block.add, x, keep2 * gamma2, part(Block.narrow, h)), made
 
 
 class Transformer(nnx.Module):
