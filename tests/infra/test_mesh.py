@@ -37,3 +37,4 @@ def test_slices_hold_whole_rows_of_data():
 
 def test_all_devices_are_the_default():
     assert make_mesh(-1, 2, 1).shape == {"data": jax.device_count() // 2, "fsdp": 2, "tensor": 1}
+    assert make_mesh(-1, 16, 2).shape == {"data": 1, "fsdp": 4, "tensor": 2}  # 8 devices only

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -32,6 +32,8 @@ def join_hosts(coordinator: str | None, num_processes: int | None, process_id: i
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (all) with explicit axes; one size may be -1, "what is left".
 
+    Where that is 'data', 'fsdp' is a limit: fewer devices, or a slice of fewer, still do.
+
     Of several TPU slices each holds whole rows of 'data', so that only gradients cross the slower
     network between them.
 
@@ -39,20 +41,26 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
     to that of slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes, count = [data, fsdp, tensor], len(devices)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    count = len(devices)
+    if data == -1 and min(fsdp, tensor) > 0:
+        fsdp = math.gcd(fsdp, count // slices // tensor)
+    sizes = [data, fsdp, tensor]
     if sizes.count(-1) == 1:
         sizes[sizes.index(-1)] = max(count // math.prod(s for s in sizes if s != -1), 1)
     given = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if min(sizes) < 1 or math.prod(sizes) != count:
         raise BadInput(f"mesh {given} does not cover the {count} devices exactly.")
     types = (AxisType.Explicit,) * 3
-    slices = len({getattr(device, "slice_index", None) for device in devices})
     if slices == 1:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+        array = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(array, AXES, axis_types=types)
     if sizes[0] % slices:
         raise BadInput(f"mesh {given}: data={sizes[0]} is not a multiple of the {slices} slices.")
     inside = (sizes[0] // slices, *sizes[1:])
-    array = create_hybrid_device_mesh(inside, (slices, 1, 1), devices=devices)
+    array = create_hybrid_device_mesh(
+        inside, (slices, 1, 1), devices=devices, allow_split_physical_axes=True
+    )
     return Mesh(array, AXES, axis_types=types)
 
 
