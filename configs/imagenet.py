@@ -48,6 +48,6 @@ def get_config(variant: str = "d16") -> ConfigDict:
         warmup_steps=steps // 50, final_lr_ratio=final_rate, weight_decay=0.05,
         final_weight_decay=final_decay, log_every=100, save_every=2500,
     )  # fmt: skip
-    # Widths are multiples of 128: in 16 shards their rows still fill whole tiles of a TPU's memory.
-    config.mesh = dict(data=-1, fsdp=16, tensor=1)
+    # Few enough shards of the width that the rows of each, 64 to 120, fill tiles of a TPU's memory.
+    config.mesh = dict(data=-1, fsdp=32 if large else 16, tensor=1)
     return config

@@ -374,7 +374,7 @@ def _remove(path: epath.Path) -> None:
 
 def _on_every_process(ok: bool) -> bool:
     """Whether `ok` holds everywhere: hosts that restored different steps would mix them."""
-    return bool(multihost_utils.process_allgather(jnp.asarray(ok)).all())
+    return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
 
 
 def _barrier(name: str) -> None:
