@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 SMALL = (
     "--config", ROOT / "configs" / "imagenet.py:d16", "--config.transformer.depth=2",
     "--config.transformer.width=128", "--config.transformer.num_heads=2", "--topology", "v5e:2x2",
-    "--config.train_transformer.batch_size=8", "--json",
+    "--config.train_transformer.batch_size=256", "--json",
 )  # fmt: skip
 
 
@@ -42,5 +42,5 @@ def test_report():
     assert report["collective_bytes_by_kind"]["reduce-scatter"] > 0
     total = report["estimated_cycles"] + report["kernel_cycles_charged"]
     assert report["efficiency"] == pytest.approx(report["yardstick_cycles"] / total, rel=1e-3)
-    code, out, _ = run("aot", *SMALL[:-3], "--config.train_transformer.batch_size=40000", "--json")
+    code, out, _ = run("aot", *SMALL[:-2], "--config.train_transformer.batch_size=40000", "--json")
     assert code == 0 and not json.loads(out)["fits"]
