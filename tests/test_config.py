@@ -9,7 +9,8 @@ from var_jax.config import TokenizerConfig, TransformerConfig
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"patch_nums": (2, 4)}, r"patch_nums=\(2, 4\) must start at 1 and rise"),
+        ({"patch_nums": (2, 4)}, r"patch_nums=\(2, 4\) must start at 1 and never fall"),
+        ({"patch_nums": (1, 4, 2)}, r"patch_nums=\(1, 4, 2\) must start at 1 and never fall"),
         ({"channels": 20}, "norm_groups=32 does not divide the 20 channels of a level"),
         ({"channel_mults": (1, 2), "num_res_blocks": 0}, "only residual blocks change the width"),
     ],

@@ -17,10 +17,12 @@ T = TypeVar("T")
 
 
 def check_schedule(patch_nums: tuple[int, ...]) -> None:
-    """Raises BadInput unless the sides start at 1 and rise."""
-    rising = all(a < b for a, b in itertools.pairwise(patch_nums))
-    if not patch_nums or patch_nums[0] != 1 or not rising:
-        raise BadInput(f"patch_nums={patch_nums} must start at 1 and rise, like (1, 2, 4, 8).")
+    """Raises BadInput unless the sides start at 1 and never fall; a side may come again."""
+    falls = any(a > b for a, b in itertools.pairwise(patch_nums))
+    if not patch_nums or patch_nums[0] != 1 or falls:
+        raise BadInput(
+            f"patch_nums={patch_nums} must start at 1 and never fall, like (1, 2, 4, 8)."
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

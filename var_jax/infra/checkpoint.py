@@ -4,7 +4,6 @@ Both store a pytree as a flat `{"path/of/leaf": array}`, so the files depend on 
 work on local and `gs://` directories and from any mesh to any other.
 """
 
-import base64
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -39,18 +38,18 @@ class Checkpoints:
         self._saving: ocp.AsyncResponse[bool] | None = None
         self._orbax = self._open()
 
-    def save(self, step: int, state: PyTree, data: bytes | dict, wait: bool = False) -> None:
+    def save(self, step: int, state: PyTree, data: dict, wait: bool = False) -> None:
         """Starts saving `state` (arrays) and `data` (the input iterator's position).
 
         Returns once the state is copied off the devices, so that it may be donated. A step that is
-        already saved is left as it is. `data` is bytes or JSON; process 0's is the one stored.
+        already saved is left as it is. `data` is JSON-able; process 0's is the one stored.
 
         Raises:
             Exception: this write failed (with `wait`), or an earlier one did in the background.
         """
         self.wait()
         if step not in self._steps():
-            items = {"state": _flat(state), "data": _pack(data)}
+            items = {"state": _flat(state), "data": data}
             self._step = step
             self._saving = self._orbax.save_checkpointables_async(step, items, force=True)
         if wait:
@@ -61,7 +60,7 @@ class Checkpoints:
         self.wait()
         return max(self._steps(), default=None)
 
-    def restore(self, abstract: PyTree) -> tuple[int, PyTree, bytes | dict] | None:
+    def restore(self, abstract: PyTree) -> tuple[int, PyTree, dict] | None:
         """The newest readable checkpoint as (step, state, data), bit for bit; None if none exists.
 
         `abstract` holds `jax.ShapeDtypeStruct`s with the shardings to restore onto. A damaged
@@ -79,7 +78,7 @@ class Checkpoints:
                 self._set_aside(damaged, step)
                 flat, data = found
                 structure = jax.tree.structure(abstract)
-                return step, jax.tree.unflatten(structure, flat.values()), _unpack(data)
+                return step, jax.tree.unflatten(structure, flat.values()), data
             damaged[step] = reason
         if damaged:
             # Nothing is moved here: a second try must not start over in an emptied directory.
@@ -312,16 +311,6 @@ def _compare(saved: dict, wanted: dict, where: str, *, dtypes: bool) -> None:
                 f"{where} holds a tensor {name!r} of shape {saved[name].shape}; expected no such "
                 "tensor for this config"
             )
-
-
-def _pack(data: bytes | dict) -> dict:
-    if isinstance(data, bytes):
-        return {"bytes": base64.b64encode(data).decode()}
-    return {"json": data}
-
-
-def _unpack(packed: dict) -> bytes | dict:
-    return base64.b64decode(packed["bytes"]) if "bytes" in packed else packed["json"]
 
 
 def _files(directory: epath.Path) -> Iterator[epath.Path]:

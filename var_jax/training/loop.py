@@ -108,7 +108,6 @@ def restore_or_init(
     restored = checkpoints.restore(abstract)
     if restored:
         step, state, position = restored
-        assert isinstance(position, dict)
         batches.set_state(position)
         return state, step
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
