@@ -10,6 +10,7 @@ of the optimizer are ours, not the paper's, and have not been tried at this size
 from ml_collections import ConfigDict
 
 from var_jax import BadInput
+from var_jax.config import defaults
 from var_jax.scales import PATCH_NUMS_256, PATCH_NUMS_512
 
 
@@ -19,17 +20,16 @@ def get_config(variant: str = "256") -> ConfigDict:
     if variant not in schedules:
         raise BadInput(f"configs/tokenizer.py has the variants 256, 512, not {variant!r}.")
     sizes = dict(patch_nums=schedules[variant])
-    config = ConfigDict()
+    config = defaults()
     config.seed = 0
-    config.data = dict(source="imagenet", size=int(variant))
-    config.tokenizer = dict(sizes)
-    config.transformer = dict(sizes)
-    config.train_tokenizer = dict(
+    config.data.update(source="imagenet", size=int(variant))
+    config.tokenizer.update(sizes)
+    config.transformer.update(sizes)
+    config.train_tokenizer.update(
         steps=100_000, batch_size=768 if variant == "256" else 192, learning_rate=4e-5,
         schedule="cos", warmup_steps=2000, final_lr_ratio=0.01, b1=0.5, b2=0.9,
         weight_decay=0.0, final_weight_decay=0.0, clip_norm=10.0, ema_decay=0.9999, log_every=100,
         save_every=2500,
     )  # fmt: skip
-    config.train_transformer = dict(steps=0)
-    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.train_transformer.update(steps=0)
     return config

@@ -1,9 +1,19 @@
 """Configs refuse what cannot be built, in one sentence."""
 
+import dataclasses
+import importlib
+
 import pytest
 
 from var_jax import BadInput
-from var_jax.config import TokenizerConfig, TransformerConfig
+from var_jax.config import Config, TokenizerConfig, TransformerConfig, from_dict
+
+
+@pytest.mark.parametrize("name", ["emoji", "imagenet", "tokenizer"])
+def test_a_flag_can_set_every_field_of_an_experiment(name):
+    """A flag only reaches fields that the file's ConfigDict has."""
+    config = importlib.import_module(f"configs.{name}").get_config().to_dict()
+    assert dataclasses.asdict(from_dict(Config, config)) == config
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Frozen configs: the two models, their training, the data, the mesh. Defaults are the paper's.
 
-An experiment is a file in `configs/` that returns an ml_collections.ConfigDict with the fields of
+An experiment is a file in `configs/` that updates `defaults()`, a ConfigDict with the fields of
 `Config`; `from_dict` turns it into these dataclasses and says in one sentence what does not fit.
 """
 
@@ -9,6 +9,8 @@ import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
 
 from var_jax import BadInput
 from var_jax.scales import PATCH_NUMS_256, PATCH_NUMS_512, num_tokens
@@ -185,6 +187,7 @@ class Config:
     train_transformer: StageConfig = StageConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
+    pretrained_tokenizer: str = ""  # a checkpoint whose tokenizer is taken; none is trained then
     seed: int = 0
     export_dtype: str = "float32"  # of the checkpoint that the run leaves; float16 halves it
 
@@ -205,6 +208,11 @@ class Config:
                 raise BadInput(
                     f"tokenizer.{field}={ours} and transformer.{field}={theirs} must be the same."
                 )
+
+
+def defaults() -> ConfigDict:
+    """Every field of `Config` at its default, so that a flag can set also what a file does not."""
+    return ConfigDict(dataclasses.asdict(Config()))
 
 
 def from_dict(cls: type[T], section: Mapping[str, Any], name: str = "config") -> T:

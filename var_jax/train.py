@@ -11,6 +11,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 from ml_collections import config_flags
 
 from var_jax import BadInput
-from var_jax.config import Config, from_dict
+from var_jax.config import Config, StageConfig, from_dict
 from var_jax.data.augment import augment_items
 from var_jax.data.pipeline import batches
 from var_jax.data.records import read_manifest
@@ -41,10 +42,11 @@ from var_jax.infra.mesh import (
 from var_jax.infra.pictures import curves, grid, labelled_rows, save_png
 from var_jax.models.partition import round_up
 from var_jax.models.tokenizer import Tokenizer
+from var_jax.models.transformer import Transformer
 from var_jax.sampling.generate import generate, to_bytes
 from var_jax.training import loop
 from var_jax.training.cache import tokenize
-from var_jax.training.export import Models, save_models
+from var_jax.training.export import Models, describe, load_tokenizer, save_models
 from var_jax.training.state import TrainState
 from var_jax.training.token_cache import fingerprint
 from var_jax.training.tokenizer_stage import to_float, tokenizer_stage
@@ -73,14 +75,17 @@ def main(argv: list[str]) -> None:
         join_hosts(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     run = Run(config, epath.Path(WORKDIR.value or default_workdir()))
     with jax.set_mesh(run.mesh):
-        tokenizer = run.train_tokenizer()
-        transformer = run.train_transformer(tokenizer)
-        models = Models(tokenizer, transformer, run.train.class_names)
-        save_models(run.workdir / "checkpoint", models, config)
+        tokenizer = run.tokenizer()
+        parts: dict[str, Any] = {"tokenizer": tokenizer}
+        if config.train_transformer.steps:
+            parts["transformer"] = run.transformer(tokenizer)
+        save_models(run.workdir / "checkpoint", parts, run.train.class_names, config.export_dtype)
         if jax.process_index() > 0:
             return
+        plot(run.workdir)
         summary = last_validation(run.workdir)
-        if jax.process_count() == 1:
+        if "transformer" in parts and jax.process_count() == 1:
+            models = Models(**parts, class_names=run.train.class_names)
             summary |= report(models, run.train, run.validation, seed=config.seed)
     summary["minutes"] = (time.monotonic() - started) / 60
     (run.workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -97,8 +102,9 @@ class Run:
         check_hosts(self.mesh)
         c = config.transformer
         check_model(c.width, c.num_heads, c.vocab_size, self.mesh)
-        for name in ("train_tokenizer", "train_transformer"):
-            check_batch(f"{name}.batch_size", getattr(config, name).batch_size, self.mesh)
+        check_stage("train_tokenizer", config.train_tokenizer, self.mesh)
+        check_stage("train_transformer", config.train_transformer, self.mesh)
+        check_tokenizer(config)
         data = config.data
         self.train, self.validation = (
             open_source(data.source, split, data.size, data.resize)
@@ -127,8 +133,10 @@ class Run:
             workers=self.config.data.workers,
         )
 
-    def train_tokenizer(self) -> Tokenizer:
-        """Stage 1."""
+    def tokenizer(self) -> Tokenizer:
+        """Stage 1, or what another run or `var_jax.convert` left."""
+        if self.config.pretrained_tokenizer:
+            return load_tokenizer(self.config.pretrained_tokenizer, self.mesh)
         config = self.config.train_tokenizer
         stage = tokenizer_stage(self.config.tokenizer, config)
 
@@ -151,7 +159,7 @@ class Run:
         )
         return state.best
 
-    def train_transformer(self, tokenizer: Tokenizer):
+    def transformer(self, tokenizer: Tokenizer) -> Transformer:
         """Stage 2, on cached tokens or on pixels."""
         config = self.config.train_transformer
         stage = transformer_stage(self.config.transformer, config)
@@ -184,8 +192,6 @@ class Run:
             look=look,
             profile=PROFILE.value,
         )
-        if jax.process_index() == 0:
-            plot(self.workdir)
         return state.best
 
     def stored_tokens(self, tokenizer: Tokenizer, split: str) -> TokenCache:
@@ -202,10 +208,42 @@ class Run:
             tokenizer,
             self.train,
             mesh=self.mesh,
-            batch_size=self.config.train_tokenizer.batch_size,
+            batch_size=self.config.train_transformer.batch_size,
             copies=self.config.train_transformer.augmented_copies,
             seed=self.config.seed,
             **self.augmentation,
+        )
+
+
+def check_stage(name: str, stage: StageConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises BadInput if a stage that runs cannot split its batches over the mesh."""
+    if stage.steps:
+        check_batch(f"{name}.batch_size", stage.batch_size, mesh)
+        parts = f"{name}.batch_size / {name}.accumulate"
+        check_batch(parts, stage.batch_size // stage.accumulate, mesh)
+
+
+def check_tokenizer(config: Config) -> None:
+    """Raises BadInput if there would be no trained tokenizer, or another than the config's."""
+    if config.pretrained_tokenizer:
+        _, _, parts = describe(config.pretrained_tokenizer)
+        wanted, found = map(dataclasses.asdict, (config.tokenizer, parts["tokenizer"].config))
+        for name in wanted:
+            if found[name] != wanted[name]:
+                raise BadInput(
+                    f"{config.pretrained_tokenizer} holds a tokenizer with {name}={found[name]},"
+                    f" but config.tokenizer.{name} is {wanted[name]}."
+                )
+        return
+    if not config.train_tokenizer.steps:
+        raise BadInput(
+            "train_tokenizer.steps=0 leaves the tokenizer untrained; name a checkpoint that holds"
+            " one as --config.pretrained_tokenizer=DIR."
+        )
+    if config.data.tokens:
+        raise BadInput(
+            f"data.tokens={config.data.tokens} holds the codes of a tokenizer; name its checkpoint"
+            " as --config.pretrained_tokenizer=DIR."
         )
 
 
@@ -228,10 +266,12 @@ def claim(workdir: epath.Path, config: Config) -> None:
         beside.replace(path)
     sync_global_devices("work directory claimed")
     if path.exists():
-        found = json.loads(path.read_text())
-        found["data"] = found.get("data", {}) | {"workers": wanted["data"]["workers"]}
+        # A field that is newer than the run has its default.
+        found = dataclasses.asdict(from_dict(Config, json.loads(path.read_text())))
+        found = json.loads(json.dumps(found))
+        found["data"]["workers"] = wanted["data"]["workers"]
         for section in wanted.keys() - {"mesh"}:
-            if found.get(section) != wanted[section]:
+            if found[section] != wanted[section]:
                 raise BadInput(
                     f"{workdir} belongs to a run whose config.{difference(section, found, wanted)};"
                     " name another --workdir."

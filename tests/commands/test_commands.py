@@ -82,10 +82,13 @@ def test_train_bad_input(tmp_path, complaints):
         (): "--config is missing",
         ("--config", "nowhere.py"): "nowhere.py",
         (*tiny, "--config.train_tokenizer.stepz=3"): "stepz",
-        (*tiny, "--config.train_tokenizer.steps=many"): "many",
+        (*tiny, "--config.train_tokenizer.save_every=many"): "many",
         (*tiny, "--config.data.size=32"): "give latents of side 8",
         (*tiny, "--config.mesh.data=3"): "does not cover the 1 devices",
         (*tiny, "--config.transformer.num_classes=10"): "has 9 classes",
+        (*tiny, "--config.train_tokenizer.steps=0"): "leaves the tokenizer untrained; name a",
+        (*tiny, "--config.data.tokens=cache"): "data.tokens=cache holds the codes of a tokenizer",
+        (*tiny, "--config.pretrained_tokenizer=emoji"): "but config.tokenizer.patch_nums is (1, 2",
     }
     runs = [["--workdir", workdir, *flags] for flags in said]
     for sentence, expected in zip(complaints("train", runs), said.values(), strict=True):
@@ -93,16 +96,17 @@ def test_train_bad_input(tmp_path, complaints):
     assert not workdir.exists()
 
 
-def test_too_many_devices_for_the_batch(tmp_path):
-    env = "--xla_force_host_platform_device_count=8"
-    os.environ["XLA_FLAGS"] = env
-    try:
-        flag = "--config.train_tokenizer.batch_size=12"
-        code, _, err = run("train", "--config", TINY, "--workdir", tmp_path / "work", flag)
-    finally:
-        del os.environ["XLA_FLAGS"]
-    assert code == 2
-    assert "train_tokenizer.batch_size=12 cannot be split evenly over 8 devices" in err
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("train_tokenizer.batch_size=12", "train_tokenizer.batch_size=12 cannot be split evenly"),
+        ("train_transformer.accumulate=4", "/ train_transformer.accumulate=4 cannot be split"),
+    ],
+)
+def test_too_many_devices_for_the_batch(tmp_path, monkeypatch, flag, sentence):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    code, _, err = run("train", "--config", TINY, "--workdir", tmp_path, f"--config.{flag}")
+    assert code == 2 and sentence in err and "over 8 devices" in err
 
 
 def test_another_configs_work_directory_is_refused(trained):
@@ -110,6 +114,31 @@ def test_another_configs_work_directory_is_refused(trained):
     code, _, err = run("train", "--config", TINY, "--workdir", trained, flag)
     assert code == 2
     assert "train_transformer.learning_rate is 0.01, not 0.5" in err
+
+
+@pytest.mark.slow
+def test_each_stage_alone(untrained, tmp_path):
+    """A tokenizer by itself, its codes on disk, and a transformer that trains from them."""
+    flags = ("--config", TINY, "--config.train_transformer.steps=0", "--workdir", tmp_path / "a")
+    code, out, err = run("train", *flags)
+    assert code == 0 and "samples / real" not in out, err
+    checkpoint, cache = tmp_path / "a" / "checkpoint", tmp_path / "cache"
+    code, _, err = run("sample", "--checkpoint", checkpoint, "--num", 1, "--out", tmp_path / "no")
+    assert code == 2 and "holds a tokenizer but no transformer" in err
+    flags = ("--checkpoint", checkpoint, "--images", "emoji", "--out", cache)
+    code, _, err = run("tokenize", *flags)
+    assert code == 0, err
+    there = (
+        f"--config.pretrained_tokenizer={checkpoint}", f"--config.data.tokens={cache}",
+        "--config.train_tokenizer.steps=0", "--config.train_transformer.augmented_copies=0",
+    )  # fmt: skip
+    code, _, err = run("train", "--config", TINY, "--workdir", tmp_path / "b", *there)
+    assert code == 0, err
+    records = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").open()]
+    assert {record["stage"] for record in records} == {"transformer"}
+    other = (f"--config.pretrained_tokenizer={untrained}", *there[1:])
+    code, _, err = run("train", "--config", TINY, "--workdir", tmp_path / "c", *other)
+    assert code == 2 and "tokenizer" in err and len(err.splitlines()) == 1
 
 
 def wait_for(path, seconds=240):

@@ -2,22 +2,23 @@
 
 from ml_collections import ConfigDict
 
+from var_jax.config import defaults
+
 
 def get_config() -> ConfigDict:
     sizes = dict(patch_nums=(1, 2, 4), vocab_size=64, latent_dim=16)
-    config = ConfigDict()
+    config = defaults()
     config.seed = 0
-    config.data = dict(source="emoji", size=16, flip=False, shift=1)
-    config.tokenizer = dict(
+    config.data.update(source="emoji", size=16, flip=False, shift=1)
+    config.tokenizer.update(
         sizes, channels=16, channel_mults=(1,), num_res_blocks=0, norm_groups=4, patch_size=4,
         skip=True,
     )  # fmt: skip
-    config.transformer = dict(sizes, num_classes=9, depth=2, width=32, num_heads=2)
+    config.transformer.update(sizes, num_classes=9, depth=2, width=32, num_heads=2)
     stage = dict(
         steps=12, batch_size=16, learning_rate=1e-2, ema_decay=0.9, log_every=1, save_every=4,
         sample_every=6,
     )  # fmt: skip
-    config.train_tokenizer = dict(stage)
-    config.train_transformer = dict(stage, augmented_copies=1)
-    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.train_tokenizer.update(stage)
+    config.train_transformer.update(stage, augmented_copies=1)
     return config

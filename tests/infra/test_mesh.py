@@ -17,6 +17,8 @@ def test_sizes_that_do_not_divide():
         check_batch("batch_size", 7, mesh)
     with pytest.raises(BadInput, match="data=3 x fsdp=1 x tensor=1 does not cover the 8 devices"):
         make_mesh(3, 1, 1)
+    with pytest.raises(BadInput, match="data=-1 x fsdp=0 x tensor=1 does not cover the 8 devices"):
+        make_mesh(-1, 0, 1)
 
 
 class Device:

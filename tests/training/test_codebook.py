@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from var_jax.config import StageConfig
-from var_jax.training.codebook import batch_stats, init_stats, update_codebook
+from var_jax.infra.mesh import make_mesh, put_batch
+from var_jax.training.codebook import batch_stats, codes_by_scale, init_stats, update_codebook
 
 
 def test_a_used_code_moves_to_the_mean_of_its_residuals_and_an_unused_one_restarts():
@@ -29,3 +30,15 @@ def test_stats_count_and_pick():
     np.testing.assert_array_equal(hits, [1, 1, 2])
     np.testing.assert_array_equal(total[2], [4.0, 6.0])
     np.testing.assert_array_equal(picked, [[6, 7], [0, 1], [2, 3]])
+
+
+def test_codes_of_each_scale_are_counted_alike_on_a_mesh():
+    idx = np.array([[5, 0, 1, 2, 2], [5, 0, 0, 0, 2]] * 4, np.int32)
+    alone = codes_by_scale(jnp.asarray(idx), 7, (1, 2))
+    np.testing.assert_array_equal(alone, [1, 3])
+    mesh = make_mesh(4, 2, 1)
+    with jax.set_mesh(mesh):
+        there = jax.jit(lambda idx: codes_by_scale(idx, 7, (1, 2)))(
+            put_batch({"i": idx}, mesh)["i"]
+        )
+    np.testing.assert_array_equal(alone, there)

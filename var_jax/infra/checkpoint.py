@@ -160,9 +160,10 @@ class Checkpoints:
 
 
 def save_weights(directory: str | PurePath, tree: PyTree, config: dict) -> None:
-    """Writes `directory`/{config.json, weights/}, replacing an older one in a single rename.
+    """Writes `directory`/{config.json, weights/}, in place of an older one.
 
-    Arrays are stored in the dtype they have; `config` is JSON.
+    Arrays are stored in the dtype they have; `config` is JSON. The older one is moved aside (to
+    .NAME.old) once the new one is whole, and deleted when that has its place.
 
     Raises:
         BadInput: `directory` is a file, or holds other files, which replacing it would delete.

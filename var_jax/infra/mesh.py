@@ -46,7 +46,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
     if data == -1 and min(fsdp, tensor) > 0:
         fsdp = math.gcd(fsdp, count // slices // tensor)
     sizes = [data, fsdp, tensor]
-    if sizes.count(-1) == 1:
+    if sizes.count(-1) == 1 and 0 not in sizes:
         sizes[sizes.index(-1)] = max(count // math.prod(s for s in sizes if s != -1), 1)
     given = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if min(sizes) < 1 or math.prod(sizes) != count:

@@ -314,4 +314,5 @@ def layer_norm(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
     """LayerNorm without gain or bias, in float32."""
     x32 = x.astype(jnp.float32)
     mean, square = x32.mean(-1, keepdims=True), (x32**2).mean(-1, keepdims=True)
-    return ((x32 - mean) * jax.lax.rsqrt(square - mean**2 + 1e-6)).astype(x.dtype)
+    variance = jnp.maximum(square - mean**2, 0.0)  # a difference: rounding may take it below
+    return ((x32 - mean) * jax.lax.rsqrt(variance + 1e-6)).astype(x.dtype)

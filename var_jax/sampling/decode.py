@@ -86,4 +86,4 @@ def mix(
     draw = lambda key, row: jax.random.gumbel(jax.random.fold_in(key, 1), row.shape)
     noise = jax.vmap(draw)(keys, logits)
     weight = jax.nn.softmax((logits * (1 + ratio) + noise) / temperature, axis=-1)
-    return jnp.einsum("BlV,VC->BlC", weight, codebook)
+    return jnp.einsum("BlV,VC->BlC", weight, codebook, precision=jax.lax.Precision.HIGHEST)

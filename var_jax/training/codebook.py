@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int32, Key
 
 from var_jax.config import StageConfig
 from var_jax.models.partition import BATCH, on_mesh
+from var_jax.scales import level_ids
 
 
 class CodebookStats(NamedTuple):
@@ -59,7 +60,8 @@ def batch_stats(
 ) -> tuple[Float[Array, " V"], Float[Array, "V C"], Float[Array, "V C"]]:
     """Hits a code, sum of residuals a code, and the residuals numbered `rows_V` in the batch.
 
-    Each device counts its own part of the batch; results are the same on every mesh.
+    Each device counts its own part of the batch; results are the same on every mesh, but for the
+    order in which floats are summed.
     """
     V, C = rows_V.shape[0], residual_BLC.shape[-1]
 
@@ -78,3 +80,16 @@ def batch_stats(
         return count(idx_BL, residual_BLC, rows_V)
     over_batch = jax.shard_map(count_and_sum, in_specs=(P(BATCH), P(BATCH), P()), out_specs=P())
     return over_batch(idx_BL, residual_BLC, rows_V)
+
+
+def codes_by_scale(
+    idx_BL: Int32[Array, "B L"], num_codes: int, patch_nums: tuple[int, ...]
+) -> Int32[Array, " K"]:
+    """How many codes each scale of a batch uses: collapse begins unseen, at the coarsest."""
+    levels, K = level_ids(patch_nums), len(patch_nums)
+    count = lambda idx_BL: jnp.zeros((K, num_codes)).at[levels, idx_BL].add(1.0)
+    if not on_mesh():
+        return (count(idx_BL) > 0).sum(axis=1)
+    count_and_sum = lambda idx_BL: jax.lax.psum(count(idx_BL), BATCH)
+    hits = jax.shard_map(count_and_sum, in_specs=P(BATCH), out_specs=P())(idx_BL)
+    return (hits > 0).sum(axis=1)

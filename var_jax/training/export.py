@@ -5,6 +5,7 @@ hold a tokenizer only. "emoji" names the one that ships in the package.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path, PurePath
@@ -17,7 +18,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from var_jax import BadInput
-from var_jax.config import Config, TokenizerConfig, TransformerConfig, from_dict
+from var_jax.config import TokenizerConfig, TransformerConfig, from_dict
 from var_jax.infra.checkpoint import load_config, load_weights, save_weights
 from var_jax.infra.mesh import shard
 from var_jax.models.tokenizer import Tokenizer
@@ -35,7 +36,7 @@ class Models(NamedTuple):
     def class_index(self, label: str, flag: str) -> int:
         """A class by number or by name. Raises: BadInput, naming `flag`, if there is none such."""
         names = self.class_names
-        if label.lstrip("-").isdigit():
+        if re.fullmatch("-?[0-9]+", label):
             if 0 <= int(label) < len(names):
                 return int(label)
             raise BadInput(f"{flag} holds {label}; classes are 0 to {len(names) - 1}.")
@@ -46,12 +47,12 @@ class Models(NamedTuple):
         return found[0]
 
 
-def save_models(directory: str | PurePath, models: Models, config: Config) -> None:
-    """Writes the checkpoint, weights in `config.export_dtype`."""
-    dtype = jnp.dtype(config.export_dtype)
-    parts = {"tokenizer": models.tokenizer, "transformer": models.transformer}
-    parts = jax.tree.map(lambda leaf: leaf.astype(dtype), parts)
-    save_parts(directory, parts, models.class_names)
+def save_models(
+    directory: str | PurePath, parts: dict[str, Any], class_names: Sequence[str], dtype: str
+) -> None:
+    """Writes a checkpoint of `tokenizer` and maybe `transformer`, weights in `dtype`."""
+    parts = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), parts)
+    save_parts(directory, parts, class_names)
 
 
 def save_parts(

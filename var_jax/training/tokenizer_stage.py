@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from var_jax.config import StageConfig, TokenizerConfig
 from var_jax.models.tokenizer import Tokenizer
-from var_jax.training.codebook import init_stats, update_codebook
+from var_jax.training.codebook import codes_by_scale, init_stats, update_codebook
 from var_jax.training.optimizer import learning_rate, make_optimizer
 from var_jax.training.state import (
     Batch,
@@ -49,12 +49,14 @@ def tokenizer_stage(model_config: TokenizerConfig, config: StageConfig) -> Stage
         )
         state.model.quantizer.codebook[...] = codebook
         share = stats.hits / stats.hits.sum()
+        used = codes_by_scale(code.idx, len(codebook), model_config.patch_nums)
         return average(state._replace(codebook=stats), config), {
             "loss": loss,
             "psnr": jnp.mean(psnr(error)),
             "vq_loss": code.loss,
             "codes_in_use": jnp.exp(-jnp.sum(share * jnp.log(share + 1e-12))),
             "codes_restarted": restarted,
+            **{f"codes_scale{k + 1}": used[k] for k in range(len(model_config.patch_nums))},
             "grad_norm": norm,
             "learning_rate": rate,
         }
