@@ -31,6 +31,7 @@ CHANGES = {
     "codes by gradient (codebook_decay=0)": {"train_tokenizer": {"codebook_decay": 0.0}},
     "no restart of dead codes (restart_below=0)": {"train_tokenizer": {"restart_below": 0.0}},
     "six scales, 130 tokens": {"tokenizer": {"patch_nums": (1, 2, 3, 4, 6, 8)}},
+    "the finest scale three times, 213 tokens": {"tokenizer": {"patch_nums": (1, 2, 4, 8, 8, 8)}},
     "2048 codes": {"tokenizer": {"vocab_size": 2048}},
     "64 channels": {"tokenizer": {"channels": 64}},
 }
