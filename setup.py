@@ -19,7 +19,7 @@ setup(
         "jaxtyping>=0.3.2",
         "matplotlib>=3.9",
         "ml_collections>=1.1",
-        "numpy>=2.0",
+        "numpy>=2.1",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "pillow>=11",

@@ -24,7 +24,7 @@ if [[ $SPOT == true ]]; then
 fi
 
 run gcloud compute tpus queued-resources create "$NAME" "${where[@]}" "${nodes[@]}" \
-  --accelerator-type "$ACCELERATOR" --runtime-version "$runtime" "${kind[@]}"
+  --accelerator-type "$ACCELERATOR" --runtime-version "$runtime" ${kind[@]+"${kind[@]}"}
 
 until "$dry_run"; do
   now=$(state)

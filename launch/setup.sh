@@ -9,4 +9,4 @@ run bash -c "git archive --format=tar.gz HEAD | gcloud storage cp - '$code'"
 everywhere "mkdir -p var_jax && gcloud storage cat '$code' | tar xz -C var_jax \
   && cd var_jax && python3 -m pip install -q --user uv \
   && ~/.local/bin/uv venv -q --clear --python 3.11 .venv \
-  && ~/.local/bin/uv pip install -q -p .venv/bin/python -e '.[tpu]'"
+  && ~/.local/bin/uv pip install -q -p .venv/bin/python -e '.[tpu,gcs]'"

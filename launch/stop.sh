@@ -4,4 +4,6 @@
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
 
-everywhere "pkill -TERM -f [v]ar_jax.train; while pgrep -f [v]ar_jax.train >/dev/null; do sleep 1; done"
+# Python alone: the tmux around it has the command in its arguments too, and would take it along.
+python="'^python -m [v]ar_jax.train'"
+everywhere "pkill -TERM -f $python; while pgrep -f $python >/dev/null; do sleep 1; done"

@@ -11,18 +11,19 @@ if "$dry_run"; then
 fi
 
 again() {
-  "$here/create.sh" "${flag[@]}" && "$here/setup.sh" "${flag[@]}" && "$here/run.sh" "${flag[@]}" "$@"
+  "$here/create.sh" ${flag[@]+"${flag[@]}"} && "$here/setup.sh" ${flag[@]+"${flag[@]}"} && "$here/run.sh" ${flag[@]+"${flag[@]}"} "$@"
 }
 
 if "$dry_run"; then
   again "$@"
-  "$here/delete.sh" "${flag[@]}"
+  "$here/delete.sh" ${flag[@]+"${flag[@]}"}
   exit
 fi
 
-until gcloud storage ls "$WORKDIR/checkpoint/config.json" >/dev/null 2>&1; do
+# summary.json is what a run writes last.
+until gcloud storage ls "$WORKDIR/summary.json" >/dev/null 2>&1; do
   case $(state) in
-    ACTIVE) "$here/run.sh" "$@" >/dev/null || true ;;
+    ACTIVE) "$here/run.sh" "$@" >/dev/null || { "$here/setup.sh" && "$here/run.sh" "$@"; } || true ;;
     MISSING) again "$@" || true ;;
     FAILED | SUSPENDED) "$here/delete.sh" || true ;;
   esac

@@ -29,7 +29,7 @@ from var_jax import BadInput
 from var_jax.config import Config, TokenizerConfig, from_dict
 from var_jax.infra import cli, hlo
 from var_jax.infra.flops import transformer_flops
-from var_jax.infra.mesh import BATCH, check_batch, check_model, make_mesh, shard
+from var_jax.infra.mesh import BATCH, check_batch, check_hosts, check_model, make_mesh, shard
 from var_jax.models.attention_kernel import padded_flops
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import Transformer
@@ -106,7 +106,7 @@ def tpu_devices(topology: str, slices: int) -> list[Any]:
 
 
 def batch_of(config: Config, program: str) -> int:
-    """The batch size the config sets for a program; a sampler takes a chip 8 images."""
+    """The batch size the config sets for a program; a sampler takes the transformer's."""
     stage = config.train_tokenizer if program == "tokenizer" else config.train_transformer
     return stage.batch_size
 
@@ -115,7 +115,9 @@ def examine(
     config: Config, program: str, mesh: Mesh, chip: Chip, batch_size: int
 ) -> dict[str, Any]:
     """The report on one program; what needs a compiled one is None where it does not fit."""
-    check_batch("batch_size", batch_size, mesh)
+    parts = config.train_transformer.accumulate if program in ("transformer", "pixels") else 1
+    check_batch("batch_size / accumulate", batch_size // parts, mesh)
+    check_hosts(mesh)
     c = config.transformer
     check_model(c.width, c.num_heads, c.vocab_size, mesh)
     flops = model_flops(config, program) * batch_size / mesh.size
@@ -272,7 +274,8 @@ def fsdp_bytes(config: Config, program: str, mesh: Mesh) -> int:
 
 def largest(config: Config, program: str, mesh: Mesh, chip: Chip, report: dict[str, Any]) -> int:
     """The largest batch a chip that fits, by halving steps; each try is a compile."""
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = config.train_transformer.accumulate if program in ("transformer", "pixels") else 1
+    shares = mesh.shape["data"] * mesh.shape["fsdp"] * parts
     fits = lambda n: examine(config, program, mesh, chip, n * shares)["fits"]
     low = report["batch_size"] // shares if report["fits"] else 0
     high = max(2 * low, report["batch_size"] // shares)
@@ -281,7 +284,7 @@ def largest(config: Config, program: str, mesh: Mesh, chip: Chip, report: dict[s
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return low * parts
 
 
 def table(report: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@
 writes a token cache of FOLDER or tfds:NAME, whatever `data.source` may be: array_record files and
 manifest.json, for `--config.data.tokens=tokens`. Training then sees the crops that it would have
 cut itself in its first epochs (--copies of them), and those again. A stopped command goes on where
-it was; several hosts may run it at once.
+it was. The hosts of a TPU pod share the work where all run it (not tried yet).
 
     python -m var_jax.tokenize --checkpoint d16 --images images.npz --out tokens
 

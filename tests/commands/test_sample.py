@@ -2,6 +2,7 @@
 
 import json
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,6 +53,7 @@ def test_bad_input(untrained, tmp_path, complaints):
         ("--labels", "3:2", "--num", 9): "--labels holds counts, so --num=9 has no place",
         ("--labels", 3, "--reject", 0.5, "--scorer", "os:nothing"): "is no MODULE:FUNCTION here",
         ("--labels", 3, "--smooth", "--show_scales"): "--show_scales needs tokens",
+        ("--labels", 3, "--out", Path(__file__)): "test_sample.py",
         ("--labels", 3, "--out", parts.parent): "holds an unfinished run of other weights",
     }
     runs = [["--checkpoint", untrained, "--out", out, *flags] for flags in said]

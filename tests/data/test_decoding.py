@@ -132,12 +132,13 @@ def test_large_jpegs_come_reduced_and_look_the_same():
     [
         (b"", "no picture in a known format"),
         (b"<html>404</html>", "no picture in a known format"),
+        (encoded(scene(), "EPS"), "no picture in a known format"),  # would start Ghostscript
         (encoded(noise(60, 40), "JPEG")[:900], "truncated"),
         (encoded(noise(60, 40), "PNG")[:-3000], "truncated"),
         (encoded(scene(), "JPEG")[:50], "(?i)truncated"),
         (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floating-point"),
     ],
-    ids=["empty", "text", "half a jpeg", "half a png", "jpeg header", "floats"],
+    ids=["empty", "text", "eps", "half a jpeg", "half a png", "jpeg header", "floats"],
 )
 def test_unreadable(data, reason):
     with pytest.raises(Unreadable, match=reason):

@@ -155,7 +155,11 @@ def test_missing_shards_and_other_folders(cache, tokenizer, tmp_path):
     path.rename(tmp_path / path.name)
     with pytest.raises(BadInput, match=r"train-00002-of-00009.array_record is missing"):
         opened(cache, tokenizer, "train")
-    (tmp_path / path.name).rename(path)
+    whole = (tmp_path / path.name).read_bytes()
+    path.write_bytes(whole[:-20])
+    with pytest.raises(BadInput, match=r"train-00002-of-00009.array_record is damaged"):
+        opened(cache, tokenizer, "train")[8]
+    path.write_bytes(whole)
     with pytest.raises(
         BadInput, match=r"has no manifest\.json; expected a folder of a token cache"
     ):

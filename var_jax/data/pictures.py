@@ -4,6 +4,7 @@ Pillow, because its antialiased Lanczos filter is the paper's and its decoder is
 (benchmarks/data.py); it works on a thread without holding Python's lock.
 """
 
+import functools
 import io
 import sys
 import threading
@@ -25,6 +26,14 @@ class Unreadable(Exception):
     """A picture cannot be decoded; the message says why."""
 
 
+@functools.cache
+def known_formats() -> tuple[str, ...]:
+    """Pillow's names of what is read. Others, such as EPS, would start programs."""
+    Image.init()
+    wanted = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+    return tuple(name for name in wanted if name in Image.OPEN)
+
+
 def decode(data: bytes, short: int) -> Image.Image:
     """The first frame of an encoded picture, upright, RGB, transparency on white.
 
@@ -34,7 +43,7 @@ def decode(data: bytes, short: int) -> Image.Image:
     Raises: Unreadable if it is damaged, truncated, too large or not a picture.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=known_formats()) as image:
             image.draft(None, (2 * short, 2 * short))  # type: ignore[arg-type]
             width, height = image.size
             if width * height > MAX_PIXELS:

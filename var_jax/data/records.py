@@ -33,7 +33,13 @@ class Records:
         return self.count
 
     def __getitem__(self, index: int) -> bytes:
-        return self._source[index]
+        try:
+            return self._source[index]
+        except RuntimeError as error:
+            shard = self.path(index // self.shard_size)
+            raise BadInput(
+                f"{shard} is damaged ({error}); remove it and write it again."
+            ) from error
 
     @property
     def shards(self) -> int:

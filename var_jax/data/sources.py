@@ -179,7 +179,7 @@ def open_arrays(path: str, split: str, size: int, resize: float) -> Arrays:
     if not whole or not len(labels) or labels.min() < 0:
         raise BadInput(f"{path}: labels is {labels.dtype} of shape {labels.shape}; expected (N,).")
     count = int(labels.max()) + 1
-    class_names = tuple(map(str, range(count) if names is None else names))
+    class_names = tuple(map(str, range(count) if names is None else np.atleast_1d(names)))
     if count > len(class_names):
         raise BadInput(f"{path} has label {count - 1}, but {len(class_names)} class_names.")
     chosen = part_of(class_names, [str(i) for i in range(len(labels))], labels, split)

@@ -35,7 +35,7 @@ def _guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int | 
     except KeyboardInterrupt:
         return _say("interrupted", INTERRUPTED)
     except Exception as error:
-        sentence = _disk_full(error) or _unread_config(error)
+        sentence = _disk_full(error) or _unread_config(error) or _bad_path(error)
         if sentence is None:
             raise
         return _say(f"error: {sentence}", BAD_INPUT)
@@ -107,6 +107,16 @@ def _unread_config(error: Exception) -> str | None:
     """The sentence for a missing --config file, which ml_collections reports on first use."""
     if isinstance(error, OSError) and _raised_in(error, "ml_collections"):
         return f"the config file cannot be read: {str(error).strip().splitlines()[-1].strip()}"
+    return None
+
+
+def _bad_path(error: Exception) -> str | None:
+    """The sentence for a path that cannot be what a flag wants; None for other errors."""
+    wrong = (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+    if isinstance(error, wrong) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}"
+    if isinstance(error, ImportError) and "gcsfs" in str(error):
+        return "gs:// folders need one package more: pip install 'var_jax[gcs]'"
     return None
 
 

@@ -70,7 +70,7 @@ def check_hosts(mesh: Mesh) -> None:
         if len({device.process_index for device in group}) > 1:
             raise BadInput(
                 f"mesh.tensor={mesh.shape['tensor']} reaches over hosts of"
-                f" {jax.local_device_count()} devices; it must stay inside one."
+                f" {len(mesh.local_devices) or mesh.size} devices; it must stay inside one."
             )
 
 

@@ -35,6 +35,10 @@ def tokenizer_config(
         sizes(tensors, f"encoder.down.{level}.block.0.conv1.weight", 4)[0]
         for level in range(count(tensors, r"encoder\.down\.(\d+)\."))
     ]
+    if not widths:
+        raise BadInput(
+            "no tensor encoder.down.0.block.0.conv1.weight; expected a tokenizer's levels."
+        )
     if any(width % channels for width in widths):
         raise BadInput(f"levels of {widths} channels are no multiples of the first, {channels}.")
     if patch_nums is None:
