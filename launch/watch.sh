@@ -5,18 +5,19 @@
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
 here=$(dirname "$0")
-flag=()
+flag=
 if "$dry_run"; then
-  flag=(--dry_run)
+  flag=--dry_run
 fi
 
+# shellcheck disable=SC2086 # $flag may be no word at all
 again() {
-  "$here/create.sh" ${flag[@]+"${flag[@]}"} && "$here/setup.sh" ${flag[@]+"${flag[@]}"} && "$here/run.sh" ${flag[@]+"${flag[@]}"} "$@"
+  "$here/create.sh" $flag && "$here/setup.sh" $flag && "$here/run.sh" $flag "$@"
 }
 
 if "$dry_run"; then
   again "$@"
-  "$here/delete.sh" ${flag[@]+"${flag[@]}"}
+  "$here/delete.sh" --dry_run
   exit
 fi
 

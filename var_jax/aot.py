@@ -111,12 +111,16 @@ def batch_of(config: Config, program: str) -> int:
     return stage.batch_size
 
 
+def parts_of(config: Config, program: str) -> int:
+    """In how many parts a program takes a batch."""
+    return config.train_transformer.accumulate if program in ("transformer", "pixels") else 1
+
+
 def examine(
     config: Config, program: str, mesh: Mesh, chip: Chip, batch_size: int
 ) -> dict[str, Any]:
     """The report on one program; what needs a compiled one is None where it does not fit."""
-    parts = config.train_transformer.accumulate if program in ("transformer", "pixels") else 1
-    check_batch("batch_size / accumulate", batch_size // parts, mesh)
+    check_batch("batch_size / accumulate", batch_size // parts_of(config, program), mesh)
     check_hosts(mesh)
     c = config.transformer
     check_model(c.width, c.num_heads, c.vocab_size, mesh)
@@ -274,8 +278,7 @@ def fsdp_bytes(config: Config, program: str, mesh: Mesh) -> int:
 
 def largest(config: Config, program: str, mesh: Mesh, chip: Chip, report: dict[str, Any]) -> int:
     """The largest batch a chip that fits, by halving steps; each try is a compile."""
-    parts = config.train_transformer.accumulate if program in ("transformer", "pixels") else 1
-    shares = mesh.shape["data"] * mesh.shape["fsdp"] * parts
+    shares = mesh.shape["data"] * mesh.shape["fsdp"] * parts_of(config, program)
     fits = lambda n: examine(config, program, mesh, chip, n * shares)["fits"]
     low = report["batch_size"] // shares if report["fits"] else 0
     high = max(2 * low, report["batch_size"] // shares)
@@ -284,7 +287,7 @@ def largest(config: Config, program: str, mesh: Mesh, chip: Chip, report: dict[s
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * parts
+    return low * parts_of(config, program)
 
 
 def table(report: dict[str, Any]) -> str:
