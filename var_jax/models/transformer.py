@@ -300,8 +300,8 @@ def modulate(
     cond: Float[Array, "B D"], w: nnx.Param, bias: nnx.Param, dtype: jnp.dtype
 ) -> Float[Array, "B x E"]:
     """The class's say in a normalization: silu, then a linear layer; float32."""
-    cond = jax.nn.silu(cond).astype(dtype)
-    ada = einsum("BD,DxE->BxE", cond, gather(w, dtype=dtype), BATCH)
+    cond, w = jax.nn.silu(cond).astype(dtype), gather(w, dtype=dtype)
+    ada = project(cond, w.reshape(w.shape[0], -1)).reshape(-1, *w.shape[1:])
     return ada.astype(jnp.float32) + bias[...]
 
 

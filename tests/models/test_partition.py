@@ -1,0 +1,32 @@
+"""Products and their gradients, alone and on a mesh."""
+
+import contextlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from var_jax.infra.mesh import make_mesh
+from var_jax.models.partition import pin, project
+
+
+@pytest.mark.parametrize("mesh_shape", [None, (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("D, F", [(8, 16), (16, 8)])  # both orders of the weight gradient
+def test_gradients_of_a_product(D, F, mesh_shape):
+    x, w, g = (
+        jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(16, D), (D, F), (16, F)])
+    )
+    mesh = jax.set_mesh(make_mesh(*mesh_shape)) if mesh_shape else contextlib.nullcontext()
+    with mesh:
+        x_MD, w_DF = pin(x, ("data", "fsdp")), pin(w, None, "tensor")
+        grads = jax.jit(jax.grad(lambda x, w: (project(x, w, "tensor") * g).sum(), (0, 1)))
+        got = jax.device_get(grads(x_MD, w_DF))
+    chex.assert_trees_all_close(got, (g @ w.T, x.T @ g), rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_keeps_each_dtype():
+    x, w = jnp.ones((4, 8), jnp.bfloat16), jnp.ones((8, 8), jnp.bfloat16)
+    loss = lambda x, w: project(x, w, dtype=jnp.float32).sum()
+    assert project(x, w, dtype=jnp.float32).dtype == jnp.float32
+    assert [g.dtype for g in jax.grad(loss, (0, 1))(x, w)] == [jnp.bfloat16] * 2
