@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from var_jax.infra.mesh import make_mesh
-from var_jax.models.partition import pin, project
+from var_jax.models.partition import in_parts, pin, project
 
 
 @pytest.mark.parametrize("mesh_shape", [None, (1, 8, 1), (2, 2, 2)])
@@ -30,3 +30,17 @@ def test_a_product_keeps_each_dtype():
     loss = lambda x, w: project(x, w, dtype=jnp.float32).sum()
     assert project(x, w, dtype=jnp.float32).dtype == jnp.float32
     assert [g.dtype for g in jax.grad(loss, (0, 1))(x, w)] == [jnp.bfloat16] * 2
+
+
+@pytest.mark.parametrize("mesh_shape, most", [(None, 8), (None, 5), ((2, 2, 2), 3)])
+def test_rows_in_parts_keep_their_order(mesh_shape, most):
+    x, seen = jnp.arange(32.0).reshape(16, 2), []
+
+    def f(x):
+        seen.append(x.shape[0])
+        return x.sum(-1)
+
+    with jax.set_mesh(make_mesh(*mesh_shape)) if mesh_shape else contextlib.nullcontext():
+        got = jax.jit(lambda x: in_parts(f, x, most))(pin(x, ("data", "fsdp")))
+    chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(x.sum(-1)))
+    assert set(seen) == {8 if mesh_shape or most == 8 else 4}

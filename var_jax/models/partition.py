@@ -5,11 +5,12 @@ where that changes. Outside `jax.set_mesh` each of them is the plain operation.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 BATCH = ("data", "fsdp")  # the batch is split over both
 Axes = str | tuple[str, ...] | None
@@ -89,10 +90,12 @@ def matmul_cpu_forward(x: Array, w: Array, spec: P | None, dtype: jnp.dtype | No
 def matmul_cpu_backward(spec: P | None, dtype: jnp.dtype | None, kept: tuple[Array, Array], g):
     """Contracting the rows of both is half as fast, unless x is transposed in memory first."""
     x, w = kept
-    layout = lambda y: jax.typeof(y).sharding.spec if on_mesh() else None
     x_T = jax.lax.optimization_barrier(x.T) if w.shape[0] <= w.shape[1] else x.T
-    dw = matmul(x_T, g, spec and P(layout(x)[1], layout(g)[1]))
-    return matmul(g, w.T, layout(x)).astype(x.dtype), dw.astype(w.dtype)
+    dx_spec = dw_spec = None
+    if on_mesh():
+        dx_spec = jax.typeof(x).sharding.spec
+        dw_spec = P(dx_spec[1], jax.typeof(g).sharding.spec[1])
+    return matmul(g, w.T, dx_spec).astype(x.dtype), matmul(x_T, g, dw_spec).astype(w.dtype)
 
 
 matmul_cpu.defvjp(matmul_cpu_forward, matmul_cpu_backward)
@@ -117,7 +120,7 @@ def split_heads(x: Float[Array, "*rest HN"], N: int) -> Float[Array, "*rest H N"
 
 
 def reshape(x: Float[Array, "B *rest"], *shape: int) -> Float[Array, "B *new"]:
-    """`x.reshape` of all axes but the first, which alone may be split."""
+    """`x.reshape` where only the first axis is and stays split."""
     if not on_mesh():
         return x.reshape(shape)
     return jax.lax.reshape(x, shape, out_sharding=P(jax.typeof(x).sharding.spec[0]))
@@ -125,10 +128,19 @@ def reshape(x: Float[Array, "B *rest"], *shape: int) -> Float[Array, "B *new"]:
 
 def split_rows(x: Float[Array, "B *rest"], parts: int) -> Float[Array, "b parts *rest"]:
     """The batch in `parts` parts of every `parts`-th row, along a second axis."""
-    shape = (x.shape[0] // parts, parts, *x.shape[1:])
-    if not on_mesh():
-        return x.reshape(shape)
-    return jax.lax.reshape(x, shape, out_sharding=P(jax.typeof(x).sharding.spec[0]))
+    return reshape(x, x.shape[0] // parts, parts, *x.shape[1:])
+
+
+def in_parts(
+    f: Callable[[Array], Array], x: Float[Array, "B *rest"], most: int
+) -> Shaped[Array, "B *new"]:
+    """`f(x)`, for at most `most` rows of each device at a time."""
+    rows = x.shape[0] // round_up(1)
+    parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows <= n * most)
+    if parts == 1:
+        return f(x)
+    made = jnp.moveaxis(jax.lax.map(f, jnp.moveaxis(split_rows(x, parts), 1, 0)), 0, 1)
+    return reshape(made, x.shape[0], *made.shape[2:])
 
 
 def take(table_VC: Float[Array, "V C"], idx: Int[Array, "B *rest"]) -> Float[Array, "B *rest C"]:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int32
 from var_jax.config import TokenizerConfig
 from var_jax.models.partition import reshape
 from var_jax.models.quantizer import Quantized, Quantizer
+from var_jax.models.winograd import convolve
 
 HIGH = jax.lax.Precision.HIGH
 
@@ -25,7 +26,7 @@ def conv(c_in: int, c_out: int, size: int, rngs: nnx.Rngs, **kwargs) -> nnx.Conv
     draw = lambda key, shape, dtype, **_: jax.random.uniform(key, shape, dtype, -bound, bound)
     return nnx.Conv(
         c_in, c_out, (size, size), rngs=rngs, kernel_init=draw, bias_init=draw, precision=HIGH,
-        **kwargs,
+        conv_general_dilated=convolve, **kwargs,
     )  # fmt: skip
 
 

@@ -300,8 +300,9 @@ def modulate(
     cond: Float[Array, "B D"], w: nnx.Param, bias: nnx.Param, dtype: jnp.dtype
 ) -> Float[Array, "B x E"]:
     """The class's say in a normalization: silu, then a linear layer; float32."""
-    cond, w = jax.nn.silu(cond).astype(dtype), gather(w, dtype=dtype)
-    ada = project(cond, w.reshape(w.shape[0], -1)).reshape(-1, *w.shape[1:])
+    D, *shape = w.shape
+    matrix = gather(w, dtype=dtype).reshape(D, -1)
+    ada = project(jax.nn.silu(cond).astype(dtype), matrix).reshape(-1, *shape)
     return ada.astype(jnp.float32) + bias[...]
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int32, Key
 
 from var_jax.config import StageConfig, TransformerConfig
 from var_jax.infra.flops import transformer_flops
-from var_jax.models.partition import BATCH, pin
+from var_jax.models.partition import BATCH, in_parts, pin
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import Transformer
 from var_jax.scales import slices
@@ -24,6 +24,10 @@ from var_jax.training.state import (
     init_state,
 )
 from var_jax.training.tokenizer_stage import to_float
+
+# Encoded on a chip at a time: eight images of 256 px. XLA's TPU compiler tiles the convolutions of
+# more so badly, beside a transformer, that they take a hundred times as long.
+PIXELS = 8 * 256 * 256
 
 
 def transformer_stage(model_config: TransformerConfig, config: StageConfig) -> Stage:
@@ -74,7 +78,9 @@ def teacher(batch: Batch) -> tuple[Int32[Array, "B L"], Float[Array, "B M C"]]:
     tokenizer: Tokenizer = batch["tokenizer"]
     tokens = batch.get("tokens")
     if tokens is None:
-        tokens = tokenizer.encode(to_float(batch["image"]))
+        image = batch["image"]
+        encode = lambda image: tokenizer.encode(to_float(image))
+        tokens = in_parts(encode, image, max(1, PIXELS // (image.shape[1] * image.shape[2])))
     return tokens, tokenizer.quantizer.teacher_input(tokens)
 
 
