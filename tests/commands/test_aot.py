@@ -6,6 +6,9 @@ import pathlib
 import pytest
 from test_commands import run
 
+from var_jax.aot import model_flops
+from var_jax.config import Config
+
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = (
     "--config", ROOT / "configs" / "imagenet.py:d16", "--config.transformer.depth=2",
@@ -25,6 +28,13 @@ SMALL = (
 def test_bad_input(flags, sentence):
     code, _, err = run("aot", *flags)
     assert (code, len(err.strip().splitlines())) == (2, 1) and sentence in err
+
+
+def test_a_step_on_pixels_counts_every_operation_of_the_encoder():
+    pixels, tokens = (model_flops(Config(), program) for program in ("pixels", "transformer"))
+    # Three quarters are (4 + 5/4) * 2 * 9 * 160**2 * 256**2: the 3x3 convolutions of the two finest
+    # levels.
+    assert (pixels - tokens) / 1e9 == pytest.approx(213.07, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -10,18 +10,21 @@ import pytest
 from var_jax.infra.mesh import make_mesh
 from var_jax.models.partition import in_parts, pin, project
 
+LAYOUTS = [(None, "tensor"), ("tensor", None), (None, None)]  # of w: columns, rows, neither split
+
 
 @pytest.mark.parametrize("mesh_shape", [None, (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("w_spec", LAYOUTS)
 @pytest.mark.parametrize("D, F", [(8, 16), (16, 8)])  # both orders of the weight gradient
-def test_gradients_of_a_product(D, F, mesh_shape):
-    x, w, g = (
-        jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(16, D), (D, F), (16, F)])
-    )
-    mesh = jax.set_mesh(make_mesh(*mesh_shape)) if mesh_shape else contextlib.nullcontext()
-    with mesh:
-        x_MD, w_DF = pin(x, ("data", "fsdp")), pin(w, None, "tensor")
-        grads = jax.jit(jax.grad(lambda x, w: (project(x, w, "tensor") * g).sum(), (0, 1)))
-        got = jax.device_get(grads(x_MD, w_DF))
+def test_gradients_of_a_product(D, F, w_spec, mesh_shape):
+    shapes = [(16, D), (D, F), (16, F)]
+    x, w, g = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(shapes))
+    with jax.set_mesh(make_mesh(*mesh_shape)) if mesh_shape else contextlib.nullcontext():
+        x_MD, w_DF = pin(x, ("data", "fsdp"), w_spec[0]), pin(w, *w_spec)
+        grads = jax.jit(jax.grad(lambda x, w: (project(x, w, w_spec[1]) * g).sum(), (0, 1)))
+        made = grads(x_MD, w_DF)
+        assert not mesh_shape or made[1].sharding == w_DF.sharding
+        got = jax.device_get(made)
     chex.assert_trees_all_close(got, (g @ w.T, x.T @ g), rtol=1e-5, atol=1e-5)
 
 

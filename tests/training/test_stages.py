@@ -92,7 +92,11 @@ def test_weights_and_moments_are_sharded_from_the_start():
     assert all(specs[name] == P(None, "fsdp", "tensor") for name in sharded)
 
 
-def test_cached_tokens_give_the_same_loss_as_pixels(alone):
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_cached_tokens_give_the_same_loss_as_pixels(alone, at_once, monkeypatch):
+    if at_once:  # images encoded in parts
+        limit = "var_jax.training.transformer_stage.PIXELS"
+        monkeypatch.setattr(limit, at_once * 16 * 16)
     tokenizer = alone[1].best
     stage = transformer_stage(TRANSFORMER, STAGE)
     state = jax.jit(stage.init)(jax.random.key(0))

@@ -14,21 +14,22 @@ from jaxtyping import Array, Float
 from var_jax.models.partition import on_mesh, platform
 
 ROWS = 16  # of the image at a time
-NARROW = 32, 128  # below this many pixels a row or channels the transforms cost more than they save
-KERNEL = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
+# Below these the additions cost more than the products that they save.
+MIN_WIDTH, MIN_CHANNELS = 64, 128
+KERNEL_TRANSFORM = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
 
 
 def convolve(
     x: Float[Array, "B H W C"], kernel: Float[Array, "h w C F"], strides, padding, **how
 ) -> Float[Array, "B H W F"]:
-    """`jax.lax.conv_general_dilated`, on CPU by Winograd's algorithm where that is faster."""
-    width, channels = NARROW
+    """`jax.lax.conv_general_dilated` without dilation, on CPU by Winograd where that is faster."""
     if (
         platform() == "cpu"
+        and x.dtype == jnp.float32
         and (kernel.shape[:2], tuple(strides), padding) == ((3, 3), (1, 1), "SAME")
-        and (x.shape[1] % ROWS, x.shape[2] % 2, x.dtype) == (0, 0, jnp.float32)
-        and x.shape[2] >= width
-        and min(kernel.shape[2:]) >= channels
+        and (x.shape[1] % ROWS, x.shape[2] % 2) == (0, 0)
+        and x.shape[2] >= MIN_WIDTH
+        and min(kernel.shape[2:]) >= MIN_CHANNELS
     ):
         return winograd(x, kernel)
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, **how)
@@ -61,7 +62,7 @@ def by_rows(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C F"]) -> Arra
     """`winograd` on one device."""
     B, H, W, C = x.shape
     F, strips = kernel.shape[-1], H // ROWS
-    kernel = jnp.einsum("ai,ijCF,bj->abCF", KERNEL, kernel, KERNEL, precision="highest")
+    kernel = jnp.einsum("ai,ijCF,bj->abCF", KERNEL_TRANSFORM, kernel, KERNEL_TRANSFORM)
     kernel = kernel.reshape(16, C, F)
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
 
@@ -86,10 +87,10 @@ def by_rows(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C F"]) -> Arra
 
 
 def transform(a: Array, b: Array, c: Array, d: Array) -> tuple[Array, Array, Array, Array]:
-    """Four neighbouring pixels."""
+    """Four neighbours of the image as four terms of the products."""
     return a - c, b + c, c - b, b - d
 
 
 def transform_back(a: Array, b: Array, c: Array, d: Array) -> tuple[Array, Array]:
-    """Two pixels of the result."""
+    """Four products as two neighbours of the result."""
     return a + b + c, b - c - d

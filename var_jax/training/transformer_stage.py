@@ -25,8 +25,9 @@ from var_jax.training.state import (
 )
 from var_jax.training.tokenizer_stage import to_float
 
-# Encoded on a chip at a time: eight images of 256 px. XLA's TPU compiler tiles the convolutions of
-# more so badly, beside a transformer, that they take a hundred times as long.
+# Encoded on a device at a time, eight images of 256 px: enough to keep it busy, and bounded memory.
+# In one part, 24 images a chip, XLA's TPU compiler tiled the convolutions so badly that a step
+# of d16 took 15 times as long (benchmarks/aot.md).
 PIXELS = 8 * 256 * 256
 
 
