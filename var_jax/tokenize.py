@@ -5,7 +5,7 @@
 writes a token cache of FOLDER or tfds:NAME, whatever `data.source` may be: array_record files and
 manifest.json, for `--config.data.tokens=tokens`. Training then sees the crops that it would have
 cut itself in its first epochs (--copies of them), and those again. A stopped command goes on where
-it was. The hosts of a TPU pod share the work where all run it (not tried yet).
+it was. Hosts that share the folder share the work where all run it with --distributed.
 
     python -m var_jax.tokenize --checkpoint d16 --images images.npz --out tokens
 
@@ -24,7 +24,7 @@ from jaxtyping import Int32
 from var_jax import BadInput
 from var_jax.data.sources import open_source
 from var_jax.data.tokens import records_of
-from var_jax.infra import cli
+from var_jax.infra import cli, hosts
 from var_jax.infra.logs import progress
 from var_jax.infra.mesh import AXES, check_batch, make_mesh
 from var_jax.infra.npz import Images, save_npz
@@ -43,12 +43,15 @@ SHIFT = flags.DEFINE_integer("shift", 0, "Move them by up to so many pixels.", 0
 SEED = flags.DEFINE_integer("seed", 0, "Of the crops, as config.seed.", 0, 2**32 - 1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images at a time.", 1)
 OUT = flags.DEFINE_string("out", "tokens", "Folder to write.")
+flags.adopt_module_key_flags(hosts)
 
 
 def main(argv: list[str]) -> None:
     """One of the two."""
     cli.no_arguments(argv)
     if IMAGES.value.endswith(".npz"):
+        if hosts.several():
+            raise BadInput(f"--distributed: {IMAGES.value} is one host's work; folders are shared.")
         encode_npz()
     else:
         cache()
@@ -87,6 +90,7 @@ def tokenize(tokenizer: Tokenizer, images: Images, batch_size: int) -> Int32[np.
 
 def cache() -> None:
     """Writes the token cache of both splits."""
+    hosts.join()
     devices = np.array(jax.local_devices()).reshape(-1, 1, 1)
     mesh = Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * 3)
     check_batch("--batch_size", BATCH_SIZE.value, mesh)

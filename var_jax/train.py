@@ -28,13 +28,12 @@ from var_jax.data.records import read_manifest
 from var_jax.data.sources import Source, open_source
 from var_jax.data.tokens import TOKENS, TokenCache, open_tokens
 from var_jax.evaluation.report import HOW, report
-from var_jax.infra import cli
+from var_jax.infra import cli, hosts
 from var_jax.infra.logs import Metrics, read_metrics
 from var_jax.infra.mesh import (
     check_batch,
     check_hosts,
     check_model,
-    join_hosts,
     make_mesh,
     put_whole,
     to_host,
@@ -55,12 +54,7 @@ from var_jax.training.transformer_stage import transformer_stage
 CONFIG = config_flags.DEFINE_config_file("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/NAME for configs/NAME.py.")
 PROFILE = flags.DEFINE_integer("profile", 0, "Trace so many steps for TensorBoard, from the tenth.")
-DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "One of several hosts: TPU pods, Slurm and the like tell which."
-)
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if nothing tells.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Then also: how many there are.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "And: which this is, from 0.")
+flags.adopt_module_key_flags(hosts)
 SAMPLES_A_CLASS = 10
 
 
@@ -71,8 +65,7 @@ def main(argv: list[str]) -> None:
     if CONFIG.value is None:
         raise BadInput("--config is missing; expected a file like configs/emoji.py.")
     config = from_dict(Config, CONFIG.value.to_dict())
-    if DISTRIBUTED.value or COORDINATOR.value:
-        join_hosts(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    hosts.join()
     run = Run(config, epath.Path(WORKDIR.value or default_workdir()))
     with jax.set_mesh(run.mesh):
         tokenizer = run.tokenizer()

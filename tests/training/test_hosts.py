@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import PIL.Image
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -15,12 +16,12 @@ TINY = ROOT / "tests" / "commands" / "tiny.py"
 FLAGS = ("--config.train_transformer.steps=5", "--config.mesh.fsdp=2")
 
 
-def train(workdir, processes, *flags):
-    """Runs the command as so many processes of 4 / `processes` virtual devices each."""
+def together(processes, command, *flags):
+    """Runs a command as so many processes of 4 / `processes` virtual devices each."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    argv = [sys.executable, "-m", "var_jax.train", "--config", TINY, "--workdir", workdir, *flags]
+    argv = [sys.executable, "-m", f"var_jax.{command}", *flags]
     env = {
         "PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
@@ -32,12 +33,19 @@ def train(workdir, processes, *flags):
     )
     running = [
         subprocess.Popen(
-            [*map(str, argv), *map(str, several(i))], env=env, stderr=subprocess.PIPE, text=True
+            [*map(str, argv), *map(str, several(i))], env=env, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
         )
         for i in range(processes)
-    ]
-    errors = [process.communicate(timeout=900)[1] for process in running]
-    assert [process.returncode for process in running] == [0] * processes, errors
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=900) for process in running]
+    assert [process.returncode for process in running] == [0] * processes, outputs
+    return [out for out, _ in outputs]
+
+
+def train(workdir, processes, *flags):
+    """The losses of a run as so many processes."""
+    together(processes, "train", "--config", TINY, "--workdir", workdir, *flags)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
     return {(r["stage"], r["step"]): r["loss"] for r in lines if "loss" in r}
 
@@ -51,13 +59,33 @@ def alone(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes, resumed_by, mesh", [(2, 1, "tensor=2"), (4, 2, "fsdp=4")])
 def test_processes_agree_with_one_and_hand_over(tmp_path, alone, processes, resumed_by, mesh):
-    together = train(tmp_path, processes, *FLAGS)
+    losses = train(tmp_path, processes, *FLAGS)
     assert ("transformer", 5) in alone
-    agree(together, alone)
+    agree(losses, alone)
     shutil.rmtree(tmp_path / "transformer" / "5")  # as if stopped after step 4
     agree(
         train(tmp_path, resumed_by, *FLAGS, "--config.mesh.fsdp=1", f"--config.mesh.{mesh}"), alone
     )
+
+
+@pytest.mark.slow
+def test_hosts_share_the_work_of_a_token_cache(tmp_path):
+    rng = np.random.default_rng(0)
+    for label in "ab":
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(300):  # three shards to train on, one held out
+            image = PIL.Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
+            image.save(tmp_path / "images" / label / f"{i}.png")
+    flags = ("--checkpoint", "emoji", "--images", tmp_path / "images", "--out")
+    together(1, "tokenize", *flags, tmp_path / "alone")
+    said = together(2, "tokenize", *flags, tmp_path / "shared")
+    assert any("codes of 600 pictures" in out for out in said)
+    names = [path.name for path in sorted((tmp_path / "alone").iterdir())]
+    assert len(names) == 5  # four shards and the manifest
+    assert names == [path.name for path in sorted((tmp_path / "shared").iterdir())]
+    for name in names:
+        contents = [(tmp_path / folder / name).read_bytes() for folder in ("alone", "shared")]
+        assert contents[0] == contents[1], name
 
 
 def agree(losses, others):

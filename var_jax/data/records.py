@@ -118,7 +118,9 @@ def claim(folder: epath.Path, manifest: dict[str, Any]) -> bool:
                         f" {_short(wanted[key])}; name another folder or remove it."
                     )
             return name == MANIFEST
-    if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    names -= {UNFINISHED}  # another host's, just now
+    if any(not name.startswith(".") for name in names):
         raise BadInput(f"{folder} holds other files; name a new or an empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / UNFINISHED, wanted)

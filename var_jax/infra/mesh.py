@@ -16,19 +16,6 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
 
-def join_hosts(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Joins the other processes of a run; called before anything else of jax.
-
-    With nothing given, a TPU pod, Slurm, Open MPI or Kubernetes is asked who they are.
-
-    Raises: BadInput if nothing tells.
-    """
-    try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    except (RuntimeError, ValueError) as error:
-        raise BadInput(f"--distributed: {str(error).strip().splitlines()[0]}") from error
-
-
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (all) with explicit axes; one size may be -1, "what is left".
 
