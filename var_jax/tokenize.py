@@ -2,15 +2,17 @@
 
     python -m var_jax.tokenize --checkpoint d16 --images imagenet --out tokens [--copies 10]
 
-writes a token cache of FOLDER or tfds:NAME, whatever `data.source` may be: array_record files and
-manifest.json, for `--config.data.tokens=tokens`. Training then sees the crops that it would have
-cut itself in its first epochs (--copies of them), and those again. A stopped command goes on where
-it was. Hosts that share the folder share the work where all run it with --distributed.
+writes a token cache of FOLDER, tfds:NAME or "emoji", whatever `data.source` may be: array_record
+files and manifest.json, for `--config.data.tokens=tokens`. Training then sees the crops that it
+would have cut itself in its first epochs (--copies of them), and those again. A stopped command
+goes on where it was. Hosts that share the folder share the work where all run it with
+--distributed.
 
     python -m var_jax.tokenize --checkpoint d16 --images images.npz --out tokens
 
 reads `arr_0`, uint8 (N,H,W,3), of the size that the tokenizer was made for, and writes tokens.npz:
-`tokens`, int32 (N,L), coarse scale first.
+`tokens`, int32 (N,L), coarse scale first. With --cache it becomes a token cache, too, if it has the
+`labels` of a `data.source`.
 """
 
 import jax
@@ -22,7 +24,7 @@ from jax.sharding import AxisType, Mesh
 from jaxtyping import Int32
 
 from var_jax import BadInput
-from var_jax.data.sources import open_source
+from var_jax.data.sources import Pictures, open_source
 from var_jax.data.tokens import records_of
 from var_jax.infra import cli, hosts
 from var_jax.infra.logs import progress
@@ -36,6 +38,7 @@ from var_jax.training.tokenizer_stage import to_float
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, 'A folder, or "emoji".', required=True)
 IMAGES = flags.DEFINE_string("images", None, "A folder, tfds:NAME or an npz.", required=True)
+CACHE = flags.DEFINE_bool("cache", False, "Make a token cache of an npz, too.")
 COPIES = flags.DEFINE_integer("copies", 1, "Random crops of each training picture.", 1)
 RESIZE = flags.DEFINE_float("resize", 1.125, "Shorter edge ahead of the crop, in image sizes.", 1)
 FLIP = flags.DEFINE_bool("flip", False, "Mirror half of them.")
@@ -49,9 +52,9 @@ flags.adopt_module_key_flags(hosts)
 def main(argv: list[str]) -> None:
     """One of the two."""
     cli.no_arguments(argv)
-    if IMAGES.value.endswith(".npz"):
+    if IMAGES.value.endswith(".npz") and not CACHE.value:
         if hosts.several():
-            raise BadInput(f"--distributed: {IMAGES.value} is one host's work; folders are shared.")
+            raise BadInput(f"--distributed: {IMAGES.value} is one host's work; caches are shared.")
         encode_npz()
     else:
         cache()
@@ -112,8 +115,11 @@ def cache() -> None:
         print(f"this host is done; {left} shards are left to the others, or to the same command")
         return
     size = sum(path.stat().length for path in out.iterdir())
-    count = sum(map(len, parts.values()))
-    print(f"codes of {count} pictures, {size / 1e6:.1f} MB, are in {out}")
+    crops, pictures = sum(map(len, parts.values())), sum(map(len, sources.values()))
+    print(f"codes of {crops} crops of {pictures} pictures, {size / 1e6:.1f} MB, are in {out}")
+    skipped = sum(len(s.skipped) for s in sources.values() if isinstance(s, Pictures))
+    if skipped:
+        print(f"{skipped} pictures could not be read; the next one stands in for each")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/NAME for configs/N
 PROFILE = flags.DEFINE_integer("profile", 0, "Trace so many steps for TensorBoard, from the tenth.")
 flags.adopt_module_key_flags(hosts)
 SAMPLES_A_CLASS = 10
+SPLITS = ("train", "validation")
 
 
 def main(argv: list[str]) -> None:
@@ -101,15 +102,20 @@ class Run:
         data = config.data
         self.train, self.validation = (
             open_source(data.source, split, data.size, data.resize)
-            for split in ("train", "validation")
+            for split in SPLITS
         )
         if len(self.train.class_names) != config.transformer.num_classes:
             raise BadInput(
                 f"transformer.num_classes={config.transformer.num_classes}, but"
                 f" {config.data.source} has {len(self.train.class_names)} classes."
             )
-        if data.tokens:
-            read_manifest(epath.Path(data.tokens), TOKENS)
+        with jax.set_mesh(self.mesh):
+            self.pretrained = (
+                load_tokenizer(config.pretrained_tokenizer, self.mesh)
+                if config.pretrained_tokenizer
+                else None
+            )
+            self.stored = self.stored_tokens() if data.tokens else None
         claim(workdir, config)
         self.metrics = Metrics(workdir)
         self.augmentation = {"flip": config.data.flip, "shift": config.data.shift}
@@ -128,8 +134,8 @@ class Run:
 
     def tokenizer(self) -> Tokenizer:
         """Stage 1, or what another run or `var_jax.convert` left."""
-        if self.config.pretrained_tokenizer:
-            return load_tokenizer(self.config.pretrained_tokenizer, self.mesh)
+        if self.pretrained:
+            return self.pretrained
         config = self.config.train_tokenizer
         stage = tokenizer_stage(self.config.tokenizer, config)
 
@@ -158,8 +164,8 @@ class Run:
         stage = transformer_stage(self.config.transformer, config)
         frozen = {"tokenizer": tokenizer}
         source, validation, augmentation = self.train, self.validation, self.augmentation
-        if self.config.data.tokens:
-            source, validation = (self.stored_tokens(tokenizer, s) for s in ("train", "validation"))
+        if self.stored:
+            source, validation = self.stored
             augmentation = {}
         elif config.augmented_copies:
             source, augmentation = self.cached_tokens(tokenizer), {}
@@ -187,13 +193,24 @@ class Run:
         )
         return state.best
 
-    def stored_tokens(self, tokenizer: Tokenizer, split: str) -> TokenCache:
-        """A split of the token cache on disk. Raises: BadInput if it does not fit this run."""
-        tokens, schedule = self.config.data.tokens, self.config.tokenizer.patch_nums
-        cache = open_tokens(tokens, split, fingerprint(tokenizer), schedule)
-        if cache.class_names != self.train.class_names:
-            raise BadInput(f"{tokens} and {self.config.data.source} have different classes.")
-        return cache
+    def stored_tokens(self) -> tuple[TokenCache, TokenCache]:
+        """The token cache on disk, both splits. Raises: BadInput if it does not fit this run."""
+        data, schedule = self.config.data, self.config.tokenizer.patch_nums
+        read_manifest(epath.Path(data.tokens), TOKENS)  # ahead of a fingerprint, which takes long
+        ours = fingerprint(self.pretrained)
+        how = {name: getattr(data, name) for name in ("size", "resize", "flip", "shift")}
+        train, validation = (
+            open_tokens(data.tokens, split, ours, schedule, **how) for split in SPLITS
+        )
+        for cache, source in ((train, self.train), (validation, self.validation)):
+            if cache.class_names != source.class_names:
+                raise BadInput(f"{data.tokens} and {data.source} have different classes.")
+            if len(cache) != len(source):
+                raise BadInput(
+                    f"{data.tokens} holds codes of {len(cache)} pictures, but {data.source} has"
+                    f" {len(source)}: it was made of others."
+                )
+        return train, validation
 
     def cached_tokens(self, tokenizer: Tokenizer):
         """Codes of the training pictures and of augmented copies of them."""
@@ -225,7 +242,8 @@ def check_tokenizer(config: Config) -> None:
             if found[name] != wanted[name]:
                 raise BadInput(
                     f"{config.pretrained_tokenizer} holds a tokenizer with {name}={found[name]},"
-                    f" but config.tokenizer.{name} is {wanted[name]}."
+                    f" but config.tokenizer.{name} is {wanted[name]}; it goes with the config that"
+                    " trained it (emoji with configs/emoji.py:large)."
                 )
         return
     if not config.train_tokenizer.steps:

@@ -125,11 +125,14 @@ def test_each_stage_alone(untrained, tmp_path):
     checkpoint, cache = tmp_path / "a" / "checkpoint", tmp_path / "cache"
     code, _, err = run("sample", "--checkpoint", checkpoint, "--num", 1, "--out", tmp_path / "no")
     assert code == 2 and "holds a tokenizer but no transformer" in err
-    flags = ("--checkpoint", checkpoint, "--images", "emoji", "--out", cache)
-    code, _, err = run("tokenize", *flags)
-    assert code == 0, err
+    images = np.random.default_rng(0).integers(0, 256, (60, 20, 20, 3), np.uint8)
+    np.savez(tmp_path / "own.npz", arr_0=images, labels=np.arange(60) % 2)
+    own = ("--images", tmp_path / "own.npz", "--cache", "--copies", 2, "--shift", 1)
+    code, out, err = run("tokenize", "--checkpoint", checkpoint, *own, "--out", cache)
+    assert code == 0 and "codes of 114 crops of 60 pictures" in out, err
     there = (
         f"--config.pretrained_tokenizer={checkpoint}", f"--config.data.tokens={cache}",
+        f"--config.data.source={tmp_path / 'own.npz'}", "--config.transformer.num_classes=2",
         "--config.train_tokenizer.steps=0", "--config.train_transformer.augmented_copies=0",
     )  # fmt: skip
     code, _, err = run("train", "--config", TINY, "--workdir", tmp_path / "b", *there)
@@ -139,6 +142,7 @@ def test_each_stage_alone(untrained, tmp_path):
     other = (f"--config.pretrained_tokenizer={untrained}", *there[1:])
     code, _, err = run("train", "--config", TINY, "--workdir", tmp_path / "c", *other)
     assert code == 2 and "tokenizer" in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "c").exists()
 
 
 def wait_for(path, seconds=240):

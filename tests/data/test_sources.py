@@ -119,7 +119,7 @@ def test_prepared_set_is_the_tree(tree, tmp_path, monkeypatch):
         prepared = open_encoded(str(tmp_path / "out"), split)
         assert contents(prepared) == contents(source)
         assert prepared.class_names == source.class_names
-        assert prepared[0][2] == "n00000001/n00000001_0.JPEG"
+        assert prepared[0][2] == f"{tmp_path}/out/{split}/n00000001/n00000001_0.JPEG"
     (tmp_path / "out" / shards[1]).unlink()
     with pytest.raises(BadInput, match=r"train-00000-of-00004\.array_record is missing"):
         open_source(str(tmp_path / "out"), "train", 16)

@@ -163,6 +163,9 @@ def test_another_tokenizer_or_schedule_is_refused(cache, tokenizer):
         open_tokens(str(cache), "train", theirs, (1, 2))
     with pytest.raises(BadInput, match=r"patch_nums=\(1, 2\), but .* patch_nums=\(1, 2, 3\)"):
         open_tokens(str(cache), "train", ours, (1, 2, 3))
+    with pytest.raises(BadInput, match=r"crops made with flip=True, but data\.flip=False"):
+        open_tokens(str(cache), "train", ours, (1, 2), flip=False)
+    assert open_tokens(str(cache), "train", ours, (1, 2), flip=True)
 
 
 def test_missing_shards_and_other_folders(cache, tokenizer, tmp_path):

@@ -79,6 +79,7 @@ def command(tmp_path_factory):
         (["--number=1", "--fial=bad"], "Unknown command line flag 'fial'; did you mean fail?"),
         (["--number=1", "--config=no.py"], "the config file cannot be read: .*'no.py'"),
         (["--number=1", "--config=conf.py:d7"], "size 'd7' is unknown; expected d16"),
+        (["--number=1", "--config=~/no.py"], f"the config file cannot .*'{Path.home()}/no.py'"),
         (
             ["--number=1", "--config=conf.py", "--config.model.dpth=3"],
             "--config has no field 'dpth'; did you mean 'depth'?",

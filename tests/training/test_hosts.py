@@ -79,7 +79,7 @@ def test_hosts_share_the_work_of_a_token_cache(tmp_path):
     flags = ("--checkpoint", "emoji", "--images", tmp_path / "images", "--out")
     together(1, "tokenize", *flags, tmp_path / "alone")
     said = together(2, "tokenize", *flags, tmp_path / "shared")
-    assert any("codes of 600 pictures" in out for out in said)
+    assert any("codes of 600 crops of 600 pictures" in out for out in said)
     names = [path.name for path in sorted((tmp_path / "alone").iterdir())]
     assert len(names) == 5  # four shards and the manifest
     assert names == [path.name for path in sorted((tmp_path / "shared").iterdir())]

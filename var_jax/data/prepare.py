@@ -26,6 +26,8 @@ OUT = flags.DEFINE_string("out", None, "Folder to write, local or gs://.", requi
 def main(argv: list[str]) -> None:
     """Packs both splits."""
     cli.no_arguments(argv)
+    if SOURCE.value == "emoji" or SOURCE.value.endswith(".npz"):
+        raise BadInput(f"--source={SOURCE.value} needs no packing; it is a data.source as it is.")
     splits = {split: open_encoded(SOURCE.value, split) for split in ("train", "validation")}
     out = epath.Path(OUT.value)
     pack(splits, out)

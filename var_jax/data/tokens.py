@@ -93,11 +93,13 @@ def records_of(manifest: Mapping[str, Any], folder: str, split: str) -> Records:
 
 
 def open_tokens(
-    folder: str, split: str, fingerprint: str, patch_nums: tuple[int, ...]
+    folder: str, split: str, fingerprint: str, patch_nums: tuple[int, ...], **how: Any
 ) -> TokenCache:
     """A split of a token cache, of a tokenizer with this fingerprint and schedule.
 
-    Raises: BadInput if it is another's, unfinished or no cache.
+    `how` is what its manifest must say of the crops, such as flip=True.
+
+    Raises: BadInput if it is another's, of other crops, unfinished or no cache.
     """
     manifest = read_manifest(epath.Path(folder), TOKENS)
     theirs = manifest["tokenizer"], tuple(manifest["patch_nums"])
@@ -106,6 +108,12 @@ def open_tokens(
             f"{folder} holds codes of tokenizer {theirs[0]} with patch_nums={theirs[1]}, but this"
             f" run has tokenizer {fingerprint} with patch_nums={patch_nums}."
         )
+    for name, ours in how.items():
+        if manifest[name] != ours:
+            raise BadInput(
+                f"{folder} holds codes of crops made with {name}={manifest[name]}, but"
+                f" data.{name}={ours}."
+            )
     records = records_of(manifest, folder, split)
     if missing := records.missing():
         raise BadInput(f"{records.path(missing[0])} is missing: {folder} is incomplete.")

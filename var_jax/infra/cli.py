@@ -44,6 +44,8 @@ def _guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int | 
 def _parse(argv: list[str]) -> list[str]:
     flags.FLAGS.set_default("verbosity", absl_logging.FATAL)
     flags.FLAGS["verbosity"].using_default_value = False  # absl would raise it to INFO.
+    home = os.path.expanduser("~/")  # as in --out=~/samples, which no shell expands
+    argv = [re.sub(r"^(--[\w.]+=)~/", lambda flag: flag[1] + home, word) for word in argv]
     try:
         return flags.FLAGS(argv)
     except SystemExit:  # --help, which absl ends with 1.
@@ -116,7 +118,7 @@ def _bad_path(error: Exception) -> str | None:
     if isinstance(error, wrong) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror.lower()}"
     if isinstance(error, ImportError) and "gcsfs" in str(error):
-        return "gs:// folders need one package more: pip install 'var_jax[gcs]'"
+        return "gs:// folders need one package more: pip install -e '.[gcs]'"
     return None
 
 
