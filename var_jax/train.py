@@ -101,21 +101,20 @@ class Run:
         check_tokenizer(config)
         data = config.data
         self.train, self.validation = (
-            open_source(data.source, split, data.size, data.resize)
-            for split in SPLITS
+            open_source(data.source, split, data.size, data.resize) for split in SPLITS
         )
         if len(self.train.class_names) != config.transformer.num_classes:
             raise BadInput(
                 f"transformer.num_classes={config.transformer.num_classes}, but"
                 f" {config.data.source} has {len(self.train.class_names)} classes."
             )
-        with jax.set_mesh(self.mesh):
-            self.pretrained = (
-                load_tokenizer(config.pretrained_tokenizer, self.mesh)
-                if config.pretrained_tokenizer
-                else None
-            )
-            self.stored = self.stored_tokens() if data.tokens else None
+        self.pretrained: Tokenizer | None = None
+        self.stored: tuple[TokenCache, TokenCache] | None = None
+        if config.pretrained_tokenizer:
+            with jax.set_mesh(self.mesh):
+                self.pretrained = load_tokenizer(config.pretrained_tokenizer, self.mesh)
+                if data.tokens:
+                    self.stored = self.stored_tokens(self.pretrained)
         claim(workdir, config)
         self.metrics = Metrics(workdir)
         self.augmentation = {"flip": config.data.flip, "shift": config.data.shift}
@@ -193,11 +192,11 @@ class Run:
         )
         return state.best
 
-    def stored_tokens(self) -> tuple[TokenCache, TokenCache]:
+    def stored_tokens(self, tokenizer: Tokenizer) -> tuple[TokenCache, TokenCache]:
         """The token cache on disk, both splits. Raises: BadInput if it does not fit this run."""
         data, schedule = self.config.data, self.config.tokenizer.patch_nums
         read_manifest(epath.Path(data.tokens), TOKENS)  # ahead of a fingerprint, which takes long
-        ours = fingerprint(self.pretrained)
+        ours = fingerprint(tokenizer)
         how = {name: getattr(data, name) for name in ("size", "resize", "flip", "shift")}
         train, validation = (
             open_tokens(data.tokens, split, ours, schedule, **how) for split in SPLITS
