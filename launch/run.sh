@@ -5,6 +5,8 @@
 . "$(dirname "$0")/common.sh"
 
 command="python -m var_jax.train --distributed --config $CONFIG --workdir $WORKDIR $*"
+# What the command refuses (exit code 2) would be refused again: watch.sh reads why, and ends.
+after="[ \${PIPESTATUS[0]} != 2 ] || tail -n 1 train.log | gcloud storage cp - $WORKDIR/refused.txt"
 # tmux outlives the connection; a session that is still there is not started twice.
 everywhere "cd var_jax && . .venv/bin/activate && { tmux has-session -t train 2>/dev/null \
-  || tmux new-session -d -s train \"$command 2>&1 | tee -a train.log\"; }"
+  || tmux new-session -d -s train bash -c \"$command 2>&1 | tee -a train.log; ${after//\$/\\$}\"; }"

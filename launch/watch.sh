@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Keeps a run on spot TPUs alive: after a preemption it asks anew, sets up and goes on. Leave it
-# running on any machine with gcloud; it takes what run.sh takes, and ends with the run.
+# running on any machine with gcloud; it takes what run.sh takes, and ends with the run, or with exit
+# code 2 once the run is refused.
 #   NAME=d16 CONFIG=configs/imagenet.py:d16 BUCKET=gs://mine watch.sh [--dry_run]
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
@@ -21,8 +22,13 @@ if "$dry_run"; then
   exit
 fi
 
+gcloud storage rm "$WORKDIR/refused.txt" >/dev/null 2>&1 || true # of an earlier start
 # summary.json is what a run writes last.
 until gcloud storage ls "$WORKDIR/summary.json" >/dev/null 2>&1; do
+  if gcloud storage cat "$WORKDIR/refused.txt" 2>/dev/null; then
+    "$here/delete.sh"
+    exit 2
+  fi
   case $(state) in
     ACTIVE) "$here/run.sh" "$@" >/dev/null || { "$here/setup.sh" && "$here/run.sh" "$@"; } || true ;;
     MISSING) again "$@" || true ;;

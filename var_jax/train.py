@@ -74,13 +74,13 @@ def main(argv: list[str]) -> None:
         if config.train_transformer.steps:
             parts["transformer"] = run.transformer(tokenizer)
         save_models(run.workdir / "checkpoint", parts, run.train.class_names, config.export_dtype)
-        if jax.process_index() > 0:
-            return
-        plot(run.workdir)
         summary = last_validation(run.workdir)
-        if "transformer" in parts and jax.process_count() == 1:
+        if "transformer" in parts:
             models = Models(**parts, class_names=run.train.class_names)
             summary |= report(models, run.train, run.validation, seed=config.seed)
+    if jax.process_index() > 0:
+        return
+    plot(run.workdir)
     summary["minutes"] = (time.monotonic() - started) / 60
     (run.workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print("\n".join(f"{name:32s} {value:.4g}" for name, value in summary.items()))
@@ -170,11 +170,11 @@ class Run:
             source, augmentation = self.cached_tokens(tokenizer), {}
 
         def look(step: int, state: TrainState) -> dict[str, float]:
-            if jax.process_count() == 1:  # `sample` draws on one host
-                models = Models(tokenizer, state.best, self.train.class_names)
-                picture = sample_rows(models, seed=self.config.seed)
+            models = Models(tokenizer, state.best, self.train.class_names)
+            picture = sample_rows(models, seed=self.config.seed)
+            if jax.process_index() == 0:
                 save_png(self.workdir / "samples.png", picture)
-                self.metrics.image(stage.name, step, "samples", picture)
+            self.metrics.image(stage.name, step, "samples", picture)
             return loop.evaluate(
                 stage, state, validation, config.batch_size, mesh=self.mesh, constants=frozen
             )

@@ -27,3 +27,33 @@ def test_slices_are_asked_for_together(tmp_path):
     script = [LAUNCH / "create.sh", "--dry_run"]
     out = subprocess.run(script, env=env, capture_output=True, text=True).stdout
     assert "--node-prefix d16 --node-count 2" in out and "--spot" not in out
+
+
+FAKES = {
+    "gcloud": """case "$*" in
+  *queued-resources\\ ssh*) bash -c "${@: -1}" ;;
+  *describe*) echo ACTIVE ;;
+  storage\\ cp*) cat > ../refused.txt ;;
+  storage\\ cat*) cat refused.txt ;;
+  storage\\ ls*) exit 1 ;;
+  *queued-resources\\ delete*) echo deleted ;;
+esac""",
+    "tmux": '[ "$1" = new-session ] && shift 4 && exec "$@"',
+    "python": 'echo "error: no such field" >&2; exit 2',
+    "sleep": "",
+}
+
+
+def test_watch_ends_with_a_run_that_is_refused(tmp_path):
+    for name, body in FAKES.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    activate = tmp_path / "var_jax" / ".venv" / "bin" / "activate"
+    activate.parent.mkdir(parents=True)
+    activate.write_text("")
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PROJECT": "p", "BUCKET": "gs://mine"}
+    done = subprocess.run(
+        [LAUNCH / "watch.sh"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.startswith("error: no such field\n") and "deleted" in done.stdout

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+import tempfile
 import time
 from pathlib import PurePath
 
@@ -12,20 +13,26 @@ from etils import epath
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 30.0
+SECONDS_BETWEEN_COPIES = 60.0
 
 
 class Metrics:
     """Appends to `workdir`/metrics.jsonl and TensorBoard's `workdir`/tensorboard/STAGE.
 
-    Only process 0 writes. In a bucket there is no appending: metrics.jsonl is rewritten each time
-    and TensorBoard files are left out.
+    Only process 0 writes. In a bucket there is no appending: metrics.jsonl is rewritten each time,
+    TensorBoard's files are kept on local disk and copied there once a minute.
     """
 
     def __init__(self, workdir: str | PurePath):
         self._workdir = epath.Path(workdir)
         self._path = self._workdir / "metrics.jsonl"
         self._writes = jax.process_index() == 0
-        self._remote = "://" in str(workdir)
+        self._remote = in_bucket(workdir)
+        self._local = self._workdir
+        self._copied = time.monotonic()
+        if self._remote:
+            folder = tempfile.TemporaryDirectory(prefix="tensorboard")
+            self._local, self._folder = epath.Path(folder.name), folder  # removed with this object
         self._boards: dict = {}
         if self._writes:
             self._workdir.mkdir(parents=True, exist_ok=True)
@@ -49,12 +56,14 @@ class Metrics:
             for name, value in numbers.items():
                 board.add_scalar(f"{stage}/{name}", value, step)
             board.flush()
+            self._copy(SECONDS_BETWEEN_COPIES)
 
     def image(self, stage: str, step: int, name: str, image: np.ndarray) -> None:
         """Shows `image` (H, W, 3), uint8, in TensorBoard."""
         if self._writes and (board := self._board(stage)):
             board.add_image(f"{stage}/{name}", np.asarray(image), step, dataformats="HWC")
             board.flush()
+            self._copy(SECONDS_BETWEEN_COPIES)
 
     def rewind(self, stage: str, step: int) -> None:
         """Forgets what `stage` wrote after `step`, and a last line that a kill cut in half.
@@ -77,19 +86,35 @@ class Metrics:
         for board in self._boards.values():
             board.close()
         self._boards.clear()
+        self._copy()
+
+    def _copy(self, seconds: float = 0.0) -> None:
+        """Copies TensorBoard's files to a bucket, if the last time was so long ago."""
+        if not self._remote or time.monotonic() - self._copied < seconds:
+            return
+        self._copied = time.monotonic()
+        for path in self._local.glob("tensorboard/*/*"):
+            target = self._workdir / path.relative_to(self._local)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
 
     def _text(self) -> str:
         return self._path.read_text() if self._path.exists() else ""
 
     def _board(self, stage: str, purge_step: int | None = None):
-        if stage not in self._boards and not self._remote:
+        if stage not in self._boards:
             try:
                 from tensorboardX import SummaryWriter
             except ImportError:
                 return None
-            folder = str(self._workdir / "tensorboard" / stage)
+            folder = str(self._local / "tensorboard" / stage)
             self._boards[stage] = SummaryWriter(folder, purge_step=purge_step)
         return self._boards.get(stage)
+
+
+def in_bucket(path: str | PurePath) -> bool:
+    """Whether a path is an address such as gs://..."""
+    return "://" in str(path)
 
 
 def read_metrics(workdir: str | PurePath) -> list[dict]:

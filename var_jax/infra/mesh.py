@@ -89,8 +89,8 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def put_whole(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch that every process holds whole, as `put_batch` lays it out."""
+def put_whole(batch: Any, mesh: Mesh) -> Any:
+    """Arrays that every process holds whole, as `put_batch` lays them out."""
     sharding = NamedSharding(mesh, BATCH)
     put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
     return jax.tree.map(put, batch)

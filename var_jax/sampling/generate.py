@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from var_jax.models.partition import BATCH, pin, round_up
+from var_jax.infra.mesh import put_whole, to_host
+from var_jax.models.partition import BATCH, on_mesh, pin, round_up
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import Transformer
 from var_jax.sampling.decode import Forced, image_keys, sample
@@ -27,14 +28,16 @@ def generate(
     """Images 0..255 and tokens, in order, each from `seed` and its `index` (default: 0..N-1).
 
     `forced` holds NumPy arrays of N rows, `how` is `sample`'s. The last batch is padded, so that
-    one compiled program serves all.
+    one compiled program serves all. Of several processes each gets all images.
     """
+    mesh = jax.sharding.get_mesh()
+    put = (lambda array: put_whole(array, mesh)) if on_mesh() else jnp.asarray
     size = round_up(batch_size)
     index = np.arange(len(labels), dtype=np.int32) if index is None else index
     for start in range(0, len(labels), batch_size):
         rows = np.arange(start, min(start + batch_size, len(labels)))
         padded = np.resize(rows, size)
-        take = lambda array, padded=padded: pin(jnp.asarray(array[padded]), BATCH)
+        take = lambda array, padded=padded: put(array[padded])
         images, tokens = sample(
             transformer,
             tokenizer,
@@ -43,7 +46,8 @@ def generate(
             forced=None if forced is None else Forced(*map(take, forced)),
             **how,
         )
-        yield to_bytes(images)[: len(rows)], np.asarray(tokens)[: len(rows)]
+        images, tokens = to_host((images, tokens))
+        yield to_bytes(images)[: len(rows)], tokens[: len(rows)]
 
 
 def coarse_to_fine(

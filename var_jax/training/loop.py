@@ -62,6 +62,7 @@ def run(
     speed = Speed(stage)
     with (
         contextlib.closing(checkpoints),  # whatever happens, a save under way ends
+        contextlib.closing(metrics),
         progress(config.steps, start, stage.name) as bar,
         deferred_interrupt() as interrupted,
         Trace(directory, start + 10, profile) as trace,
