@@ -25,6 +25,7 @@ def test_a_flag_can_set_every_field_of_an_experiment(name):
         ({"patch_nums": (1, 4, 2)}, r"patch_nums=\(1, 4, 2\) must start at 1 and never fall"),
         ({"channels": 20}, "norm_groups=32 does not divide the 20 channels of a level"),
         ({"channel_mults": (1, 2), "num_res_blocks": 0}, "only residual blocks change the width"),
+        ({"norm_groups": 0}, r"tokenizer\.norm_groups=0; expected at least 1"),
     ],
 )
 def test_bad_tokenizer(fields, sentence):
@@ -37,6 +38,10 @@ def test_bad_tokenizer(fields, sentence):
     [
         ({"num_heads": 15}, "num_heads=15 does not divide width=1024"),
         ({"dtype": "float16"}, "'float16' is not one of auto, float32, bfloat16"),
+        ({"attention": "flash"}, "'flash' is not one of auto, masked"),
+        ({"attention": "kernel", "num_heads": 4}, "width divides 128, not of 256"),
+        ({"num_heads": 0}, r"transformer\.num_heads=0; expected at least 1"),
+        ({"drop_path": 2.0}, r"transformer\.drop_path=2\.0; expected 0 to 1"),
     ],
 )
 def test_bad_transformer(fields, sentence):

@@ -7,6 +7,7 @@ An experiment is a file in `configs/` that updates `defaults()`, a ConfigDict wi
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -25,6 +26,17 @@ def check_schedule(patch_nums: tuple[int, ...]) -> None:
         raise BadInput(
             f"patch_nums={patch_nums} must start at 1 and never fall, like (1, 2, 4, 8)."
         )
+
+
+def check_ranges(config: Any, section: str, **ranges: tuple[float, float]) -> None:
+    """Raises BadInput unless each named field lies in its range, both ends included."""
+    for name, (least, most) in ranges.items():
+        if not least <= (value := getattr(config, name)) <= most:
+            wanted = f"at least {least}" if most == math.inf else f"{least} to {most}"
+            raise BadInput(f"{section}.{name}={value}; expected {wanted}.")
+
+
+SOME, ANY, SHARE = (1, math.inf), (0, math.inf), (0, 1)  # ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +59,10 @@ class TokenizerConfig:
 
     def __post_init__(self):
         check_schedule(self.patch_nums)
+        check_ranges(
+            self, "tokenizer", vocab_size=SOME, latent_dim=SOME, channels=SOME, num_res_blocks=ANY,
+            norm_groups=SOME, patch_size=SOME, num_phi=ANY, beta=ANY,
+        )  # fmt: skip
         if not self.num_res_blocks and len(set((1, *self.channel_mults))) > 1:
             raise BadInput(
                 f"tokenizer.channel_mults={self.channel_mults} with num_res_blocks=0: only residual"
@@ -63,6 +79,16 @@ class TokenizerConfig:
     @property
     def downsample(self) -> int:
         return self.patch_size * 2 ** (len(self.channel_mults) - 1)
+
+    @property
+    def images_at_a_time(self) -> int:
+        """On a device, beside the transformer: eight of 256 px keep it busy, and bound memory.
+
+        24 in one part made XLA's TPU compiler tile the convolutions so badly that a step of d16
+        took 15 times as long (benchmarks/aot.md).
+        """
+        side = self.patch_nums[-1] * self.downsample
+        return max(1, 8 * 256 * 256 // side**2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +113,10 @@ class TransformerConfig:
 
     def __post_init__(self):
         check_schedule(self.patch_nums)
+        check_ranges(
+            self, "transformer", vocab_size=SOME, latent_dim=SOME, num_classes=SOME, depth=SOME,
+            width=SOME, num_heads=SOME, mlp_ratio=ANY, drop_path=SHARE, gamma_std=ANY,
+        )  # fmt: skip
         if self.width % self.num_heads:
             raise BadInput(
                 f"transformer.num_heads={self.num_heads} does not divide width={self.width}."
@@ -94,6 +124,16 @@ class TransformerConfig:
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise BadInput(
                 f"transformer.dtype={self.dtype!r} is not one of auto, float32, bfloat16."
+            )
+        if self.attention not in ("auto", "masked", "blocks", "kernel", "cudnn"):
+            raise BadInput(
+                f"transformer.attention={self.attention!r} is not one of auto, masked, blocks,"
+                " kernel, cudnn."
+            )
+        if self.attention == "kernel" and 128 % self.head_dim:
+            raise BadInput(
+                f"transformer.attention='kernel' needs heads whose width divides 128, not of"
+                f" {self.head_dim}."
             )
         if self.remat not in ("none", "selective", "full"):
             raise BadInput(f"transformer.remat={self.remat!r} is not one of none, selective, full.")
@@ -112,6 +152,9 @@ class TransformerConfig:
     @property
     def num_tokens(self) -> int:
         return num_tokens(self.patch_nums)
+
+
+SCHEDULES = ("lin", "lin0", "lin00", "exp", "cos")  # of the learning rate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,9 +186,16 @@ class StageConfig:
     sample_every: int = 0  # pictures during training; 0: only at the end
 
     def __post_init__(self):
-        if min(self.log_every, self.save_every) < 1:
+        check_ranges(
+            self, "train_*", steps=ANY, batch_size=SOME, learning_rate=ANY, warmup_steps=ANY,
+            weight_decay=ANY, final_weight_decay=ANY, b1=SHARE, b2=SHARE, clip_norm=ANY,
+            ema_decay=SHARE, augmented_copies=ANY, label_dropout=SHARE, label_smoothing=SHARE,
+            codebook_decay=SHARE, log_every=SOME, save_every=SOME, keep_every=ANY, sample_every=ANY,
+        )  # fmt: skip
+        if self.schedule not in SCHEDULES and not re.fullmatch(r"lin0\.\d+", self.schedule):
             raise BadInput(
-                f"log_every={self.log_every} and save_every={self.save_every} must be at least 1."
+                f"schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)} or lin0.N, like"
+                " lin0.3."
             )
         if self.accumulate < 1 or self.batch_size % self.accumulate:
             raise BadInput(
@@ -166,6 +216,9 @@ class DataConfig:
     shift: int = 0  # random move by up to so many pixels
     workers: int = 0  # processes beside the threads that decode
     tokens: str = ""  # a token cache (var_jax.tokenize) that the transformer trains from
+
+    def __post_init__(self):
+        check_ranges(self, "data", size=SOME, resize=SOME, shift=ANY, workers=ANY)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,6 +245,7 @@ class Config:
     export_dtype: str = "float32"  # of the checkpoint that the run leaves; float16 halves it
 
     def __post_init__(self):
+        check_ranges(self, "config", seed=(0, 2**32 - 1))
         if self.export_dtype not in ("float32", "float16", "bfloat16"):
             raise BadInput(
                 f"export_dtype={self.export_dtype!r} is not one of float32, float16, bfloat16."
@@ -239,8 +293,10 @@ def _checked(name: str, value: Any, default: Any) -> Any:
         if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
             return tuple(value)
         raise BadInput(f"{name}={value!r} must be a tuple of integers, like {default}.")
-    if type(default) is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
+    if type(default) is float and type(value) in (int, float):
+        if math.isfinite(value):
+            return float(value)
+        raise BadInput(f"{name}={value} must be a finite number, like {default!r}.")
     if type(value) is not type(default):
         raise BadInput(
             f"{name}={value!r} is of type {type(value).__name__}, expected"

@@ -188,7 +188,10 @@ def convert_back(checkpoint: str, out: str) -> None:
 def no_counterpart(config: TokenizerConfig | TransformerConfig) -> str:
     """Which field of a config the PyTorch release cannot express; "" if none."""
     if isinstance(config, TokenizerConfig):
-        for field, only in (("patch_size", 1), ("skip", False), ("norm_groups", 32)):
+        for field, only in (
+            ("patch_size", 1), ("skip", False), ("norm_groups", 32), ("num_res_blocks", 2),
+            ("channel_mults", (1, 1, 2, 2, 4)),
+        ):  # fmt: skip
             if (value := getattr(config, field)) != only:
                 return f"tokenizer.{field}={value} has no counterpart in the PyTorch release"
     return ""

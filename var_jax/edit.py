@@ -86,6 +86,7 @@ def main(argv: list[str]) -> None:
         arrays = edit(models, image, repaint, label)
     if PASTE.value:
         arrays["arr_0"] = np.where(pixels[..., None], arrays["arr_0"], image)
+        repaint = pixels
     write(epath.Path(OUT.value), image, repaint, arrays)
 
 
@@ -96,6 +97,8 @@ def check_flags() -> Box | None:
     if TASK.value == "class" and LABEL.value is None:
         raise BadInput("--task=class needs --label, the class to paint.")
     if BOX.value is None:
+        if TASK.value == "outpaint":
+            raise BadInput("--task=outpaint goes with --box; what --mask has white is repainted.")
         return None
     wrong = BadInput(
         f"--box={','.join(BOX.value)}; expected y0,x0,y1,x1 with 0 <= y0 < y1 <= 1 and"

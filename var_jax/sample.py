@@ -95,8 +95,6 @@ def main(argv: list[str]) -> None:
     scale = max(1, 96 // images.shape[1])
     save_png(out / "grid.png", grid(images, columns=min(len(images), 10), scale=scale))
     join_npz(out / "samples.npz", paths, len(labels))
-    for path in paths:
-        path.unlink()
     parts.rmtree()
     print(
         f"{len(labels)} images are in {out / 'samples.npz'}, the first {len(images)} in"
@@ -124,7 +122,7 @@ def counted(entry: str, models: Models) -> tuple[int, int | None]:
     """Class and count of "class" or "class:count"; a name may hold colons itself."""
     name, _, count = entry.rpartition(":")
     whole_name = entry.lower() in (known.lower() for known in models.class_names)
-    if not name or not count.strip().isdigit() or whole_name:
+    if not name or not count.strip().isdecimal() or whole_name:
         return models.class_index(entry, "--labels"), None
     if int(count) < 1:
         raise BadInput(f"--labels holds {entry}; expected a count of at least 1.")
@@ -144,6 +142,8 @@ def load_scorer(models: Models) -> Score:
         score = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise BadInput(f"--scorer={SCORER.value} is no MODULE:FUNCTION here ({error}).") from error
+    if not callable(score):
+        raise BadInput(f"--scorer={SCORER.value} is no function.")
     return score  # type: ignore[return-value]
 
 
@@ -158,7 +158,7 @@ def claim(out: epath.Path, weights: str) -> epath.Path:
     settings |= {"weights": weights}
     parts = out / "parts"
     about = parts / "settings.json"
-    if about.exists():
+    if about.exists() and any(parts.glob("*.npz")):
         found = json.loads(about.read_text())
         advice = "finish that, remove the folder, or name another --out."
         if found.get("weights") != weights:
@@ -169,7 +169,9 @@ def claim(out: epath.Path, weights: str) -> epath.Path:
                     f"{parts} holds an unfinished run with --{name}={found.get(name)}, not {value};"
                     f" {advice}"
                 )
-    elif parts.exists() and any(path.suffix != ".partial" for path in parts.iterdir()):
+    elif parts.exists() and any(
+        not path.name.startswith("settings.json") for path in parts.iterdir()
+    ):
         raise BadInput(f"{parts} was not made by this command; remove it or name another --out.")
     else:
         parts.mkdir(parents=True, exist_ok=True)
@@ -191,8 +193,8 @@ def accepted(
 
     def judge(rows: slice, images: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
         scores = np.asarray(score(images, wanted[rows]), np.float64)
-        if scores.shape != (len(images),) or not np.isfinite(scores).all():
-            what = "numbers that are not finite" if scores.ndim == 1 else f"shape {scores.shape}"
+        if (wrong := scores.shape != (len(images),)) or not np.isfinite(scores).all():
+            what = f"shape {scores.shape}" if wrong else "numbers that are not finite"
             raise BadInput(f"--scorer returned {what}; expected one score for each image.")
         return {"scores": scores}
 
@@ -226,7 +228,7 @@ def draw(
     keep: Callable[[slice, np.ndarray, np.ndarray], dict[str, np.ndarray]],
 ) -> list[epath.Path]:
     """Draws batch by batch and writes what `keep` makes of each, unless it is there already."""
-    count, size = len(labels), BATCH_SIZE.value
+    count, size = len(labels), min(BATCH_SIZE.value, len(labels))
     paths = {start: parts / f"{prefix}{start:08d}.npz" for start in range(0, count, size)}
     left = [start for start, path in paths.items() if not path.exists()]
     done = count - sum(min(size, count - start) for start in left)

@@ -55,6 +55,11 @@ def main(argv: list[str]) -> None:
     if IMAGES.value.endswith(".npz") and not CACHE.value:
         if hosts.several():
             raise BadInput(f"--distributed: {IMAGES.value} is one host's work; caches are shared.")
+        for flag in (COPIES, RESIZE, FLIP, SHIFT, SEED):
+            if flag.value != flag.default:
+                raise BadInput(
+                    f"--{flag.name} is for a token cache; an npz becomes one by --cache."
+                )
         encode_npz()
     else:
         cache()

@@ -24,7 +24,7 @@ from var_jax import BadInput
 from var_jax.config import Config, StageConfig, from_dict
 from var_jax.data.augment import augment_items
 from var_jax.data.pipeline import batches
-from var_jax.data.records import read_manifest
+from var_jax.data.records import read_json, read_manifest
 from var_jax.data.sources import Source, open_source
 from var_jax.data.tokens import TOKENS, TokenCache, open_tokens
 from var_jax.evaluation.report import HOW, report
@@ -56,7 +56,6 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/NAME for configs/N
 PROFILE = flags.DEFINE_integer("profile", 0, "Trace so many steps for TensorBoard, from the tenth.")
 flags.adopt_module_key_flags(hosts)
 SAMPLES_A_CLASS = 10
-SPLITS = ("train", "validation")
 
 
 def main(argv: list[str]) -> None:
@@ -81,8 +80,10 @@ def main(argv: list[str]) -> None:
     if jax.process_index() > 0:
         return
     plot(run.workdir)
-    summary["minutes"] = (time.monotonic() - started) / 60
-    (run.workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    summary["minutes, this start"] = (time.monotonic() - started) / 60
+    beside = run.workdir / ".summary.json.partial"
+    beside.write_text(json.dumps(summary, indent=2) + "\n")
+    beside.replace(run.workdir / "summary.json")
     print("\n".join(f"{name:32s} {value:.4g}" for name, value in summary.items()))
     print(f"pictures and checkpoint are in {run.workdir}")
 
@@ -101,12 +102,14 @@ class Run:
         check_tokenizer(config)
         data = config.data
         self.train, self.validation = (
-            open_source(data.source, split, data.size, data.resize) for split in SPLITS
+            open_source(data.source, split, data.size, data.resize)
+            for split in ("train", "validation")
         )
-        if len(self.train.class_names) != config.transformer.num_classes:
+        classes = len(self.train.class_names)
+        if config.train_transformer.steps and classes != config.transformer.num_classes:
             raise BadInput(
                 f"transformer.num_classes={config.transformer.num_classes}, but"
-                f" {config.data.source} has {len(self.train.class_names)} classes."
+                f" {config.data.source} has {classes} classes."
             )
         self.pretrained: Tokenizer | None = None
         self.stored: tuple[TokenCache, TokenCache] | None = None
@@ -115,7 +118,7 @@ class Run:
                 self.pretrained = load_tokenizer(config.pretrained_tokenizer, self.mesh)
                 if data.tokens:
                     self.stored = self.stored_tokens(self.pretrained)
-        claim(workdir, config)
+        claim(workdir, config, fingerprint(self.pretrained) if self.pretrained else "")
         self.metrics = Metrics(workdir)
         self.augmentation = {"flip": config.data.flip, "shift": config.data.shift}
 
@@ -198,18 +201,10 @@ class Run:
         read_manifest(epath.Path(data.tokens), TOKENS)  # ahead of a fingerprint, which takes long
         ours = fingerprint(tokenizer)
         how = {name: getattr(data, name) for name in ("size", "resize", "flip", "shift")}
-        train, validation = (
-            open_tokens(data.tokens, split, ours, schedule, **how) for split in SPLITS
+        return (
+            open_tokens(data.tokens, "train", ours, schedule, self.train, **how),
+            open_tokens(data.tokens, "validation", ours, schedule, self.validation, **how),
         )
-        for cache, source in ((train, self.train), (validation, self.validation)):
-            if cache.class_names != source.class_names:
-                raise BadInput(f"{data.tokens} and {data.source} have different classes.")
-            if len(cache) != len(source):
-                raise BadInput(
-                    f"{data.tokens} holds codes of {len(cache)} pictures, but {data.source} has"
-                    f" {len(source)}: it was made of others."
-                )
-        return train, validation
 
     def cached_tokens(self, tokenizer: Tokenizer):
         """Codes of the training pictures and of augmented copies of them."""
@@ -263,21 +258,30 @@ def default_workdir() -> str:
     return str(Path("runs") / "-".join(filter(None, (Path(path).stem, variant))))
 
 
-def claim(workdir: epath.Path, config: Config) -> None:
-    """Makes `workdir` this config's. Raises: BadInput if it is another's.
+def claim(workdir: epath.Path, config: Config, tokenizer: str) -> None:
+    """Makes `workdir` this config's, and a pretrained tokenizer's of this fingerprint.
 
     The mesh and the number of worker processes may differ.
+
+    Raises: BadInput if it is another's.
     """
     path, wanted = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
+    about = wanted | {"fingerprint": tokenizer}
     if jax.process_index() == 0 and not path.exists():
         workdir.mkdir(parents=True, exist_ok=True)
         beside = workdir / ".config.json.partial"
-        beside.write_text(json.dumps(wanted, indent=2) + "\n")
+        beside.write_text(json.dumps(about, indent=2) + "\n")
         beside.replace(path)
     sync_global_devices("work directory claimed")
     if path.exists():
+        found = read_json(path)
+        if found.pop("fingerprint", tokenizer) != tokenizer:
+            raise BadInput(
+                f"{workdir} belongs to a run with other weights in"
+                f" {config.pretrained_tokenizer}; name another --workdir."
+            )
         # A field that is newer than the run has its default.
-        found = dataclasses.asdict(from_dict(Config, json.loads(path.read_text())))
+        found = dataclasses.asdict(from_dict(Config, found))
         found = json.loads(json.dumps(found))
         found["data"]["workers"] = wanted["data"]["workers"]
         for section in wanted.keys() - {"mesh"}:

@@ -66,6 +66,7 @@ def test_bad_input(untrained, picture, tmp_path, complaints):
         image: "say what to repaint: either --box or --mask",
         (*image, "--box", "0,0,.1,.1"): "--box leaves nothing to repaint on the 4 x 4 cells",
         (*image, "--mask", tmp_path / "mask.png"): "--mask is 10 x 10 pixels, --image 60 x 48",
+        (*image, "--mask", picture, "--task", "outpaint"): "--task=outpaint goes with --box",
         (*image, *box, "--task", "class"): "--task=class needs --label",
         (*image, *box, "--label", "dogs"): "--label holds 'dogs'; the classes of",
         (*image, *box, "--num", 0): "--num",

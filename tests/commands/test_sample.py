@@ -44,6 +44,7 @@ def test_bad_input(untrained, tmp_path, complaints):
     parts = tmp_path / "begun" / "parts"
     parts.mkdir(parents=True)
     (parts / "settings.json").write_text(json.dumps({"weights": "another"}))
+    (parts / "00000000.npz").touch()
     out = tmp_path / "out"
     said = {
         (): "say what to draw: --labels, --num or both",
@@ -52,6 +53,9 @@ def test_bad_input(untrained, tmp_path, complaints):
         ("--labels", "3:0"): "--labels holds 3:0; expected a count of at least 1",
         ("--labels", "3:2", "--num", 9): "--labels holds counts, so --num=9 has no place",
         ("--labels", 3, "--reject", 0.5, "--scorer", "os:nothing"): "is no MODULE:FUNCTION here",
+        ("--labels", 3, "--reject", 0.5, "--scorer", "os:path"): "--scorer=os:path is no function",
+        ("--labels", 3, "--cfg", "nan"): "--cfg=nan; expected a finite number",
+        ("--labels", "3:²"): "--labels holds '3:²'",
         ("--labels", 3, "--smooth", "--show_scales"): "--show_scales needs tokens",
         ("--labels", 3, "--out", Path(__file__)): "test_sample.py",
         ("--labels", 3, "--out", parts.parent): "holds an unfinished run of other weights",
@@ -60,6 +64,14 @@ def test_bad_input(untrained, tmp_path, complaints):
     for sentence, expected in zip(complaints("sample", runs), said.values(), strict=True):
         assert expected in sentence
     assert not out.exists()
+
+
+def test_settings_bind_once_there_are_images(untrained, tmp_path):
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    (parts / "settings.json").write_text(json.dumps({"batch_size": 64}))  # it ran out of memory
+    made = sample(untrained, tmp_path, "--labels", "3:2")
+    assert made["labels"].tolist() == [3, 3] and not parts.exists()
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """The token cache on disk: what it holds, that it resumes, what it refuses, that losses agree."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -74,7 +76,7 @@ def cache(tokenizer, sources, mesh, tmp_path_factory):
         with pytest.raises(KeyboardInterrupt):
             write_cache(tokenizer, sources, folder, mesh=mesh, **HOW)
         with pytest.raises(BadInput, match="is unfinished"):
-            open_tokens(str(folder), "train", fingerprint(tokenizer), SIZES["patch_nums"])
+            opened(folder, tokenizer, sources, "train")
         with pytest.raises(BadInput, match="begun with flip=true, not false"):
             write_cache(tokenizer, sources, folder, mesh=mesh, **(HOW | {"flip": False}))
         times = [path.stat().mtime for path in written]
@@ -85,12 +87,12 @@ def cache(tokenizer, sources, mesh, tmp_path_factory):
     return folder
 
 
-def opened(cache, tokenizer, split):
-    return open_tokens(str(cache), split, fingerprint(tokenizer), SIZES["patch_nums"])
+def opened(cache, tokenizer, sources, split, schedule=SIZES["patch_nums"], **how):
+    return open_tokens(str(cache), split, fingerprint(tokenizer), schedule, sources[split], **how)
 
 
 def test_it_holds_what_training_sees(cache, tokenizer, sources, mesh):
-    source = opened(cache, tokenizer, "train")
+    source = opened(cache, tokenizer, sources, "train")
     assert len(source) == 18 and source.class_names == ("a", "b", "c")
     assert source[0]["tokens"].shape == (5,) and source[0]["tokens"].dtype == np.int32
     pixels = batches(sources["train"], batch_size=12, seed=5, augment=augment_items(flip=True))
@@ -122,7 +124,7 @@ def test_hosts_write_every_other_shard(cache, tokenizer, sources, mesh, tmp_path
 
 
 def test_validation_is_the_centre(cache, tokenizer, sources, mesh):
-    source = opened(cache, tokenizer, "validation")
+    source = opened(cache, tokenizer, sources, "validation")
     images = np.stack([sources["validation"][i]["image"] for i in range(6)])
     with jax.set_mesh(mesh):
         padded = put_batch({"x": np.resize(images, (8, *images.shape[1:]))}, mesh)["x"]
@@ -134,7 +136,7 @@ def test_validation_is_the_centre(cache, tokenizer, sources, mesh):
 def test_training_from_it_gives_the_losses_of_pixels(cache, tokenizer, sources, mesh):
     model = TransformerConfig(**SIZES, num_classes=3, depth=1, width=16, num_heads=1)
     stage = transformer_stage(model, StageConfig(steps=4, batch_size=8, warmup_steps=1))
-    source = opened(cache, tokenizer, "train")
+    source = opened(cache, tokenizer, sources, "train")
     streams = (
         batches(sources["train"], batch_size=8, seed=5, augment=augment_items(flip=True)),
         batches(source, batch_size=8, seed=5),
@@ -155,36 +157,61 @@ def test_training_from_it_gives_the_losses_of_pixels(cache, tokenizer, sources, 
     assert len(set(losses[0])) == 4
 
 
-def test_another_tokenizer_or_schedule_is_refused(cache, tokenizer):
+def test_another_tokenizer_or_schedule_is_refused(cache, tokenizer, sources):
     other = make(1)
     ours, theirs = fingerprint(tokenizer), fingerprint(other)
     assert ours == fingerprint(make(0)) != theirs
     with pytest.raises(BadInput, match=rf"codes of tokenizer {ours} .* has tokenizer {theirs}"):
-        open_tokens(str(cache), "train", theirs, (1, 2))
+        opened(cache, other, sources, "train")
     with pytest.raises(BadInput, match=r"patch_nums=\(1, 2\), but .* patch_nums=\(1, 2, 3\)"):
-        open_tokens(str(cache), "train", ours, (1, 2, 3))
+        opened(cache, tokenizer, sources, "train", (1, 2, 3))
+
+
+def test_other_crops_and_pictures_are_refused(cache, tokenizer, sources):
+    assert opened(cache, tokenizer, sources, "train", flip=True)
     with pytest.raises(BadInput, match=r"crops made with flip=True, but data\.flip=False"):
-        open_tokens(str(cache), "train", ours, (1, 2), flip=False)
-    assert open_tokens(str(cache), "train", ours, (1, 2), flip=True)
+        opened(cache, tokenizer, sources, "train", flip=False)
+    with pytest.raises(BadInput, match=r"the manifest of .* lacks resize"):
+        opened(cache, tokenizer, sources, "train", resize=1.0)
+    train = sources["train"]
+    for change, sentence in (
+        ({"images": 255 - train.images}, "codes of other train pictures"),
+        ({"labels": 2 - train.labels}, "codes of other train pictures"),
+        ({"labels": train.labels[:-1]}, r"codes of 18 train pictures, but data\.source has 17"),
+        ({"class_names": ("a", "b", "d")}, "different classes"),
+    ):
+        other = {"train": dataclasses.replace(train, **change)}
+        with pytest.raises(BadInput, match=sentence):
+            opened(cache, tokenizer, other, "train")
 
 
-def test_missing_shards_and_other_folders(cache, tokenizer, tmp_path):
+def test_a_lost_shard_is_written_again(cache, tokenizer, sources, mesh):
+    path = next(cache.glob("train-00003-*"))
+    whole = path.read_bytes()
+    path.unlink()
+    with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("var_jax.data.tokens.shard_size", lambda count: 4)
+        write_cache(tokenizer, sources, cache, mesh=mesh, **HOW)
+    assert path.read_bytes() == whole
+
+
+def test_missing_shards_and_other_folders(cache, tokenizer, sources, tmp_path):
     path = next(cache.glob("train-00002-*"))
     path.rename(tmp_path / path.name)
     with pytest.raises(BadInput, match=r"train-00002-of-00009.array_record is missing"):
-        opened(cache, tokenizer, "train")
+        opened(cache, tokenizer, sources, "train")
     whole = (tmp_path / path.name).read_bytes()
     path.write_bytes(whole[:-20])
     with pytest.raises(BadInput, match=r"train-00002-of-00009.array_record is damaged"):
-        opened(cache, tokenizer, "train")[8]
+        opened(cache, tokenizer, sources, "train")[8]
     path.write_bytes(whole)
     with pytest.raises(
         BadInput, match=r"has no manifest\.json; expected a folder of a token cache"
     ):
-        opened(tmp_path, tokenizer, "train")
+        opened(tmp_path, tokenizer, sources, "train")
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(BadInput, match=r"manifest\.json is not JSON"):
-        opened(tmp_path, tokenizer, "train")
+        opened(tmp_path, tokenizer, sources, "train")
 
 
 def test_too_many_codes():

@@ -1,6 +1,8 @@
 """A train step learns, and computes the same on every mesh."""
 
 import contextlib
+import dataclasses
+import types
 
 import chex
 import jax
@@ -10,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from var_jax.config import StageConfig, TokenizerConfig, TransformerConfig
 from var_jax.infra.mesh import make_mesh, put_batch, shard
+from var_jax.models.transformer import Transformer
 from var_jax.training.state import layout
 from var_jax.training.tokenizer_stage import tokenizer_stage
 from var_jax.training.transformer_stage import transformer_stage
@@ -64,6 +67,42 @@ def test_both_stages_learn(alone):
     assert transformer_losses[0] == pytest.approx(np.log(64), rel=0.01)  # uniform at the start
 
 
+def first_step(alone, model=None, stage=None, **change):
+    """Loss and norm of the gradients of one step, without chance but for what is asked."""
+    model = dataclasses.replace(TRANSFORMER, **{"drop_path": 0.0} | (model or {}))
+    config = dataclasses.replace(STAGE, **{"label_dropout": 0.0} | (stage or {}))
+    stage = transformer_stage(model, config)
+    state, key = jax.jit(stage.init)(jax.random.key(0)), jax.random.key(1)
+    batch = data() | change | {"tokenizer": jax.tree.map(jax.numpy.asarray, alone[1].best)}
+    _, metrics = jax.jit(stage.train_step)(state, batch, key)
+    return np.array([metrics["loss"], metrics["grad_norm"]])
+
+
+def test_a_batch_in_parts_and_what_is_recomputed_change_nothing(alone):
+    plain = first_step(alone)
+    for change in (
+        {"stage": {"accumulate": 2}},
+        {"model": {"remat": "selective"}},
+        {"model": {"remat": "full"}},
+    ):
+        np.testing.assert_allclose(first_step(alone, **change), plain, rtol=1e-5)
+
+
+def test_a_withheld_class_is_no_class(alone):
+    nobody = np.full(16, TRANSFORMER.num_classes, np.int32)
+    withheld = first_step(alone, stage={"label_dropout": 1.0})
+    np.testing.assert_allclose(withheld, first_step(alone, label=nobody), rtol=1e-5)
+    assert abs(withheld - first_step(alone)).max() > 1e-3
+
+
+def test_dropped_layers_leave_the_mean():
+    model = types.SimpleNamespace(config=dataclasses.replace(TRANSFORMER, drop_path=0.4))
+    keep = np.asarray(Transformer.drop_path(model, jax.random.key(0), 20_000))[..., 0, 0]
+    assert (keep[0] == 1).all()
+    np.testing.assert_allclose(np.unique(keep[-1]), [0, 1 / 0.6], rtol=1e-6)
+    np.testing.assert_allclose(keep[-1].mean(axis=-1), 1, atol=0.03)
+
+
 SLOW = [pytest.param(shape, marks=pytest.mark.slow) for shape in ((8, 1, 1), (1, 8, 1))]
 
 
@@ -95,8 +134,7 @@ def test_weights_and_moments_are_sharded_from_the_start():
 @pytest.mark.parametrize("at_once", [None, 2])
 def test_cached_tokens_give_the_same_loss_as_pixels(alone, at_once, monkeypatch):
     if at_once:  # images encoded in parts
-        limit = "var_jax.training.transformer_stage.PIXELS"
-        monkeypatch.setattr(limit, at_once * 16 * 16)
+        monkeypatch.setattr(TokenizerConfig, "images_at_a_time", at_once)
     tokenizer = alone[1].best
     stage = transformer_stage(TRANSFORMER, STAGE)
     state = jax.jit(stage.init)(jax.random.key(0))

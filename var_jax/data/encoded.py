@@ -20,6 +20,7 @@ from jaxtyping import Bool, Int
 
 from var_jax import BadInput
 from var_jax.data import imagenet
+from var_jax.data.pictures import is_picture
 from var_jax.data.records import MANIFEST, UNFINISHED, Records, read_manifest
 from var_jax.infra.logs import progress
 
@@ -314,12 +315,15 @@ def _class_files(folder: epath.Path, classes: Sequence[str]) -> Files:
         if not (folder / name).exists():
             continue
         found = sorted(n for n in _list(folder / name) if n.lower().endswith(SUFFIXES))
-        if not found:
+        local = "://" not in str(folder)  # looking into every class takes long in a bucket
+        if not any(not local or is_picture(Path(folder) / name / n) for n in found):
             raise BadInput(f"{folder / name} holds no pictures ({' '.join(SUFFIXES)}).")
         names += [f"{name}/{n}" for n in found]
         labels += [label] * len(found)
     if not names:
-        raise BadInput(f"{folder} holds no pictures; expected a folder of pictures for each class.")
+        flat = any(n.lower().endswith(SUFFIXES) for n in _list(folder))
+        what = "pictures, but no folders" if flat else "no pictures"
+        raise BadInput(f"{folder} holds {what}; expected a folder of pictures for each class.")
     return Files(str(folder), names, np.array(labels), readable(classes))
 
 
@@ -371,7 +375,7 @@ def _devkit_wnids(path: Path) -> list[str]:
 
 def _tfds_folder(name: str) -> epath.Path:
     """Where the newest prepared version lies. Raises: BadInput if there is none, or many."""
-    root = epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    root = epath.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     folder = root / name.replace(":", "/")
     level = [folder]
     for _ in range(3):  # NAME, NAME/VERSION or NAME/CONFIG/VERSION

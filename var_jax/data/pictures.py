@@ -9,6 +9,7 @@ import io
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
@@ -32,6 +33,15 @@ def known_formats() -> tuple[str, ...]:
     Image.init()
     wanted = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
     return tuple(name for name in wanted if name in Image.OPEN)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file begins like a picture that `decode` knows."""
+    try:
+        with Image.open(path, formats=known_formats()):
+            return True
+    except Exception:  # Each decoder has its own errors for damage.
+        return False
 
 
 def decode(data: bytes, short: int) -> Image.Image:
@@ -122,7 +132,8 @@ class Skipped:
             self._names.add(name)
             count = len(self._names)
         if count <= NAMED or count % 100 == 0:
-            print(f"warning: skipped {name}: {reason} ({count} skipped)", file=sys.stderr)
+            # In one piece, as other threads warn too.
+            sys.stderr.write(f"warning: skipped {name}: {reason} ({count} skipped)\n")
 
     def __getstate__(self):  # a worker process counts for itself
         return {"_names": self._names}

@@ -15,7 +15,15 @@ from etils import epath
 
 from var_jax import BadInput
 from var_jax.data.encoded import PICTURES, Encoded, open_encoded
-from var_jax.data.records import Records, claim, finish, shard_size, write_shard
+from var_jax.data.records import (
+    Records,
+    checksum,
+    claim,
+    finish,
+    finished,
+    shard_size,
+    write_shard,
+)  # fmt: skip
 from var_jax.infra import cli
 from var_jax.infra.logs import progress
 
@@ -42,22 +50,26 @@ def pack(splits: dict[str, Encoded], out: epath.Path) -> None:
     """
     counts = {split: len(source) for split, source in splits.items()}
     if len({source.class_names for source in splits.values()}) > 1:
-        raise BadInput(f"the splits of --source={SOURCE.value} have different classes.")
+        raise BadInput("the splits of --source have different classes.")
     manifest = {
         "kind": PICTURES,
         "counts": counts,
+        "checksum": {split: checksum(source) for split, source in splits.items()},
         "shard_size": shard_size(max(counts.values())),
         "class_names": list(splits["train"].class_names),
     }
-    if claim(out, manifest):
+    claim(out, manifest)
+    records = {
+        split: Records(str(out), split, counts[split], manifest["shard_size"]) for split in splits
+    }
+    todo = [(split, shard) for split in splits for shard in records[split].missing()]
+    if not todo and finished(out):
         return
-    with progress(sum(counts.values()), 0, "packing") as bar:
-        for split, source in splits.items():
-            records = Records(str(out), split, len(source), manifest["shard_size"])
-            missing = records.missing()
-            bar.update(len(source) - sum(len(records.rows(shard)) for shard in missing))
-            for shard in missing:
-                write_shard(records.path(shard), packed(source, records.rows(shard), bar))
+    left = sum(len(records[split].rows(shard)) for split, shard in todo)
+    with progress(sum(counts.values()), sum(counts.values()) - left, "packing") as bar:
+        for split, shard in todo:
+            rows = records[split].rows(shard)
+            write_shard(records[split].path(shard), packed(splits[split], rows, bar))
     finish(out, manifest)
 
 

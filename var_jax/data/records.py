@@ -10,9 +10,11 @@ import json
 import os
 import secrets
 import tempfile
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from var_jax import BadInput
@@ -96,17 +98,31 @@ def write_shard(path: epath.Path, records: Iterable[bytes]) -> None:
         writer.close()
         if remote:
             path.write_bytes(beside.read_bytes())
-        else:
+        elif beside.exists() or not path.exists():  # else an equal command was first, and tidied up
             beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def claim(folder: epath.Path, manifest: dict[str, Any]) -> bool:
-    """Makes `folder` this manifest's; whether all of it is there already.
+def checksum(pictures: Any) -> str:
+    """8 hex digits that tell a sequence of (bytes, label, ...) from others: of 64 spread evenly."""
+    value = 0
+    for index in np.linspace(0, len(pictures) - 1, min(64, len(pictures))).astype(int):
+        try:
+            data, label, *_ = pictures[int(index)]
+        except OSError:
+            continue  # a picture that cannot be read
+        value = zlib.crc32(data + str(int(label)).encode(), value)
+    return f"{value:08x}"
 
-    Raises: BadInput if it holds something else.
-    """
+
+def finished(folder: epath.Path) -> bool:
+    """Whether the folder was declared complete."""
+    return (folder / MANIFEST).exists() and not (folder / UNFINISHED).exists()
+
+
+def claim(folder: epath.Path, manifest: dict[str, Any]) -> None:
+    """Makes `folder` this manifest's. Raises: BadInput if it holds something else."""
     wanted = json.loads(json.dumps(manifest))
     for name in (MANIFEST, UNFINISHED):
         if (folder / name).exists():
@@ -117,14 +133,13 @@ def claim(folder: epath.Path, manifest: dict[str, Any]) -> bool:
                         f"{folder} was begun with {key}={_short(found.get(key))}, not"
                         f" {_short(wanted[key])}; name another folder or remove it."
                     )
-            return name == MANIFEST
+            return
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     names -= {UNFINISHED}  # another host's, just now
     if any(not name.startswith(".") for name in names):
         raise BadInput(f"{folder} holds other files; name a new or an empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / UNFINISHED, wanted)
-    return False
 
 
 def finish(folder: epath.Path, manifest: dict[str, Any]) -> None:

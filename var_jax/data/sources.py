@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import zipfile
 from importlib import resources
 from typing import Protocol
 
@@ -15,6 +14,7 @@ from var_jax import BadInput
 from var_jax.data.build_emoji import CELL, COLUMNS
 from var_jax.data.encoded import Encoded, every_tenth, open_encoded, part_of
 from var_jax.data.pictures import Skipped, Unreadable, crop, decode
+from var_jax.infra.npz import DAMAGED
 
 SPLITS = ("train", "validation", "all")
 MOST_UNREADABLE = 100  # in a row
@@ -103,7 +103,7 @@ class Pictures:
             try:
                 data, label, name = self.encoded[i % len(self)]
                 image = decode(data, round(self.resize * self.size))
-            except (FileNotFoundError, PermissionError) as error:
+            except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
                 name = str(error.filename)
                 self.skipped.add(name, Unreadable(str(error.strerror)))
             except Unreadable as reason:
@@ -169,17 +169,25 @@ def open_arrays(path: str, split: str, size: int, resize: float) -> Arrays:
         with epath.Path(path).expanduser().open("rb") as file, np.load(file) as arrays:
             images, labels = arrays["arr_0"], arrays["labels"]
             names = arrays.get("class_names")
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise BadInput(f"{path} cannot be read ({error}); expected arr_0 and labels.") from error
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror or error}.") from error
+    except KeyError as error:
+        raise BadInput(f"{path} lacks one of two arrays; expected arr_0 and labels.") from error
+    except DAMAGED as error:
+        raise BadInput(f"{path} is no npz file, or a damaged one.") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise BadInput(
             f"{path}: arr_0 is {images.dtype} of shape {images.shape}; expected uint8 (N,H,W,3)."
         )
     whole = np.issubdtype(labels.dtype, np.integer) and labels.shape == (len(images),)
-    if not whole or not len(labels) or labels.min() < 0:
+    if not whole or not len(labels):
         raise BadInput(f"{path}: labels is {labels.dtype} of shape {labels.shape}; expected (N,).")
+    if labels.min() < 0:
+        raise BadInput(f"{path}: labels holds {labels.min()}; expected numbers from 0.")
     count = int(labels.max()) + 1
     class_names = tuple(map(str, range(count) if names is None else np.atleast_1d(names)))
+    if len(set(class_names)) < len(class_names):
+        raise BadInput(f"{path}: class_names holds one name twice.")
     if count > len(class_names):
         raise BadInput(f"{path} has label {count - 1}, but {len(class_names)} class_names.")
     chosen = part_of(class_names, [str(i) for i in range(len(labels))], labels, split)

@@ -9,8 +9,8 @@ from etils import epath
 from jaxtyping import Int32
 
 from var_jax import BadInput
-from var_jax.data.records import Records, read_manifest, shard_size
-from var_jax.data.sources import Source
+from var_jax.data.records import Records, checksum, read_manifest, shard_size
+from var_jax.data.sources import Arrays, Pictures, Source
 
 TOKENS = "a token cache"  # the kind of array_record folder
 PACKED = np.dtype("<u2")  # codes and classes below 65,536; array_record compresses the rest
@@ -80,6 +80,7 @@ def describe(
         "patch_nums": patch_nums,
         **how,
         "pictures": pictures,
+        "checksum": {split: checksum_of(source) for split, source in sources.items()},
         "copies": many,
         "shard_size": shard_size(max(pictures[split] * many[split] for split in sources)),
         "class_names": next(iter(sources.values())).class_names,
@@ -92,16 +93,35 @@ def records_of(manifest: Mapping[str, Any], folder: str, split: str) -> Records:
     return Records(folder, split, count, manifest["shard_size"])
 
 
+def checksum_of(source: Source) -> str:
+    """The checksum of a source's pictures as they are stored, whatever their size later."""
+    if isinstance(source, Pictures):
+        return checksum(source.encoded)
+    if isinstance(source, Arrays):
+        pairs = zip(source.images, source.labels, strict=True)
+        return checksum([(image.tobytes(), label) for image, label in pairs])
+    items = map(source.__getitem__, range(len(source)))
+    return checksum([(item["image"].tobytes(), item["label"]) for item in items])
+
+
 def open_tokens(
-    folder: str, split: str, fingerprint: str, patch_nums: tuple[int, ...], **how: Any
+    folder: str,
+    split: str,
+    fingerprint: str,
+    patch_nums: tuple[int, ...],
+    source: Source,
+    **how: Any,
 ) -> TokenCache:
-    """A split of a token cache, of a tokenizer with this fingerprint and schedule.
+    """A split of a token cache: of a tokenizer with this fingerprint and schedule, of `source`.
 
     `how` is what its manifest must say of the crops, such as flip=True.
 
-    Raises: BadInput if it is another's, of other crops, unfinished or no cache.
+    Raises: BadInput if it is another's, of other pictures or crops, unfinished or no cache.
     """
     manifest = read_manifest(epath.Path(folder), TOKENS)
+    if missing := {"tokenizer", "patch_nums", "pictures", "checksum", *how} - manifest.keys():
+        names = ", ".join(sorted(missing))
+        raise BadInput(f"the manifest of {folder} lacks {names}; make the cache anew.")
     theirs = manifest["tokenizer"], tuple(manifest["patch_nums"])
     if theirs != (fingerprint, patch_nums):
         raise BadInput(
@@ -114,6 +134,15 @@ def open_tokens(
                 f"{folder} holds codes of crops made with {name}={manifest[name]}, but"
                 f" data.{name}={ours}."
             )
+    if tuple(manifest["class_names"]) != source.class_names:
+        raise BadInput(f"{folder} and data.source have different classes.")
+    if manifest["pictures"][split] != len(source):
+        raise BadInput(
+            f"{folder} holds codes of {manifest['pictures'][split]} {split} pictures, but"
+            f" data.source has {len(source)}."
+        )
+    if manifest["checksum"][split] != checksum_of(source):
+        raise BadInput(f"{folder} holds codes of other {split} pictures than those of data.source.")
     records = records_of(manifest, folder, split)
     if missing := records.missing():
         raise BadInput(f"{records.path(missing[0])} is missing: {folder} is incomplete.")

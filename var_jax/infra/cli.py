@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import math
 import os
 import re
 import sys
@@ -35,7 +36,9 @@ def _guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int | 
     except KeyboardInterrupt:
         return _say("interrupted", INTERRUPTED)
     except Exception as error:
-        sentence = _disk_full(error) or _unread_config(error) or _bad_path(error)
+        sentence = (
+            _disk_full(error) or _memory_full(error) or _unread_config(error) or _bad_path(error)
+        )
         if sentence is None:
             raise
         return _say(f"error: {sentence}", BAD_INPUT)
@@ -47,9 +50,15 @@ def _parse(argv: list[str]) -> list[str]:
     home = os.path.expanduser("~/")  # as in --out=~/samples, which no shell expands
     argv = [re.sub(r"^(--[\w.]+=)~/", lambda flag: flag[1] + home, word) for word in argv]
     try:
-        return flags.FLAGS(argv)
-    except SystemExit:  # --help, which absl ends with 1.
-        sys.exit(0)
+        rest = flags.FLAGS(argv)
+        for name, flag in flags.FLAGS.flag_values_dict().items():
+            if isinstance(flag, float) and not math.isfinite(flag):
+                raise BadInput(f"--{name}={flag}; expected a finite number.")
+        return rest
+    except SystemExit as end:
+        if not any(re.match(r"--?help|-\?", word) for word in argv):
+            raise  # of a config file
+        sys.exit(0 if end.code == 1 else end.code)  # absl ends --help with 1
     except Exception as error:
         sentence = _bad_flag(error)
         if sentence is None:
@@ -105,6 +114,17 @@ def _disk_full(error: BaseException) -> str | None:
     return None
 
 
+def _memory_full(error: BaseException) -> str | None:
+    """The sentence for a program that does not fit in memory; None for other errors."""
+    if found := re.search(r"Out of memory allocating (\d+) bytes", str(error)):
+        size = f"{int(found[1]) / 1e9:.1f} GB more"
+    elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        size = "more than is free"
+    else:
+        return None
+    return f"memory is full (it takes {size}); a smaller batch size needs less"
+
+
 def _unread_config(error: Exception) -> str | None:
     """The sentence for a missing --config file, which ml_collections reports on first use."""
     if isinstance(error, OSError) and _raised_in(error, "ml_collections"):
@@ -115,7 +135,9 @@ def _unread_config(error: Exception) -> str | None:
 def _bad_path(error: Exception) -> str | None:
     """The sentence for a path that cannot be what a flag wants; None for other errors."""
     wrong = (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-    if isinstance(error, wrong) and error.filename and error.strerror:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        if not isinstance(error, wrong) and error.errno != errno.EROFS:
+            return None
         return f"{error.filename}: {error.strerror.lower()}"
     if isinstance(error, ImportError) and "gcsfs" in str(error):
         return "gs:// folders need one package more: pip install -e '.[gcs]'"

@@ -24,6 +24,8 @@ def join() -> None:
     Raises: BadInput if nothing tells who they are.
     """
     if not several():
+        if NUM_PROCESSES.value is not None or PROCESS_ID.value is not None:
+            raise BadInput("--num_processes and --process_id need --coordinator or --distributed.")
         return
     try:
         jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)

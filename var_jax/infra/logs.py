@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -143,7 +144,8 @@ def progress(total: int, initial: int = 0, description: str = ""):
 
 class _Bar:
     def __init__(self, total: int, initial: int, description: str):
-        self._bar = tqdm(total=total, initial=initial, desc=description, dynamic_ncols=True)
+        columns = shutil.get_terminal_size().columns  # 80 where a terminal says 0
+        self._bar = tqdm(total=total, initial=initial, desc=description, ncols=columns)
 
     def update(self, n: int = 1, **metrics: float) -> None:
         """Counts `n` more steps and shows `metrics`."""
@@ -157,25 +159,27 @@ class _Bar:
 
 class _Lines:
     def __init__(self, total: int, initial: int, description: str):
-        self._total, self._initial, self._description = total, initial, description
+        self._total, self._description = total, description
         self._done, self._metrics = initial, {}
-        self._start = self._printed = time.monotonic()
+        self._first: tuple[float, int] | None = None  # after the first step, which compiles
+        self._printed = time.monotonic()
 
     def update(self, n: int = 1, **metrics: float) -> None:
         """Counts `n` more steps; prints a line if the last one is old enough."""
         self._done += n
         self._metrics = metrics or self._metrics
         now = time.monotonic()
+        start, before = self._first = self._first or (now, self._done)
         if now - self._printed < SECONDS_BETWEEN_LINES:
             return
         self._printed = now
-        rate = (self._done - self._initial) / (now - self._start)
-        left = tqdm.format_interval((self._total - self._done) / rate) if rate else "?"
         values = "".join(f", {name} {float(value):.4g}" for name, value in self._metrics.items())
+        if self._done > before:
+            rate = (self._done - before) / (now - start)
+            left = tqdm.format_interval((self._total - self._done) / rate)
+            values += f", {rate:.3g}/s, {left} left"
         print(
-            f"{self._description} {self._done}/{self._total}{values}, {rate:.3g}/s, {left} left",
-            file=sys.stderr,
-            flush=True,
+            f"{self._description} {self._done}/{self._total}{values}", file=sys.stderr, flush=True
         )
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import BinaryIO
@@ -12,6 +13,9 @@ from etils import epath
 from jaxtyping import UInt8
 
 from var_jax import BadInput
+
+# What NumPy and zipfile raise for a file that is damaged or no npz.
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError)
 
 
 class Images:
@@ -46,7 +50,7 @@ class Images:
                     yield file  # type: ignore[misc]
         except OSError as error:
             raise BadInput(f"{self.path} cannot be read: {error.strerror or error}.") from error
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        except DAMAGED as error:
             if isinstance(error, BadInput):
                 raise
             raise BadInput(f"{self.path} is no npz file, or a damaged one ({error}).") from error

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Key
 
-from var_jax.models.partition import BATCH, pin, reshape, take
+from var_jax.models.partition import BATCH, in_parts, pin, reshape, take
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import Transformer
 from var_jax.sampling.filters import guide
@@ -72,7 +72,8 @@ def sample(
         if k + 1 < num_scales:
             x = transformer.embed_inputs(quantizer.next_input(f_hat, k + 1), here.stop)
             x = pin(double(x, x), BATCH)
-    return tokenizer.decode_latent(f_hat), jnp.concatenate(tokens, axis=1)
+    images = in_parts(tokenizer.decode_latent, f_hat, tokenizer.config.images_at_a_time)
+    return images, jnp.concatenate(tokens, axis=1)
 
 
 def mix(

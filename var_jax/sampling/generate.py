@@ -27,7 +27,7 @@ def generate(
 ) -> Iterator[tuple[UInt8[np.ndarray, "b H W 3"], Int32[np.ndarray, "b L"]]]:
     """Images 0..255 and tokens, in order, each from `seed` and its `index` (default: 0..N-1).
 
-    `forced` holds NumPy arrays of N rows, `how` is `sample`'s. The last batch is padded, so that
+    `forced` holds N rows, `how` is `sample`'s. The last batch is padded, so that
     one compiled program serves all. Of several processes each gets all images.
     """
     mesh = jax.sharding.get_mesh()

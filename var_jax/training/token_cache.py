@@ -14,11 +14,12 @@ from flax import nnx
 from var_jax import BadInput
 from var_jax.data.augment import augment_items
 from var_jax.data.pipeline import drawn
-from var_jax.data.records import claim, finish, write_shard
+from var_jax.data.records import claim, finish, finished, write_shard
 from var_jax.data.sources import Source
 from var_jax.data.tokens import PACKED, describe, pack, records_of
 from var_jax.infra.logs import progress
 from var_jax.infra.mesh import put_batch
+from var_jax.models.partition import path_name
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.training.tokenizer_stage import to_float
 
@@ -47,8 +48,7 @@ def write_cache(
     schedule, how = tokenizer.config.patch_nums, {"seed": seed, **augmentation, **(about or {})}
     manifest = describe(fingerprint(tokenizer), schedule, sources, copies, **how)
     check_counts(tokenizer.config.vocab_size, len(manifest["class_names"]))
-    if claim(out, manifest):
-        return manifest
+    claim(out, manifest)
     records = {split: records_of(manifest, str(out), split) for split in sources}
     todo = [
         (split, shard)
@@ -56,6 +56,8 @@ def write_cache(
         for shard in records[split].missing()
         if shard % jax.process_count() == jax.process_index()
     ]
+    if not todo and finished(out):
+        return manifest
     changed = {"seed": seed, "augment": augment_items(**augmentation)}
     with progress(sum(len(records[split].rows(i)) for split, i in todo), 0, "tokens") as bar:
         for split, shard in todo:
@@ -82,10 +84,16 @@ encode = jax.jit(lambda tokenizer, image: tokenizer.encode(to_float(image)))
 
 def fingerprint(model: nnx.Module) -> str:
     """16 hex digits that tell a model's config and weights from any other's."""
-    config = dataclasses.asdict(model.config)  # type: ignore[attr-defined]
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    config = model.config  # type: ignore[attr-defined]
+    # Fields at their default are left out, so that a new one changes no fingerprint.
+    told = {
+        f.name: value
+        for f in dataclasses.fields(config)
+        if (value := getattr(config, f.name)) != f.default
+    }
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
-        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(path_name(path).encode())
         digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
     return digest.hexdigest()[:16]
 

@@ -25,11 +25,6 @@ from var_jax.training.state import (
 )
 from var_jax.training.tokenizer_stage import to_float
 
-# Encoded on a device at a time, eight images of 256 px: enough to keep it busy, and bounded memory.
-# In one part, 24 images a chip, XLA's TPU compiler tiled the convolutions so badly that a step
-# of d16 took 15 times as long (benchmarks/aot.md).
-PIXELS = 8 * 256 * 256
-
 
 def transformer_stage(model_config: TransformerConfig, config: StageConfig) -> Stage:
     """The stage that trains the transformer.
@@ -81,7 +76,7 @@ def teacher(batch: Batch) -> tuple[Int32[Array, "B L"], Float[Array, "B M C"]]:
     if tokens is None:
         image = batch["image"]
         encode = lambda image: tokenizer.encode(to_float(image))
-        tokens = in_parts(encode, image, max(1, PIXELS // (image.shape[1] * image.shape[2])))
+        tokens = in_parts(encode, image, tokenizer.config.images_at_a_time)
     return tokens, tokenizer.quantizer.teacher_input(tokens)
 
 
