@@ -8,6 +8,7 @@ tensorboard/.
 """
 
 import dataclasses
+import functools
 import json
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 from jax.experimental.multihost_utils import sync_global_devices
+from jaxtyping import Int32, UInt8
 from ml_collections import config_flags
 
 from var_jax import BadInput
@@ -27,7 +29,7 @@ from var_jax.data.pipeline import batches
 from var_jax.data.records import read_json, read_manifest
 from var_jax.data.sources import Source, open_source
 from var_jax.data.tokens import TOKENS, TokenCache, open_tokens
-from var_jax.evaluation.report import HOW, report
+from var_jax.evaluation.report import report
 from var_jax.infra import cli, hosts
 from var_jax.infra.logs import Metrics, read_metrics
 from var_jax.infra.mesh import (
@@ -56,6 +58,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/NAME for configs/N
 PROFILE = flags.DEFINE_integer("profile", 0, "Trace so many steps for TensorBoard, from the tenth.")
 flags.adopt_module_key_flags(hosts)
 SAMPLES_A_CLASS = 10
+HOW = {"cfg": 4.0, "top_k": 0, "top_p": 0.95}  # how pictured and judged samples are drawn
 
 
 def main(argv: list[str]) -> None:
@@ -76,7 +79,8 @@ def main(argv: list[str]) -> None:
         summary = last_validation(run.workdir)
         if "transformer" in parts:
             models = Models(**parts, class_names=run.train.class_names)
-            summary |= report(models, run.train, run.validation, seed=config.seed)
+            judged = functools.partial(draw, models, seed=config.seed + 1)
+            summary |= report(run.train, run.validation, judged)
     if jax.process_index() > 0:
         return
     plot(run.workdir)
@@ -326,10 +330,17 @@ def sample_rows(models: Models, seed: int) -> np.ndarray:
     """A row of samples a class, its name beside it."""
     names = models.class_names[:16]
     labels = np.repeat(np.arange(len(names), dtype=np.int32), SAMPLES_A_CLASS)
-    made = generate(models.transformer, models.tokenizer, labels, batch_size=64, seed=seed, **HOW)
-    images = np.concatenate([images for images, _ in made])
+    images = draw(models, labels, seed)
     rows = images.reshape(len(names), SAMPLES_A_CLASS, *images.shape[1:])
     return labelled_rows(dict(zip(names, rows, strict=True)), max(1, 64 // images.shape[1]))
+
+
+def draw(
+    models: Models, labels: Int32[np.ndarray, " N"], seed: int
+) -> UInt8[np.ndarray, "N H W 3"]:
+    """Samples of these classes, as they are pictured and judged."""
+    made = generate(models.transformer, models.tokenizer, labels, batch_size=64, seed=seed, **HOW)
+    return np.concatenate([images for images, _ in made])
 
 
 def last_validation(workdir: epath.Path) -> dict[str, float]:

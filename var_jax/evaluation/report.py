@@ -14,9 +14,6 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.svm import SVC
 
 from var_jax.data.sources import Source
-from var_jax.sampling.generate import generate
-
-HOW = {"cfg": 4.0, "top_k": 0, "top_p": 0.95}  # how judged and pictured samples are drawn
 
 
 def arrays(
@@ -60,22 +57,19 @@ def scorer(source: Source) -> Callable[[np.ndarray, np.ndarray], Float[np.ndarra
 
 
 def report(
-    models, train: Source, validation: Source, seed: int, copies: int = 2
+    train: Source,
+    validation: Source,
+    draw: Callable[[Int32[np.ndarray, " N"]], UInt8[np.ndarray, "N H W 3"]],
+    copies: int = 2,
 ) -> dict[str, float]:
-    """Figures of finished `models`; `copies` samples for each held-out picture, of its class.
-
-    `models` is a checkpoint's (tokenizer, transformer, class names).
-    """
+    """Figures of what `draw` makes of labels: `copies` of each held-out picture's class."""
     known, known_labels = arrays(train)
     held_out, held_out_labels = arrays(validation)
     labels = np.repeat(held_out_labels, copies)
-    made = generate(
-        models.transformer, models.tokenizer, labels, batch_size=64, seed=seed + 1, **HOW
-    )
-    samples = np.concatenate([images for images, _ in made])
+    samples = draw(labels)
     near_real, near_made = nearest_distance(held_out, known), nearest_distance(samples, known)
     return {
-        **(agreement(models.class_names, (known, known_labels), (held_out, held_out_labels),
+        **(agreement(train.class_names, (known, known_labels), (held_out, held_out_labels),
                      (samples, labels)) if len(set(known_labels)) > 1 else {}),
         "distance to training, real": float(np.median(near_real)),
         "distance to training, samples": float(np.median(near_made)),
