@@ -168,15 +168,6 @@ def test_drawn_is_what_training_sees():
         assert (got == stream[place]).all()
 
 
-def test_epoch_by_process():
-    whole = list(epoch(Numbers(10), batch_size=4))
-    parts = [list(epoch(Numbers(10), 4, process_index=p, process_count=2)) for p in range(2)]
-    for batch, *shares in zip(whole, *parts, strict=True):
-        joined = np.concatenate([share["tokens"] for share in shares])
-        assert (joined == batch["tokens"]).all()
-        assert all((share["mask"] == batch["mask"]).all() for share in shares)
-
-
 def test_epoch_refuses_an_empty_batch():
     with pytest.raises(BadInput, match="batch_size is 0"):
         next(epoch(Numbers(10), batch_size=0))

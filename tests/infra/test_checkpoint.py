@@ -66,13 +66,12 @@ def _saved(directory, *steps):
 
 def test_restores_bit_for_bit_on_another_mesh(tmp_path):
     run = Checkpoints(tmp_path / "run")
-    assert run.latest_step() is None and run.restore(_abstract(_state(0))) is None
+    assert run.restore(_abstract(_state(0))) is None
     run.save(7, _state(7), {"position": [7, "é"]}, wait=True)
     run.close()
 
     mesh = _mesh(1, 8)
     again = Checkpoints(tmp_path / "run")
-    assert again.latest_step() == 7
     step, state, data = again.restore(_abstract(_state(0), mesh))
     assert (step, data) == (7, {"position": [7, "é"]})
     _assert_same(state, _state(7))

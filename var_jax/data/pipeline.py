@@ -52,20 +52,15 @@ def batches(
     return _Workers(dataset, workers) if workers else iter(dataset.to_iter_dataset(_threads()))
 
 
-def epoch(
-    source: Source, batch_size: int, *, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
+def epoch(source: Source, batch_size: int) -> Iterator[Batch]:
     """Every item once, in order; adds `mask`, bool (batch_size,), False where the last is padding.
 
-    Padding repeats the last item, so that it is valid input for any model. Process p gets its rows
-    of each batch, as in `batches`, and the mask of all rows.
+    Padding repeats the last item, so that it is valid input for any model.
 
     Raises: BadInput if the sizes make no sense.
     """
-    _check(source, batch_size, 0, process_index, process_count)
-    share = batch_size // process_count
-    mine = slice(process_index * share, (process_index + 1) * share)
-    return _padded(source.__getitem__, range(len(source)), batch_size, mine)
+    _check(source, batch_size, 0, 0, 1)
+    return _padded(source.__getitem__, range(len(source)), batch_size)
 
 
 def drawn(
@@ -85,17 +80,14 @@ def drawn(
     """
     _check(source, batch_size, seed or 0, 0, 1)
     if seed is None:
-        return _padded(lambda row: source[row % len(source)], rows, batch_size, slice(None))
+        return _padded(lambda row: source[row % len(source)], rows, batch_size)
     stream = _Stream(source, batch_size, seed, augment)
-    return _padded(stream.of_row, rows, batch_size, slice(None))
+    return _padded(stream.of_row, rows, batch_size)
 
 
-def _padded(
-    item: Callable[[int], Batch], rows: range, batch_size: int, mine: slice
-) -> Iterator[Batch]:
-    return iter(
-        grain.MapDataset.source(_Padded(item, rows, batch_size, mine)).to_iter_dataset(_threads())
-    )
+def _padded(item: Callable[[int], Batch], rows: range, batch_size: int) -> Iterator[Batch]:
+    batches = grain.MapDataset.source(_Padded(item, rows, batch_size))
+    return iter(batches.to_iter_dataset(_threads()))
 
 
 def _threads() -> grain.ReadOptions:
@@ -107,8 +99,8 @@ def _threads() -> grain.ReadOptions:
 class _Padded:
     """Random access to the batches of a finite sequence of rows."""
 
-    def __init__(self, item: Callable[[int], Batch], rows: range, size: int, mine: slice):
-        self._item, self._rows, self._size, self._mine = item, rows, size, mine
+    def __init__(self, item: Callable[[int], Batch], rows: range, size: int):
+        self._item, self._rows, self._size = item, rows, size
 
     def __len__(self) -> int:
         return -(-len(self._rows) // self._size)
@@ -116,7 +108,7 @@ class _Padded:
     def __getitem__(self, index: int) -> Batch:
         places = np.arange(index * self._size, (index + 1) * self._size)
         last = len(self._rows) - 1
-        items = [self._item(self._rows[int(i)]) for i in places[self._mine].clip(max=last)]
+        items = [self._item(self._rows[int(i)]) for i in places.clip(max=last)]
         return _stack(items) | {"mask": places <= last}
 
 

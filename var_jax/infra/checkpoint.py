@@ -55,11 +55,6 @@ class Checkpoints:
         if wait:
             self.wait()
 
-    def latest_step(self) -> int | None:
-        """The newest finished checkpoint's step."""
-        self.wait()
-        return max(self._steps(), default=None)
-
     def restore(self, abstract: PyTree) -> tuple[int, PyTree, dict] | None:
         """The newest readable checkpoint as (step, state, data), bit for bit; None if none exists.
 

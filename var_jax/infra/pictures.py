@@ -50,8 +50,8 @@ def labelled_rows(rows: dict[str, np.ndarray], scale: int = 1) -> np.ndarray:
     return np.asarray(sheet)
 
 
-def curves(path: str | PurePath, series: dict[str, dict[str, tuple]], xlabel: str = "step") -> None:
-    """Writes a PNG with one small line chart for each title: {title: {label: (x, y)}}."""
+def curves(path: str | PurePath, series: dict[str, dict[str, tuple]]) -> None:
+    """Writes a PNG with one small line chart for each title: {title: {label: (steps, y)}}."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -68,7 +68,7 @@ def curves(path: str | PurePath, series: dict[str, dict[str, tuple]], xlabel: st
         for label, (x, y) in lines.items():
             axis.plot(x, y, label=label, linewidth=1.6, marker="o" if len(x) < 12 else None, ms=3.5)
         axis.set_title(title, fontsize=11, loc="left")
-        axis.set_xlabel(xlabel, fontsize=9)
+        axis.set_xlabel("step", fontsize=9)
         axis.tick_params(labelsize=8, length=0)
         axis.grid(color="0.9", linewidth=0.8)
         axis.set_axisbelow(True)
