@@ -144,8 +144,8 @@ def progress(total: int, initial: int = 0, description: str = ""):
 
 class _Bar:
     def __init__(self, total: int, initial: int, description: str):
-        columns = shutil.get_terminal_size().columns  # 80 where a terminal says 0
-        self._bar = tqdm(total=total, initial=initial, desc=description, ncols=columns)
+        columns, rows = shutil.get_terminal_size()  # 80 x 24 where a terminal says 0
+        self._bar = tqdm(total=total, initial=initial, desc=description, ncols=columns, nrows=rows)
 
     def update(self, n: int = 1, **metrics: float) -> None:
         """Counts `n` more steps and shows `metrics`."""
