@@ -58,7 +58,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/NAME for configs/N
 PROFILE = flags.DEFINE_integer("profile", 0, "Trace so many steps for TensorBoard, from the tenth.")
 flags.adopt_module_key_flags(hosts)
 SAMPLES_A_CLASS = 10
-HOW = {"cfg": 4.0, "top_k": 0, "top_p": 0.95}  # how pictured and judged samples are drawn
+JUDGED = {"cfg": 4.0, "top_k": 0, "top_p": 0.95}  # how samples are drawn for the figures
+PICTURED = JUDGED | {"top_p": 0.6}  # and for samples.png: less variety, cleaner
 
 
 def main(argv: list[str]) -> None:
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> None:
         summary = last_validation(run.workdir)
         if "transformer" in parts:
             models = Models(**parts, class_names=run.train.class_names)
-            judged = functools.partial(draw, models, seed=config.seed + 1)
+            judged = functools.partial(draw, models, seed=config.seed + 1, **JUDGED)
             summary |= report(run.train, run.validation, judged)
     if jax.process_index() > 0:
         return
@@ -330,16 +331,16 @@ def sample_rows(models: Models, seed: int) -> np.ndarray:
     """A row of samples a class, its name beside it."""
     names = models.class_names[:16]
     labels = np.repeat(np.arange(len(names), dtype=np.int32), SAMPLES_A_CLASS)
-    images = draw(models, labels, seed)
+    images = draw(models, labels, seed, **PICTURED)
     rows = images.reshape(len(names), SAMPLES_A_CLASS, *images.shape[1:])
     return labelled_rows(dict(zip(names, rows, strict=True)), max(1, 64 // images.shape[1]))
 
 
 def draw(
-    models: Models, labels: Int32[np.ndarray, " N"], seed: int
+    models: Models, labels: Int32[np.ndarray, " N"], seed: int, **how
 ) -> UInt8[np.ndarray, "N H W 3"]:
-    """Samples of these classes, as they are pictured and judged."""
-    made = generate(models.transformer, models.tokenizer, labels, batch_size=64, seed=seed, **HOW)
+    """Samples of these classes; `how` is `generate`'s."""
+    made = generate(models.transformer, models.tokenizer, labels, batch_size=64, seed=seed, **how)
     return np.concatenate([images for images, _ in made])
 
 

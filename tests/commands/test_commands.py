@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -186,5 +187,6 @@ def test_ctrl_c_saves_where_it_is(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "interrupted" in err
+    assert re.search(r"tokenizer: saved; the same command goes on from step \d+\n", err)
     saved = [int(p.name) for p in (workdir / "tokenizer").iterdir() if p.name.isdigit()]
     assert saved and max(saved) > 0

@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import PurePath
@@ -51,6 +52,8 @@ def run(
     checkpoints = Checkpoints(directory, keep_every=config.keep_every)
     state, start = restore_or_init(stage, checkpoints, batches, mesh, seed)
     metrics.rewind(stage.name, start)
+    if 0 < start < config.steps:
+        say(f"{stage.name}: going on from step {start}")
     train_step = jax.jit(stage.train_step, donate_argnums=0)
     pending = None  # metrics of the step before, read while this one runs
     stopped = False
@@ -92,8 +95,15 @@ def run(
             if stopped := stop:
                 break
     if stopped:
+        say(f"{stage.name}: saved; the same command goes on from step {step}")
         raise KeyboardInterrupt
     return state
+
+
+def say(sentence: str) -> None:
+    """Prints on stderr, once for all processes."""
+    if jax.process_index() == 0:
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def restore_or_init(
