@@ -2,7 +2,7 @@
 
     python -m var_jax.aot --config configs/imagenet.py:d30 --topology v5e:8x16 [--json]
 
-The very step that training runs, on a CPU host, through libtpu (`pip install 'var_jax[tpu]'`).
+The very step that training runs, on a CPU host, through libtpu (`pip install -e '.[tpu]'`).
 Cycles are the TPU compiler's own estimate; attention kernels, which have none, are charged their
 matrix products. Efficiency is against the estimate for one 8192³ bfloat16 product, 1.0: the time
 that the model's operations would take at that rate, over the estimated time.
@@ -96,7 +96,7 @@ def tpu_devices(topology: str, slices: int) -> list[Any]:
     try:
         import libtpu  # type: ignore  # noqa: F401
     except ImportError as error:
-        raise BadInput("libtpu is missing: pip install 'var_jax[tpu]' brings it.") from error
+        raise BadInput("libtpu is missing: pip install -e '.[tpu]' brings it.") from error
     more = {"num_slices": slices} if slices > 1 else {}
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)

@@ -154,7 +154,8 @@ class TransformerConfig:
         return num_tokens(self.patch_nums)
 
 
-SCHEDULES = ("lin", "lin0", "lin00", "exp", "cos")  # of the learning rate
+# Of the learning rate: the share of the steps that it stays at its peak.
+SCHEDULES = {"lin": 0.15, "lin0": 0.05, "lin00": 0.0, "exp": 0.15, "cos": 0.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ def test_a_step_on_pixels_counts_every_operation_of_the_encoder():
 @pytest.mark.slow
 @pytest.mark.tpu
 def test_report():
-    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'var_jax[tpu]'")
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install -e '.[tpu]'")
     code, out, err = run("aot", *SMALL)
     assert code == 0, err
     report = json.loads(out)

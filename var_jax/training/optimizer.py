@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from var_jax.config import StageConfig
+from var_jax.config import SCHEDULES, StageConfig
 from var_jax.models.partition import path_name
 
 # Positions, and what only shifts or scales, keep their size; biases and 1-D tensors do too.
@@ -17,7 +17,6 @@ NO_DECAY = ("start", "pos_embed", "level_embed", "log_scale", "ada_offset")
 def learning_rate(config: StageConfig) -> optax.Schedule:
     """Step → learning rate: linear warm-up, then the named decay to `final_lr_ratio`."""
     name, final, last = config.schedule, config.final_lr_ratio, max(config.steps - 1, 1)
-    hold = {"lin": 0.15, "lin0": 0.05, "lin00": 0.0, "exp": 0.15, "cos": 0.0}
 
     def ratio(done: Float[Array, ""]) -> Float[Array, ""]:
         """done, rest in [0, 1] → learning rate as a share of the peak."""
@@ -26,9 +25,10 @@ def learning_rate(config: StageConfig) -> optax.Schedule:
             return final + (1 - final) * (0.5 + 0.5 * jnp.cos(jnp.pi * done))
         if name == "exp":
             return jnp.exp(jnp.maximum(done - 0.15, 0) / 0.85 * jnp.log(final))
-        if name in hold:
-            falling = final + (1 - final) * rest / (1 - hold[name])
-            return jnp.where(done < hold[name], 1.0, falling)
+        if name in SCHEDULES:
+            hold = SCHEDULES[name]
+            falling = final + (1 - final) * rest / (1 - hold)
+            return jnp.where(done < hold, 1.0, falling)
         knee = float(name[3:])  # slower until here, steeper after
         middle = (1 + final + (1 - final) * (1 - knee)) / 2
         falling = final + (middle - final) * rest / (1 - knee)
