@@ -22,18 +22,20 @@ def get_config(variant: str = "") -> ConfigDict:
     # An 8x8 latent of 4x4 patches (8x8 at 64 px): most of the work is then large matrix products.
     size = 64 if variant == "64" else 32
     sizes = dict(patch_nums=(1, 2, 4, 8), vocab_size=1024, latent_dim=48)
-    if large:  # 8x8 three times: what the first leaves, the next two refine, seeing all of it
-        sizes.update(patch_nums=(1, 2, 4, 8, 8, 8))
+    if large:  # 8x8 twice: what the first leaves open, the second settles, seeing all of it
+        sizes.update(patch_nums=(1, 2, 4, 8, 8))
     config = defaults()
     config.seed = 0
-    config.data.update(source="emoji", size=size, flip=False, shift=size // 16)
+    # Mirrored, but never moved: a picture moved against the grid of patches has other codes.
+    config.data.update(source="emoji", size=size, flip=True, shift=0)
     config.tokenizer.update(
         sizes, channels=32, channel_mults=(1,), num_res_blocks=0, norm_groups=8,
         patch_size=size // 8, skip=True,
     )  # fmt: skip
     config.transformer.update(
-        sizes, num_classes=9, depth=6 if large else 4, width=192, num_heads=3, drop_path=0.0
-    )
+        sizes, num_classes=9, depth=6 if large else 4, width=192, num_heads=3,
+        drop_path=0.1 if large else 0.0,
+    )  # fmt: skip
     config.train_tokenizer.update(
         steps=1500 if large else 1000, batch_size=32, learning_rate=8e-3,
         schedule="cos", warmup_steps=30, final_lr_ratio=0.0, weight_decay=0.0,
@@ -41,10 +43,10 @@ def get_config(variant: str = "") -> ConfigDict:
         sample_every=500,
     )  # fmt: skip
     config.train_transformer.update(
-        steps=2000 if large else 900, batch_size=32, learning_rate=1.6e-2,
+        steps=4000 if large else 900, batch_size=32, learning_rate=1.6e-2,
         schedule="lin0", warmup_steps=50, final_lr_ratio=0.01, ema_decay=0.998 if large else 0.99,
-        augmented_copies=9 if large else 4, log_every=10, save_every=200,
-        sample_every=300,
+        augmented_copies=3, log_every=10, save_every=200,
+        sample_every=500 if large else 300,
     )  # fmt: skip
     config.export_dtype = "float16"
     return config

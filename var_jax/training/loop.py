@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from jaxtyping import Array, Key
 
 from var_jax import BadInput
 from var_jax.data.pipeline import epoch
@@ -48,9 +49,10 @@ def run(
 
     Raises: BadInput if the checkpoints are another config's, or the loss is no longer finite.
     """
-    config, key = stage.config, jax.random.key(seed)
+    config = stage.config
+    init_key, key = jax.random.split(jax.random.key(seed))
     checkpoints = Checkpoints(directory, keep_every=config.keep_every)
-    state, start = restore_or_init(stage, checkpoints, batches, mesh, seed)
+    state, start = restore_or_init(stage, checkpoints, batches, mesh, init_key)
     metrics.rewind(stage.name, start)
     if 0 < start < config.steps:
         say(f"{stage.name}: going on from step {start}")
@@ -111,10 +113,9 @@ def restore_or_init(
     checkpoints: Checkpoints,
     batches: grain.DatasetIterator,
     mesh: jax.sharding.Mesh,
-    seed: int,
+    key: Key[Array, ""],
 ) -> tuple[TrainState, int]:
     """The newest checkpoint, with `batches` set to where it was; or step 0, born sharded."""
-    key = jax.random.key(seed)
     abstract = shard(jax.eval_shape(stage.init, key), mesh, layout)
     restored = checkpoints.restore(abstract)
     if restored:
