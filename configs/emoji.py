@@ -48,5 +48,6 @@ def get_config(variant: str = "") -> ConfigDict:
         augmented_copies=3, log_every=10, save_every=200,
         sample_every=500 if large else 300,
     )  # fmt: skip
+    config.sampling.update(cfg=4.0, top_k=0, top_p=0.6)
     config.export_dtype = "float16"
     return config

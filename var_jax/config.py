@@ -223,6 +223,18 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How images are drawn where no flag says otherwise; kept in the checkpoint (VAR §5.1)."""
+
+    cfg: float = 1.5  # guidance; 0: none
+    top_k: int = 900  # 0: all codes
+    top_p: float = 0.96  # 0: all of the probability
+
+    def __post_init__(self):
+        check_ranges(self, "sampling", cfg=ANY, top_k=ANY, top_p=SHARE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Devices by axis; one of them may be -1, "what is left"."""
 
@@ -241,6 +253,7 @@ class Config:
     train_transformer: StageConfig = StageConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
+    sampling: SamplingConfig = SamplingConfig()
     pretrained_tokenizer: str = ""  # a checkpoint whose tokenizer is taken; none is trained then
     seed: int = 0
     export_dtype: str = "float32"  # of the checkpoint that the run leaves; float16 halves it

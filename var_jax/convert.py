@@ -85,7 +85,7 @@ def convert(paths: dict[str, str], out: str) -> None:
     usage = {name: np.asarray(t) for name, t in files["tokenizer"].items() if name == CODE_USAGE}
     known = "transformer" in models
     names = class_names(models["transformer"].config.num_classes) if known else ()
-    save_parts(out, models, names, usage)
+    save_parts(out, models, names, torch_buffers=usage)
     print(f"{out} holds {' and '.join(map(describe, models.values()))}")
 
 

@@ -7,6 +7,7 @@ from the seed and i alone, not from batch size or devices; a stopped run goes on
 holds all images twice at the end, memory one batch.
 """
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -19,6 +20,7 @@ from etils import epath
 from jaxtyping import Int32
 
 from var_jax import BadInput
+from var_jax.config import SamplingConfig
 from var_jax.data.sources import open_source
 from var_jax.evaluation.report import scorer
 from var_jax.infra import cli
@@ -41,9 +43,15 @@ LABELS = flags.DEFINE_list(
 NUM = flags.DEFINE_integer(
     "num", None, "How many images, in turn over the labels; the first get one more if need be."
 )
-CFG = flags.DEFINE_float("cfg", 1.5, "Guidance: 0 is none.", lower_bound=0)
-TOP_K = flags.DEFINE_integer("top_k", 900, "Draw from the k likeliest codes; 0: all.", 0)
-TOP_P = flags.DEFINE_float("top_p", 0.96, "Draw from this share of probability; 0: all.", 0, 1)
+CFG = flags.DEFINE_float(
+    "cfg",
+    None,
+    "Guidance: 0 is none. Default of this and the next two: as the checkpoint says, which is 1.5,"
+    " 900 and 0.96 for converted ones.",
+    lower_bound=0,
+)
+TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k likeliest codes; 0: all.", 0)
+TOP_P = flags.DEFINE_float("top_p", None, "Draw from this share of probability; 0: all.", 0, 1)
 SMOOTH = flags.DEFINE_bool("smooth", False, "Mix codes: nicer to look at, not for metrics.")
 REJECT = flags.DEFINE_float(
     "reject", 1.0, "Draw more and keep this share of each class, the best by --scorer.", 1e-4, 1
@@ -83,7 +91,8 @@ def main(argv: list[str]) -> None:
         labels = wanted_labels(models)
         score = load_scorer(models) if REJECT.value < 1 else None
         out = epath.Path(OUT.value)
-        parts = claim(out, fingerprint(models.tokenizer) + fingerprint(models.transformer))
+        models = models._replace(sampling=how_to_draw(models.sampling))
+        parts = claim(out, models)
         index = np.arange(len(labels), dtype=np.int32)
         if score is not None:
             index = candidates(labels, REJECT.value)
@@ -147,14 +156,19 @@ def load_scorer(models: Models) -> Score:
     return score  # type: ignore[return-value]
 
 
-def claim(out: epath.Path, weights: str) -> epath.Path:
+def how_to_draw(defaults: SamplingConfig) -> SamplingConfig:
+    """What the flags say and, where they say nothing, the checkpoint."""
+    given = {flag.name: flag.value for flag in (CFG, TOP_K, TOP_P) if flag.value is not None}
+    return dataclasses.replace(defaults, **given)
+
+
+def claim(out: epath.Path, models: Models) -> epath.Path:
     """The folder of unfinished parts. Raises: BadInput if it holds parts of another command."""
     settings = {
         flag.name: flag.value
-        for flag in (
-            LABELS, NUM, CFG, TOP_K, TOP_P, SMOOTH, REJECT, SCORER, SEED, BATCH_SIZE, DTYPE
-        )
-    }  # fmt: skip
+        for flag in (LABELS, NUM, SMOOTH, REJECT, SCORER, SEED, BATCH_SIZE, DTYPE)
+    } | dataclasses.asdict(models.sampling)
+    weights = fingerprint(models.tokenizer) + fingerprint(models.transformer)
     settings |= {"weights": weights}
     parts = out / "parts"
     about = parts / "settings.json"
@@ -228,7 +242,7 @@ def draw(
     keep: Callable[[slice, np.ndarray, np.ndarray], dict[str, np.ndarray]],
 ) -> list[epath.Path]:
     """Draws batch by batch and writes what `keep` makes of each, unless it is there already."""
-    count, size = len(labels), min(BATCH_SIZE.value, len(labels))
+    how, count, size = models.sampling, len(labels), min(BATCH_SIZE.value, len(labels))
     paths = {start: parts / f"{prefix}{start:08d}.npz" for start in range(0, count, size)}
     left = [start for start, path in paths.items() if not path.exists()]
     done = count - sum(min(size, count - start) for start in left)
@@ -243,9 +257,9 @@ def draw(
                     index=index[rows],
                     batch_size=size,
                     seed=SEED.value,
-                    cfg=CFG.value or None,
-                    top_k=TOP_K.value,
-                    top_p=TOP_P.value,
+                    cfg=how.cfg or None,
+                    top_k=how.top_k,
+                    top_p=how.top_p,
                     smooth=SMOOTH.value,
                 )
             )

@@ -59,7 +59,6 @@ PROFILE = flags.DEFINE_integer("profile", 0, "Trace so many steps for TensorBoar
 flags.adopt_module_key_flags(hosts)
 SAMPLES_A_CLASS = 10
 JUDGED = {"cfg": 4.0, "top_k": 0, "top_p": 0.95}  # how samples are drawn for the figures
-PICTURED = JUDGED | {"top_p": 0.6}  # and for samples.png: less variety, cleaner
 
 
 def main(argv: list[str]) -> None:
@@ -76,7 +75,10 @@ def main(argv: list[str]) -> None:
         parts: dict[str, Any] = {"tokenizer": tokenizer}
         if config.train_transformer.steps:
             parts["transformer"] = run.transformer(tokenizer)
-        save_models(run.workdir / "checkpoint", parts, run.train.class_names, config.export_dtype)
+        save_models(
+            run.workdir / "checkpoint", parts, run.train.class_names, config.export_dtype,
+            config.sampling,
+        )  # fmt: skip
         summary = last_validation(run.workdir)
         if "transformer" in parts:
             models = Models(**parts, class_names=run.train.class_names)
@@ -179,7 +181,8 @@ class Run:
 
         def look(step: int, state: TrainState) -> dict[str, float]:
             models = Models(tokenizer, state.best, self.train.class_names)
-            picture = sample_rows(models, seed=self.config.seed)
+            how = dataclasses.asdict(self.config.sampling)
+            picture = sample_rows(models, self.config.seed, **how)
             if jax.process_index() == 0:
                 save_png(self.workdir / "samples.png", picture)
             self.metrics.image(stage.name, step, "samples", picture)
@@ -266,7 +269,7 @@ def default_workdir() -> str:
 def claim(workdir: epath.Path, config: Config, tokenizer: str) -> None:
     """Makes `workdir` this config's, and a pretrained tokenizer's of this fingerprint.
 
-    The mesh and the number of worker processes may differ.
+    The mesh, the number of worker processes and how samples are drawn may differ.
 
     Raises: BadInput if it is another's.
     """
@@ -289,7 +292,7 @@ def claim(workdir: epath.Path, config: Config, tokenizer: str) -> None:
         found = dataclasses.asdict(from_dict(Config, found))
         found = json.loads(json.dumps(found))
         found["data"]["workers"] = wanted["data"]["workers"]
-        for section in wanted.keys() - {"mesh"}:
+        for section in wanted.keys() - {"mesh", "sampling"}:
             if found[section] != wanted[section]:
                 raise BadInput(
                     f"{workdir} belongs to a run whose config.{difference(section, found, wanted)};"
@@ -327,11 +330,11 @@ def coarse_to_fine(tokenizer: Tokenizer, image):
     return [tokenizer.decode_latent(f_hat) for f_hat in sums]
 
 
-def sample_rows(models: Models, seed: int) -> np.ndarray:
-    """A row of samples a class, its name beside it."""
+def sample_rows(models: Models, seed: int, **how) -> np.ndarray:
+    """A row of samples a class, its name beside it; `how` is `generate`'s."""
     names = models.class_names[:16]
     labels = np.repeat(np.arange(len(names), dtype=np.int32), SAMPLES_A_CLASS)
-    images = draw(models, labels, seed, **PICTURED)
+    images = draw(models, labels, seed, **how)
     rows = images.reshape(len(names), SAMPLES_A_CLASS, *images.shape[1:])
     return labelled_rows(dict(zip(names, rows, strict=True)), max(1, 64 // images.shape[1]))
 

@@ -1,6 +1,7 @@
 """`var_jax.sample` from outside: counts, rejection, the picture of scales, unfinished runs."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -72,6 +73,20 @@ def test_settings_bind_once_there_are_images(untrained, tmp_path):
     (parts / "settings.json").write_text(json.dumps({"batch_size": 64}))  # it ran out of memory
     made = sample(untrained, tmp_path, "--labels", "3:2")
     assert made["labels"].tolist() == [3, 3] and not parts.exists()
+
+
+def test_the_checkpoint_says_how_to_draw(untrained, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(untrained, copy)
+    about = json.loads((copy / "config.json").read_text())
+    about["sampling"] = {"cfg": 3.0, "top_k": 5, "top_p": 0.7}
+    (copy / "config.json").write_text(json.dumps(about))
+    by_itself = sample(copy, tmp_path / "a", "--labels", "3:4")
+    flags = ("--cfg", 3, "--top_k", 5, "--top_p", 0.7)
+    by_flags = sample(untrained, tmp_path / "b", "--labels", "3:4", *flags)
+    np.testing.assert_array_equal(by_itself["tokens"], by_flags["tokens"])
+    overridden = sample(copy, tmp_path / "c", "--labels", "3:4", "--top_k", 900)
+    assert (overridden["tokens"] != by_itself["tokens"]).any()
 
 
 @pytest.mark.slow

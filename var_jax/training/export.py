@@ -1,7 +1,7 @@
 """The self-describing checkpoint that training leaves and every other command reads.
 
-A folder with `config.json` (both model configs, class names) and `weights/`. A converted one may
-hold a tokenizer only. "emoji" names the one that ships in the package.
+A folder with `config.json` (both model configs, class names, how to sample) and `weights/`. A
+converted one may hold a tokenizer only. "emoji" names the one that ships in the package.
 """
 
 import dataclasses
@@ -18,12 +18,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from var_jax import BadInput
-from var_jax.config import TokenizerConfig, TransformerConfig, from_dict
+from var_jax.config import SamplingConfig, TokenizerConfig, TransformerConfig, from_dict
 from var_jax.infra.checkpoint import load_config, load_weights, save_weights
 from var_jax.infra.mesh import shard
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import Transformer
 from var_jax.training.state import layout
+
+PAPERS = SamplingConfig()
 
 
 class Models(NamedTuple):
@@ -32,6 +34,7 @@ class Models(NamedTuple):
     tokenizer: Tokenizer
     transformer: Transformer
     class_names: tuple[str, ...]
+    sampling: SamplingConfig = PAPERS
 
     def class_index(self, label: str, flag: str) -> int:
         """A class by number or by name. Raises: BadInput, naming `flag`, if there is none such."""
@@ -48,17 +51,22 @@ class Models(NamedTuple):
 
 
 def save_models(
-    directory: str | PurePath, parts: dict[str, Any], class_names: Sequence[str], dtype: str
+    directory: str | PurePath,
+    parts: dict[str, Any],
+    class_names: Sequence[str],
+    dtype: str,
+    sampling: SamplingConfig = PAPERS,
 ) -> None:
     """Writes a checkpoint of `tokenizer` and maybe `transformer`, weights in `dtype`."""
     parts = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), parts)
-    save_parts(directory, parts, class_names)
+    save_parts(directory, parts, class_names, sampling)
 
 
 def save_parts(
     directory: str | PurePath,
     parts: dict[str, Any],
     class_names: Sequence[str],
+    sampling: SamplingConfig = PAPERS,
     torch_buffers: dict[str, np.ndarray] | None = None,
 ) -> None:
     """Writes a checkpoint of `tokenizer` and maybe `transformer`, weights as they are.
@@ -70,6 +78,7 @@ def save_parts(
     about = {
         **configs,
         "class_names": list(class_names),
+        "sampling": dataclasses.asdict(sampling),
         "torch_buffers": {name: list(array.shape) for name, array in buffers.items()},
     }
     save_weights(directory, parts | {"torch_buffers": buffers}, about)
@@ -103,7 +112,9 @@ def load_models(directory: str, mesh: jax.sharding.Mesh, dtype: str = "auto") ->
         "transformer": shard(abstract["transformer"], mesh, layout),
     }
     weights = load_weights(folder, abstract)
-    return Models(weights["tokenizer"], weights["transformer"], tuple(about["class_names"]))
+    sampling = from_dict(SamplingConfig, about.get("sampling", {}), "sampling")
+    names = tuple(about["class_names"])
+    return Models(weights["tokenizer"], weights["transformer"], names, sampling)
 
 
 def load_tokenizer(directory: str, mesh: jax.sharding.Mesh) -> Tokenizer:
