@@ -43,11 +43,11 @@ def get_config(variant: str = "") -> ConfigDict:
         sample_every=500,
     )  # fmt: skip
     config.train_transformer.update(
-        steps=4000 if large else 900, batch_size=32, learning_rate=1.6e-2,
+        steps=2400 if large else 900, batch_size=32, learning_rate=1.6e-2,
         schedule="lin0", warmup_steps=50, final_lr_ratio=0.01, ema_decay=0.998 if large else 0.99,
-        augmented_copies=3, log_every=10, save_every=200,
-        sample_every=500 if large else 300,
+        augmented_copies=9 if large else 3, log_every=10, save_every=200,
+        sample_every=400 if large else 300,
     )  # fmt: skip
-    config.sampling.update(cfg=4.0, top_k=0, top_p=0.6)
+    config.sampling.update(cfg=1.0, top_k=0, top_p=0.6)
     config.export_dtype = "float16"
     return config
