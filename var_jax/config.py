@@ -233,6 +233,11 @@ class SamplingConfig:
     def __post_init__(self):
         check_ranges(self, "sampling", cfg=ANY, top_k=ANY, top_p=SHARE)
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """For `sampling.decode.sample`, where no guidance is None: half of the work."""
+        return {"cfg": self.cfg or None, "top_k": self.top_k, "top_p": self.top_p}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:

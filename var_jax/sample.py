@@ -242,7 +242,7 @@ def draw(
     keep: Callable[[slice, np.ndarray, np.ndarray], dict[str, np.ndarray]],
 ) -> list[epath.Path]:
     """Draws batch by batch and writes what `keep` makes of each, unless it is there already."""
-    how, count, size = models.sampling, len(labels), min(BATCH_SIZE.value, len(labels))
+    count, size = len(labels), min(BATCH_SIZE.value, len(labels))
     paths = {start: parts / f"{prefix}{start:08d}.npz" for start in range(0, count, size)}
     left = [start for start, path in paths.items() if not path.exists()]
     done = count - sum(min(size, count - start) for start in left)
@@ -257,10 +257,8 @@ def draw(
                     index=index[rows],
                     batch_size=size,
                     seed=SEED.value,
-                    cfg=how.cfg or None,
-                    top_k=how.top_k,
-                    top_p=how.top_p,
                     smooth=SMOOTH.value,
+                    **models.sampling.arguments,
                 )
             )
             save_npz(paths[start], **keep(rows, images, tokens))

@@ -58,7 +58,6 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/NAME for configs/N
 PROFILE = flags.DEFINE_integer("profile", 0, "Trace so many steps for TensorBoard, from the tenth.")
 flags.adopt_module_key_flags(hosts)
 SAMPLES_A_CLASS = 10
-JUDGED = {"cfg": 4.0, "top_k": 0, "top_p": 0.95}  # how samples are drawn for the figures
 
 
 def main(argv: list[str]) -> None:
@@ -81,9 +80,9 @@ def main(argv: list[str]) -> None:
         )  # fmt: skip
         summary = last_validation(run.workdir)
         if "transformer" in parts:
-            models = Models(**parts, class_names=run.train.class_names)
-            judged = functools.partial(draw, models, seed=config.seed + 1, **JUDGED)
-            summary |= report(run.train, run.validation, judged)
+            models = Models(**parts, class_names=run.train.class_names, sampling=config.sampling)
+            fresh = functools.partial(draw, models, seed=config.seed + 1)
+            summary |= report(run.train, run.validation, fresh)
     if jax.process_index() > 0:
         return
     plot(run.workdir)
@@ -180,9 +179,8 @@ class Run:
             source, augmentation = self.cached_tokens(tokenizer), {}
 
         def look(step: int, state: TrainState) -> dict[str, float]:
-            models = Models(tokenizer, state.best, self.train.class_names)
-            how = dataclasses.asdict(self.config.sampling)
-            picture = sample_rows(models, self.config.seed, **how)
+            models = Models(tokenizer, state.best, self.train.class_names, self.config.sampling)
+            picture = sample_rows(models, self.config.seed)
             if jax.process_index() == 0:
                 save_png(self.workdir / "samples.png", picture)
             self.metrics.image(stage.name, step, "samples", picture)
@@ -330,20 +328,23 @@ def coarse_to_fine(tokenizer: Tokenizer, image):
     return [tokenizer.decode_latent(f_hat) for f_hat in sums]
 
 
-def sample_rows(models: Models, seed: int, **how) -> np.ndarray:
-    """A row of samples a class, its name beside it; `how` is `generate`'s."""
+def sample_rows(models: Models, seed: int) -> np.ndarray:
+    """A row of samples a class, its name beside it."""
     names = models.class_names[:16]
     labels = np.repeat(np.arange(len(names), dtype=np.int32), SAMPLES_A_CLASS)
-    images = draw(models, labels, seed, **how)
+    images = draw(models, labels, seed)
     rows = images.reshape(len(names), SAMPLES_A_CLASS, *images.shape[1:])
     return labelled_rows(dict(zip(names, rows, strict=True)), max(1, 64 // images.shape[1]))
 
 
 def draw(
-    models: Models, labels: Int32[np.ndarray, " N"], seed: int, **how
+    models: Models, labels: Int32[np.ndarray, " N"], seed: int
 ) -> UInt8[np.ndarray, "N H W 3"]:
-    """Samples of these classes; `how` is `generate`'s."""
-    made = generate(models.transformer, models.tokenizer, labels, batch_size=64, seed=seed, **how)
+    """Samples of these classes, as `sample` draws them from the checkpoint."""
+    made = generate(
+        models.transformer, models.tokenizer, labels, batch_size=64, seed=seed,
+        **models.sampling.arguments,
+    )  # fmt: skip
     return np.concatenate([images for images, _ in made])
 
 
