@@ -48,6 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
         augmented_copies=9 if large else 3, log_every=10, save_every=200,
         sample_every=400 if large else 300,
     )  # fmt: skip
-    config.sampling.update(cfg=1.0, top_k=0, top_p=0.6)
+    cfg, top_p = (0.5, 0.5) if large else (1.0, 0.6)
+    config.sampling.update(cfg=cfg, top_k=0, top_p=top_p)
     config.export_dtype = "float16"
     return config
