@@ -31,6 +31,7 @@ CHANGES = {
     "codes by gradient (codebook_decay=0)": {"train_tokenizer": {"codebook_decay": 0.0}},
     "no restart of dead codes (restart_below=0)": {"train_tokenizer": {"restart_below": 0.0}},
     "six scales, 130 tokens": {"tokenizer": {"patch_nums": (1, 2, 3, 4, 6, 8)}},
+    "the finest scale twice, 149 tokens": {"tokenizer": {"patch_nums": (1, 2, 4, 8, 8)}},
     "the finest scale three times, 213 tokens": {"tokenizer": {"patch_nums": (1, 2, 4, 8, 8, 8)}},
     "2048 codes": {"tokenizer": {"vocab_size": 2048}},
     "64 channels": {"tokenizer": {"channels": 64}},
@@ -57,9 +58,10 @@ def main() -> None:
         stream = batches(
             train, batch_size=stage_config.batch_size, seed=config.seed, augment=change_items
         )
-        key, step = jax.random.key(config.seed), jax.jit(stage.train_step, donate_argnums=0)
+        init_key, key = jax.random.split(jax.random.key(config.seed))
+        step = jax.jit(stage.train_step, donate_argnums=0)
         with jax.set_mesh(mesh):
-            state, times = jax.jit(stage.init)(key), []
+            state, times = jax.jit(stage.init)(init_key), []
             for _ in range(steps):
                 started = time.perf_counter()
                 state, _ = jax.block_until_ready(step(state, put_batch(next(stream), mesh), key))

@@ -1,6 +1,7 @@
 """Configs refuse what cannot be built, in one sentence."""
 
 import dataclasses
+import json
 import pathlib
 import runpy
 
@@ -16,6 +17,16 @@ def test_a_flag_can_set_every_field_of_an_experiment(name):
     path = pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py"
     config = runpy.run_path(str(path))["get_config"]().to_dict()
     assert dataclasses.asdict(from_dict(Config, config)) == config
+
+
+def test_the_shipped_checkpoint_is_of_the_large_emoji_config():
+    root = pathlib.Path(__file__).parents[1]
+    path = root / "configs" / "emoji.py"
+    config = from_dict(Config, runpy.run_path(str(path))["get_config"]("large").to_dict())
+    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
+    found = json.loads((root / "var_jax" / "checkpoints" / "emoji" / "config.json").read_text())
+    for part in ("tokenizer", "transformer", "sampling"):
+        assert found[part] == wanted[part]
 
 
 @pytest.mark.parametrize(

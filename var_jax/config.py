@@ -224,7 +224,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How images are drawn where no flag says otherwise; kept in the checkpoint (VAR §5.1)."""
+    """How `var_jax.sample` draws unless its flags say otherwise; kept in the checkpoint."""
 
     cfg: float = 1.5  # guidance; 0: none
     top_k: int = 900  # 0: all codes

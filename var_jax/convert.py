@@ -20,7 +20,7 @@ from absl import flags
 from flax import nnx
 
 from var_jax import BadInput
-from var_jax.config import TokenizerConfig, TransformerConfig
+from var_jax.config import SamplingConfig, TokenizerConfig, TransformerConfig
 from var_jax.data.imagenet import class_names
 from var_jax.infra import cli
 from var_jax.infra.logs import progress
@@ -85,7 +85,7 @@ def convert(paths: dict[str, str], out: str) -> None:
     usage = {name: np.asarray(t) for name, t in files["tokenizer"].items() if name == CODE_USAGE}
     known = "transformer" in models
     names = class_names(models["transformer"].config.num_classes) if known else ()
-    save_parts(out, models, names, torch_buffers=usage)
+    save_parts(out, models, names, SamplingConfig(), usage)
     print(f"{out} holds {' and '.join(map(describe, models.values()))}")
 
 

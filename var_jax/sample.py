@@ -43,15 +43,14 @@ LABELS = flags.DEFINE_list(
 NUM = flags.DEFINE_integer(
     "num", None, "How many images, in turn over the labels; the first get one more if need be."
 )
-CFG = flags.DEFINE_float(
-    "cfg",
-    None,
-    "Guidance: 0 is none. Default of this and the next two: as the checkpoint says, which is 1.5,"
-    " 900 and 0.96 for converted ones.",
-    lower_bound=0,
+AS_TRAINED = " Default: the checkpoint's."
+CFG = flags.DEFINE_float("cfg", None, "Guidance: 0 is none." + AS_TRAINED, lower_bound=0)
+TOP_K = flags.DEFINE_integer(
+    "top_k", None, "Draw from the k likeliest codes; 0: all." + AS_TRAINED, 0
 )
-TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k likeliest codes; 0: all.", 0)
-TOP_P = flags.DEFINE_float("top_p", None, "Draw from this share of probability; 0: all.", 0, 1)
+TOP_P = flags.DEFINE_float(
+    "top_p", None, "Draw from this share of probability; 0: all." + AS_TRAINED, 0, 1
+)
 SMOOTH = flags.DEFINE_bool("smooth", False, "Mix codes: nicer to look at, not for metrics.")
 REJECT = flags.DEFINE_float(
     "reject", 1.0, "Draw more and keep this share of each class, the best by --scorer.", 1e-4, 1

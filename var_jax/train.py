@@ -83,6 +83,9 @@ def main(argv: list[str]) -> None:
             models = Models(**parts, class_names=run.train.class_names, sampling=config.sampling)
             fresh = functools.partial(draw, models, seed=config.seed + 1)
             summary |= report(run.train, run.validation, fresh)
+            picture = sample_rows(models, config.seed)
+            if jax.process_index() == 0:
+                save_png(run.workdir / "samples.png", picture)
     if jax.process_index() > 0:
         return
     plot(run.workdir)

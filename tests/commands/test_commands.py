@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,18 @@ def test_too_many_devices_for_the_batch(tmp_path, monkeypatch, flag, sentence):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     code, _, err = run("train", "--config", TINY, "--workdir", tmp_path, f"--config.{flag}")
     assert code == 2 and sentence in err and "over 8 devices" in err
+
+
+def test_samples_may_be_drawn_otherwise_later(trained, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "work")
+    flag = "--config.sampling.top_p=0.5"
+    code, _, err = run("train", "--config", TINY, "--workdir", workdir, flag)
+    assert code == 0, err
+    about = json.loads((workdir / "checkpoint" / "config.json").read_text())
+    assert about["sampling"] == {"cfg": 1.5, "top_k": 900, "top_p": 0.5}
+    pictures = ((d / "samples.png").read_bytes() for d in (workdir, trained))
+    assert len(set(pictures)) == 2
+    assert (workdir / "metrics.jsonl").read_text() == (trained / "metrics.jsonl").read_text()
 
 
 def test_another_configs_work_directory_is_refused(trained):

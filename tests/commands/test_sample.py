@@ -85,8 +85,14 @@ def test_the_checkpoint_says_how_to_draw(untrained, tmp_path):
     flags = ("--cfg", 3, "--top_k", 5, "--top_p", 0.7)
     by_flags = sample(untrained, tmp_path / "b", "--labels", "3:4", *flags)
     np.testing.assert_array_equal(by_itself["tokens"], by_flags["tokens"])
-    overridden = sample(copy, tmp_path / "c", "--labels", "3:4", "--top_k", 900)
-    assert (overridden["tokens"] != by_itself["tokens"]).any()
+    del about["sampling"]  # as in checkpoints from before there was such a section
+    (copy / "config.json").write_text(json.dumps(about))
+    before = sample(copy, tmp_path / "d", "--labels", "3:4")
+    papers = ("--cfg", 1.5, "--top_k", 900, "--top_p", 0.96)
+    as_before = sample(untrained, tmp_path / "e", "--labels", "3:4", *papers)
+    np.testing.assert_array_equal(before["tokens"], as_before["tokens"])
+    overridden = sample(copy, tmp_path / "c", "--labels", "3:4", "--top_k", 1)
+    assert (overridden["tokens"] != before["tokens"]).any()
 
 
 @pytest.mark.slow

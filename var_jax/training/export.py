@@ -25,8 +25,6 @@ from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import Transformer
 from var_jax.training.state import layout
 
-PAPERS = SamplingConfig()
-
 
 class Models(NamedTuple):
     """What a checkpoint holds."""
@@ -34,7 +32,7 @@ class Models(NamedTuple):
     tokenizer: Tokenizer
     transformer: Transformer
     class_names: tuple[str, ...]
-    sampling: SamplingConfig = PAPERS
+    sampling: SamplingConfig
 
     def class_index(self, label: str, flag: str) -> int:
         """A class by number or by name. Raises: BadInput, naming `flag`, if there is none such."""
@@ -55,7 +53,7 @@ def save_models(
     parts: dict[str, Any],
     class_names: Sequence[str],
     dtype: str,
-    sampling: SamplingConfig = PAPERS,
+    sampling: SamplingConfig,
 ) -> None:
     """Writes a checkpoint of `tokenizer` and maybe `transformer`, weights in `dtype`."""
     parts = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), parts)
@@ -66,7 +64,7 @@ def save_parts(
     directory: str | PurePath,
     parts: dict[str, Any],
     class_names: Sequence[str],
-    sampling: SamplingConfig = PAPERS,
+    sampling: SamplingConfig,
     torch_buffers: dict[str, np.ndarray] | None = None,
 ) -> None:
     """Writes a checkpoint of `tokenizer` and maybe `transformer`, weights as they are.
@@ -105,6 +103,7 @@ def load_models(directory: str, mesh: jax.sharding.Mesh, dtype: str = "auto") ->
         raise BadInput(
             f"{folder} holds a tokenizer but no transformer; convert it with --transformer too."
         )
+    how = from_dict(SamplingConfig, about.get("sampling", {}), f"sampling in {folder}/config.json")
     if dtype == "bfloat16":
         abstract["transformer"] = slim(abstract["transformer"])
     abstract = {
@@ -112,9 +111,7 @@ def load_models(directory: str, mesh: jax.sharding.Mesh, dtype: str = "auto") ->
         "transformer": shard(abstract["transformer"], mesh, layout),
     }
     weights = load_weights(folder, abstract)
-    sampling = from_dict(SamplingConfig, about.get("sampling", {}), "sampling")
-    names = tuple(about["class_names"])
-    return Models(weights["tokenizer"], weights["transformer"], names, sampling)
+    return Models(weights["tokenizer"], weights["transformer"], tuple(about["class_names"]), how)
 
 
 def load_tokenizer(directory: str, mesh: jax.sharding.Mesh) -> Tokenizer:

@@ -50,6 +50,7 @@ def run(
     Raises: BadInput if the checkpoints are another config's, or the loss is no longer finite.
     """
     config = stage.config
+    # Apart, because both number what they draw by folding small integers into their key.
     init_key, key = jax.random.split(jax.random.key(seed))
     checkpoints = Checkpoints(directory, keep_every=config.keep_every)
     state, start = restore_or_init(stage, checkpoints, batches, mesh, init_key)
