@@ -1,7 +1,7 @@
 """Emoji from nothing on two CPU cores: 1,906 Noto emoji, nine Unicode groups as classes.
 
     python -m var_jax.train --config configs/emoji.py        # 32x32, nine minutes
-    python -m var_jax.train --config configs/emoji.py:large  # 32x32, 50 minutes: sharper
+    python -m var_jax.train --config configs/emoji.py:large  # 32x32, 48 minutes: sharper
     python -m var_jax.train --config configs/emoji.py:64     # 64x64
 
 The checkpoint that ships in the package is what `large` leaves (seed 0). The README has expected
