@@ -10,7 +10,10 @@ import pytest
 from var_jax.infra.mesh import make_mesh
 from var_jax.models.partition import in_parts, pin, project
 
-LAYOUTS = [(None, "tensor"), ("tensor", None), (None, None)]  # of w: columns, rows, neither split
+LAYOUTS = [  # of w
+    (None, "tensor"), ("tensor", None), (None, None), ("fsdp", None), ("fsdp", "tensor"),
+    ("tensor", "fsdp"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("mesh_shape", [None, (1, 8, 1), (2, 2, 2)])
@@ -20,8 +23,9 @@ def test_gradients_of_a_product(D, F, w_spec, mesh_shape):
     shapes = [(16, D), (D, F), (16, F)]
     x, w, g = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(shapes))
     with jax.set_mesh(make_mesh(*mesh_shape)) if mesh_shape else contextlib.nullcontext():
-        x_MD, w_DF = pin(x, ("data", "fsdp"), w_spec[0]), pin(w, *w_spec)
-        grads = jax.jit(jax.grad(lambda x, w: (project(x, w, w_spec[1]) * g).sum(), (0, 1)))
+        x_axis, out = (axis if axis == "tensor" else None for axis in w_spec)
+        x_MD, w_DF = pin(x, ("data", "fsdp"), x_axis), pin(w, *w_spec)
+        grads = jax.jit(jax.grad(lambda x, w: (project(x, w, out) * g).sum(), (0, 1)))
         made = grads(x_MD, w_DF)
         assert not mesh_shape or made[1].sharding == w_DF.sharding
         got = jax.device_get(made)

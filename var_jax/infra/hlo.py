@@ -144,10 +144,17 @@ def collective_bytes(program: Program) -> Counter[str]:
         if kind == "all-reduce" and op.computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
         elif kind == "reduce-scatter":
-            groups = re.search(r"replica_groups=\[\d+,(\d+)\]", op.text)
-            size *= int(groups[1]) if groups else 1
+            size *= _group_size(op.text)
         total[kind] += size * op.times
     return total
+
+
+def _group_size(text: str) -> int:
+    """How many chips take part in one group of a collective, in either notation."""
+    if groups := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(groups[1])
+    groups = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
+    return groups[1].count(",") + 1 if groups else 1
 
 
 def _bytes(result: str) -> int:

@@ -63,41 +63,69 @@ def images(x: Float[Array, "M D"], batch: int) -> Float[Array, "B L D"]:
 
 def project(
     x_MD: Float[Array, "M D"],
-    w: Float[Array, "D F"],
+    w_DF: Float[Array, "D F"],
     out: Axes = None,
     dtype: jnp.dtype | None = None,
 ) -> Float[Array, "M F"]:
-    """x @ w, split over `out`, accumulated and returned in `dtype`."""
-    product = matmul_cpu if platform() == "cpu" else matmul
-    return product(x_MD, w, P(BATCH, out) if on_mesh() else None, dtype)
+    """x @ w, split over `out`, accumulated and returned in `dtype`.
 
-
-def matmul(x: Array, w: Array, spec: P | None, dtype: jnp.dtype | None = None) -> Array:
-    """x @ w laid out as `spec` says."""
-    return jnp.matmul(x, w, preferred_element_type=dtype, out_sharding=spec)
+    `w` is gathered from its 'fsdp' shards; its gradient leaves as a reduce-scatter to them, which
+    the compiler would make an all-reduce of all of it (ZeRO, arXiv 1910.02054, §5.3).
+    """
+    return product(x_MD, w_DF, out, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul_cpu(x: Array, w: Array, spec: P | None, dtype: jnp.dtype | None) -> Array:
-    """`matmul` whose gradients also run at full speed in XLA's CPU compiler."""
-    return matmul(x, w, spec, dtype)
+def product(x: Array, w: Array, out: Axes, dtype: jnp.dtype | None) -> Array:
+    """`project`; apart, because type checkers know nothing of what custom_vjp returns."""
+    return matmul(x, whole(w), P(BATCH, out), dtype)
 
 
-def matmul_cpu_forward(x: Array, w: Array, spec: P | None, dtype: jnp.dtype | None):
-    return matmul(x, w, spec, dtype), (x, w)
+def product_forward(x: Array, w: Array, out: Axes, dtype: jnp.dtype | None):
+    return product(x, w, out, dtype), (x, w)
 
 
-def matmul_cpu_backward(spec: P | None, dtype: jnp.dtype | None, kept: tuple[Array, Array], g):
+def product_backward(out: Axes, dtype: jnp.dtype | None, kept: tuple[Array, Array], g: Array):
     """The gradients of x and w, laid out as they are."""
     x, w = kept
-    x_spec, w_spec = (jax.typeof(a).sharding.spec if on_mesh() else None for a in kept)
-    # Reading x by columns halves the speed of a product with a wide g; a copy costs less. Where g
-    # is the narrower one it does not.
-    x_T = jax.lax.optimization_barrier(x.T) if w.shape[0] <= w.shape[1] else x.T
-    return matmul(g, w.T, x_spec).astype(x.dtype), matmul(x_T, g, w_spec).astype(w.dtype)
+    g = g.astype(x.dtype)  # of the float32 logits; TPUs would round it all the same
+    # XLA's CPU compiler reads x by columns at half the speed; where g is wide a copy costs less.
+    copied = platform() == "cpu" and w.shape[0] <= w.shape[1]
+
+    def share(x: Array, g: Array) -> Array:
+        x_T = jax.lax.optimization_barrier(x.T) if copied else x.T
+        return jnp.matmul(x_T, g).astype(w.dtype)
+
+    if not on_mesh():
+        return jnp.matmul(g, w.T).astype(x.dtype), share(x, g)
+    x_spec, w_spec, g_spec = (jax.typeof(a).sharding.spec for a in (x, w, g))
+
+    def reduced(x: Array, g: Array) -> Array:
+        dw = share(x, g)
+        if "fsdp" not in w_spec:
+            return jax.lax.psum(dw, BATCH)
+        dw = jax.lax.psum_scatter(
+            dw, "fsdp", scatter_dimension=tuple(w_spec).index("fsdp"), tiled=True
+        )
+        return jax.lax.psum(dw, "data")
+
+    dw = jax.shard_map(reduced, in_specs=(x_spec, g_spec), out_specs=w_spec)(x, g)
+    return matmul(g, whole(w).T, x_spec).astype(x.dtype), dw
 
 
-matmul_cpu.defvjp(matmul_cpu_forward, matmul_cpu_backward)
+product.defvjp(product_forward, product_backward)
+
+
+def matmul(x: Array, w: Array, spec: P, dtype: jnp.dtype | None = None) -> Array:
+    """x @ w laid out as `spec` says."""
+    return jnp.matmul(x, w, preferred_element_type=dtype, out_sharding=spec if on_mesh() else None)
+
+
+def whole(w: Array) -> Array:
+    """A weight gathered from its 'fsdp' shards; what else splits it stays."""
+    if not on_mesh():
+        return w
+    return pin(w, *(None if axis == "fsdp" else axis for axis in jax.typeof(w).sharding.spec))
 
 
 def merge_heads(x: Float[Array, "*rest H N"], axis: int = -2) -> Float[Array, "*rest HN"]:

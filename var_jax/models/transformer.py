@@ -24,9 +24,11 @@ from var_jax.models.partition import (
     pin,
     platform,
     project,
+    reshape,
     rows,
     split_heads,
     take,
+    whole,
 )
 from var_jax.scales import level_ids, slices
 
@@ -94,7 +96,7 @@ class Block(nnx.Module):
     def project_qkv(self, x: Array, scale: Array, shift: Array) -> list[Float[Array, "M HN"]]:
         """q, k, v of all tokens, without biases."""
         x = rows(layer_norm(x) * (1 + scale) + shift)
-        qkv = gather(self.qkv, None, None, "tensor", dtype=x.dtype)
+        qkv = self.qkv[...].astype(x.dtype)
         return [project(x, merge_heads(qkv[:, i]), "tensor") for i in range(3)]
 
     @property
@@ -112,23 +114,21 @@ class Block(nnx.Module):
 
         Attention weights sum to 1, so the bias of v is the same as this much more bias here.
         """
-        proj = merge_heads(gather(self.proj, "tensor", dtype=mixed.dtype), axis=0)
+        proj = merge_heads(self.proj[...].astype(mixed.dtype), axis=0)
         v_bias = merge_heads(pin(self.v_bias[...].astype(proj.dtype), "tensor"))
-        bias = self.proj_bias + einsum("F,FD->D", v_bias, proj)
+        bias = self.proj_bias + einsum("F,FD->D", v_bias, whole(proj))
         return project(mixed, proj) + bias.astype(mixed.dtype)
 
     def widen(self, x: Array, gate: Array, out: Array, scale: Array, shift: Array):
         """The residual stream (B,L,D) after attention, and the MLP's first product (M,F)."""
         x = self.add(x, gate, out)
         h = rows(layer_norm(x) * (1 + scale) + shift)
-        fc1 = gather(self.fc1, None, "tensor", dtype=x.dtype)
-        return x, project(h, fc1, "tensor")
+        return x, project(h, self.fc1[...].astype(x.dtype), "tensor")
 
     def narrow(self, h: Float[Array, "M F"]) -> Float[Array, "M D"]:
         """What the MLP adds to the residual stream."""
         h = jax.nn.gelu(h + self.fc1_bias.astype(h.dtype))
-        fc2 = gather(self.fc2, "tensor", dtype=h.dtype)
-        return project(h, fc2) + self.fc2_bias.astype(h.dtype)
+        return project(h, self.fc2[...].astype(h.dtype)) + self.fc2_bias.astype(h.dtype)
 
     def add(self, x: Array, gate: Array, out: Float[Array, "M D"]) -> Float[Array, "B L D"]:
         """A gated branch joins the residual stream."""
@@ -256,7 +256,7 @@ class Transformer(nnx.Module):
 
     def position(self) -> Float[Array, "L D"]:
         """Where a token lies plus which scale it belongs to."""
-        return gather(self.pos_embed) + self.level_embed[...][level_ids(self.config.patch_nums)]
+        return whole(self.pos_embed[...]) + self.level_embed[...][level_ids(self.config.patch_nums)]
 
     def embed_labels(self, labels: Int32[Array, " B"]) -> Float[Array, "B D"]:
         """The class as a vector, which also steers every AdaLN."""
@@ -269,7 +269,7 @@ class Transformer(nnx.Module):
 
     def embed_inputs(self, x_BMC: Float[Array, "B M C"], start: int = 1) -> Float[Array, "B M D"]:
         """The inputs of the tokens from position `start` on."""
-        x = project(rows(x_BMC), gather(self.word)) + self.word_bias[...]
+        x = project(rows(x_BMC), self.word[...]) + self.word_bias[...]
         x = images(x, x_BMC.shape[0])
         return (x + self.position()[start : start + x_BMC.shape[1]]).astype(self.dtype)
 
@@ -291,7 +291,7 @@ class Transformer(nnx.Module):
         ada = modulate(cond, self.head_ada, self.head_ada_bias, self.dtype)
         scale, shift = ada[:, 0, None], ada[:, 1, None]
         x = (layer_norm(x.astype(jnp.float32)) * (1 + scale) + shift).astype(self.dtype)
-        head = gather(self.head, None, "tensor", dtype=self.dtype)
+        head = self.head[...].astype(self.dtype)
         logits = project(rows(x), head, "tensor", jnp.float32) + self.head_bias[...]
         return images(logits, x.shape[0])
 
@@ -301,14 +301,9 @@ def modulate(
 ) -> Float[Array, "B x E"]:
     """The class's say in a normalization: silu, then a linear layer; float32."""
     D, *shape = w.shape
-    matrix = gather(w, dtype=dtype).reshape(D, -1)
+    matrix = reshape(w[...].astype(dtype), D, math.prod(shape))
     ada = project(jax.nn.silu(cond).astype(dtype), matrix).reshape(-1, *shape)
     return ada.astype(jnp.float32) + bias[...]
-
-
-def gather(w: nnx.Param, *spec: str | None, dtype: jnp.dtype = jnp.float32) -> Array:
-    """A weight cast, then gathered from its 'fsdp' shards; what `spec` names stays split."""
-    return pin(w[...].astype(dtype), *spec)
 
 
 def layer_norm(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
