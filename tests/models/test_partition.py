@@ -10,20 +10,21 @@ import pytest
 from var_jax.infra.mesh import make_mesh
 from var_jax.models.partition import in_parts, pin, project
 
-LAYOUTS = [  # of w
-    (None, "tensor"), ("tensor", None), (None, None), ("fsdp", None), ("fsdp", "tensor"),
-    ("tensor", "fsdp"),
+LAYOUTS = [  # of w; of x @ w
+    ((None, "tensor"), "tensor"), (("tensor", None), None), ((None, None), None),
+    ((None, None), "tensor"), (("fsdp", None), None), (("fsdp", None), "tensor"),
+    (("fsdp", "tensor"), "tensor"), (("tensor", "fsdp"), None),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("mesh_shape", [None, (1, 8, 1), (2, 2, 2)])
-@pytest.mark.parametrize("w_spec", LAYOUTS)
+@pytest.mark.parametrize("w_spec, out", LAYOUTS)
 @pytest.mark.parametrize("D, F", [(8, 16), (16, 8)])  # both orders of the weight gradient
-def test_gradients_of_a_product(D, F, w_spec, mesh_shape):
+def test_gradients_of_a_product(D, F, w_spec, out, mesh_shape):
     shapes = [(16, D), (D, F), (16, F)]
     x, w, g = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(shapes))
     with jax.set_mesh(make_mesh(*mesh_shape)) if mesh_shape else contextlib.nullcontext():
-        x_axis, out = (axis if axis == "tensor" else None for axis in w_spec)
+        x_axis = "tensor" if w_spec[0] == "tensor" else None
         x_MD, w_DF = pin(x, ("data", "fsdp"), x_axis), pin(w, *w_spec)
         grads = jax.jit(jax.grad(lambda x, w: (project(x, w, out) * g).sum(), (0, 1)))
         made = grads(x_MD, w_DF)

@@ -99,18 +99,22 @@ def product_backward(out: Axes, dtype: jnp.dtype | None, kept: tuple[Array, Arra
     if not on_mesh():
         return jnp.matmul(g, w.T).astype(x.dtype), share(x, g)
     x_spec, w_spec, g_spec = (jax.typeof(a).sharding.spec for a in (x, w, g))
+    split = "fsdp" in w_spec
+    # What 'tensor' splits of x and g it splits of dw, whether or not w was split so.
+    dw_spec = [
+        "fsdp" if kept == "fsdp" else of_x_or_g
+        for kept, of_x_or_g in zip(w_spec, (x_spec[1], g_spec[1]), strict=True)
+    ]
 
     def reduced(x: Array, g: Array) -> Array:
-        dw = share(x, g)
-        if "fsdp" not in w_spec:
-            return jax.lax.psum(dw, BATCH)
-        dw = jax.lax.psum_scatter(
-            dw, "fsdp", scatter_dimension=tuple(w_spec).index("fsdp"), tiled=True
-        )
+        if not split:
+            return jax.lax.psum(share(x, g), BATCH)
+        axis = dw_spec.index("fsdp")
+        dw = jax.lax.psum_scatter(share(x, g), "fsdp", scatter_dimension=axis, tiled=True)
         return jax.lax.psum(dw, "data")
 
-    dw = jax.shard_map(reduced, in_specs=(x_spec, g_spec), out_specs=w_spec)(x, g)
-    return matmul(g, whole(w).T, x_spec).astype(x.dtype), dw
+    dw = jax.shard_map(reduced, in_specs=(x_spec, g_spec), out_specs=P(*dw_spec))(x, g)
+    return matmul(g, whole(w).T, x_spec).astype(x.dtype), pin(dw, *w_spec)
 
 
 product.defvjp(product_forward, product_backward)
