@@ -50,6 +50,6 @@ def get_config(variant: str = "") -> ConfigDict:
         sample_every=400 if large else 300,
     )  # fmt: skip
     cfg, top_p = (0.5, 0.5) if large else (1.0, 0.6)
-    config.sampling.update(cfg=cfg, top_k=0, top_p=top_p)
+    config.sampling.update(cfg=cfg, top_k=0, top_p=(top_p,))
     config.export_dtype = "float16"
     return config

@@ -8,7 +8,7 @@ import runpy
 import pytest
 
 from var_jax import BadInput
-from var_jax.config import Config, TokenizerConfig, TransformerConfig, from_dict
+from var_jax.config import Config, SamplingConfig, TokenizerConfig, TransformerConfig, from_dict
 
 
 @pytest.mark.parametrize("name", ["emoji", "imagenet", "tokenizer"])
@@ -17,6 +17,18 @@ def test_a_flag_can_set_every_field_of_an_experiment(name):
     path = pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py"
     config = runpy.run_path(str(path))["get_config"]().to_dict()
     assert dataclasses.asdict(from_dict(Config, config)) == config
+
+
+def test_one_number_stands_for_a_tuple_of_it():
+    for top_p in (1, [1], (1.0,)):
+        assert from_dict(SamplingConfig, {"top_p": top_p}).top_p == (1.0,)
+    with pytest.raises(BadInput, match="must be a tuple of numbers"):
+        from_dict(SamplingConfig, {"top_p": "1"})
+
+
+def test_top_p_is_of_every_scale():
+    with pytest.raises(BadInput, match=r"top_p=\(1\.0, 0\.5\) is for 2 scales; .* are 10"):
+        Config(sampling=SamplingConfig(top_p=(1.0, 0.5)))
 
 
 def test_the_shipped_checkpoint_is_of_the_large_emoji_config():

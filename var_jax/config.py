@@ -228,10 +228,20 @@ class SamplingConfig:
 
     cfg: float = 1.5  # guidance; 0: none
     top_k: int = 900  # 0: all codes
-    top_p: float = 0.96  # 0: all of the probability
+    top_p: tuple[float, ...] = (0.96,)  # of all scales, or of each; 0: all of the probability
 
     def __post_init__(self):
-        check_ranges(self, "sampling", cfg=ANY, top_k=ANY, top_p=SHARE)
+        check_ranges(self, "sampling", cfg=ANY, top_k=ANY)
+        if not self.top_p or not all(0 <= p <= 1 for p in self.top_p):
+            raise BadInput(f"sampling.top_p={self.top_p}; expected 0 to 1, once or for each scale.")
+
+    def check(self, patch_nums: tuple[int, ...]) -> None:
+        """Raises BadInput if `top_p` is of another number of scales."""
+        if len(self.top_p) not in (1, len(patch_nums)):
+            raise BadInput(
+                f"sampling.top_p={self.top_p} is for {len(self.top_p)} scales; patch_nums="
+                f"{patch_nums} are {len(patch_nums)}."
+            )
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -281,6 +291,7 @@ class Config:
                 raise BadInput(
                     f"tokenizer.{field}={ours} and transformer.{field}={theirs} must be the same."
                 )
+        self.sampling.check(self.transformer.patch_nums)
 
 
 def defaults() -> ConfigDict:
@@ -307,11 +318,13 @@ def from_dict(cls: type[T], section: Mapping[str, Any], name: str = "config") ->
 
 
 def _checked(name: str, value: Any, default: Any) -> Any:
-    """`value` as the type of `default`, the one coercion being int → float and list → tuple."""
+    """`value` as the type of `default`; an int may be a float, a list or one number a tuple."""
     if isinstance(default, tuple):
-        if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
-            return tuple(value)
-        raise BadInput(f"{name}={value!r} must be a tuple of integers, like {default}.")
+        values = value if isinstance(value, (list, tuple)) else (value,)
+        kind, called = (int, "integers") if type(default[0]) is int else (float, "numbers")
+        if all(type(v) in (int, kind) and math.isfinite(v) for v in values):
+            return tuple(map(kind, values))
+        raise BadInput(f"{name}={value!r} must be a tuple of {called}, like {default}.")
     if type(default) is float and type(value) in (int, float):
         if math.isfinite(value):
             return float(value)

@@ -54,9 +54,17 @@ MASK = flags.DEFINE_string(
 LABEL = flags.DEFINE_string("label", None, "A class number or name to paint.")
 NUM = flags.DEFINE_integer("num", 1, "How many results.", 1)
 PASTE = flags.DEFINE_bool("paste", False, "Put the input's pixels back outside the mask.")
-CFG = flags.DEFINE_float("cfg", 3.0, "Guidance by --label: 0 is none.", lower_bound=0)
-TOP_K = flags.DEFINE_integer("top_k", 900, "Draw from the k likeliest codes; 0: all.", 0)
-TOP_P = flags.DEFINE_float("top_p", 0.95, "Draw from this share of probability; 0: all.", 0, 1)
+AS_TRAINED = " Default: the checkpoint's."
+CFG = flags.DEFINE_float("cfg", None, "Guidance by --label: 0 is none." + AS_TRAINED, lower_bound=0)
+TOP_K = flags.DEFINE_integer(
+    "top_k", None, "Draw from the k likeliest codes; 0: all." + AS_TRAINED, 0
+)
+TOP_P = flags.DEFINE_list(
+    "top_p",
+    None,
+    "Draw from this share of probability; 0: all. One number, or one a scale: 1,0.5,0.5."
+    + AS_TRAINED,
+)
 SMOOTH = flags.DEFINE_bool("smooth", False, "Mix codes, which is nicer to look at.")
 SEED = flags.DEFINE_integer("seed", 0, "Same seed, same results.", 0, 2**31 - 1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Results at a time.", 1)
@@ -74,6 +82,7 @@ def main(argv: list[str]) -> None:
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
     with jax.set_mesh(mesh):
         models = load_models(CHECKPOINT.value, mesh)
+        models = models.drawn(CFG.value, TOP_K.value, TOP_P.value)
         cells = models.tokenizer.config.patch_nums[-1]
         image = crop(original, cells * models.tokenizer.config.downsample, resize=1)
         repaint, pixels = areas(region, cells, len(image))
@@ -156,6 +165,9 @@ def edit(
     tokens = np.asarray(encode(tokenizer, several))[0]
     keep = kept_tokens(repaint, config.patch_nums)
     each = lambda row: jnp.asarray(np.stack([row] * NUM.value))
+    how = models.sampling.arguments
+    if label == config.num_classes:  # Guidance from no class to no class changes nothing.
+        how |= {"cfg": None}
     made = generate(
         models.transformer,
         tokenizer,
@@ -163,11 +175,8 @@ def edit(
         batch_size=min(BATCH_SIZE.value, NUM.value),
         seed=SEED.value,
         forced=Forced(each(tokens), each(keep)),
-        # Guidance from no class to no class changes nothing.
-        cfg=None if label == config.num_classes else CFG.value or None,
-        top_k=TOP_K.value,
-        top_p=TOP_P.value,
         smooth=SMOOTH.value,
+        **how,
     )
     images, drawn = (np.concatenate(part) for part in zip(*made, strict=True))
     arrays = {"arr_0": images, "keep": keep.astype(np.int32)}

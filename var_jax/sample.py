@@ -20,7 +20,6 @@ from etils import epath
 from jaxtyping import Int32
 
 from var_jax import BadInput
-from var_jax.config import SamplingConfig
 from var_jax.data.sources import open_source
 from var_jax.evaluation.report import scorer
 from var_jax.infra import cli
@@ -48,8 +47,11 @@ CFG = flags.DEFINE_float("cfg", None, "Guidance: 0 is none." + AS_TRAINED, lower
 TOP_K = flags.DEFINE_integer(
     "top_k", None, "Draw from the k likeliest codes; 0: all." + AS_TRAINED, 0
 )
-TOP_P = flags.DEFINE_float(
-    "top_p", None, "Draw from this share of probability; 0: all." + AS_TRAINED, 0, 1
+TOP_P = flags.DEFINE_list(
+    "top_p",
+    None,
+    "Draw from this share of probability; 0: all. One number, or one a scale: 1,0.5,0.5."
+    + AS_TRAINED,
 )
 SMOOTH = flags.DEFINE_bool("smooth", False, "Mix codes: nicer to look at, not for metrics.")
 REJECT = flags.DEFINE_float(
@@ -90,7 +92,7 @@ def main(argv: list[str]) -> None:
         labels = wanted_labels(models)
         score = load_scorer(models) if REJECT.value < 1 else None
         out = epath.Path(OUT.value)
-        models = models._replace(sampling=how_to_draw(models.sampling))
+        models = models.drawn(CFG.value, TOP_K.value, TOP_P.value)
         parts = claim(out, models)
         index = np.arange(len(labels), dtype=np.int32)
         if score is not None:
@@ -153,12 +155,6 @@ def load_scorer(models: Models) -> Score:
     if not callable(score):
         raise BadInput(f"--scorer={SCORER.value} is no function.")
     return score  # type: ignore[return-value]
-
-
-def how_to_draw(defaults: SamplingConfig) -> SamplingConfig:
-    """What the flags say and, where they say nothing, the checkpoint."""
-    given = {flag.name: flag.value for flag in (CFG, TOP_K, TOP_P) if flag.value is not None}
-    return dataclasses.replace(defaults, **given)
 
 
 def claim(out: epath.Path, models: Models) -> epath.Path:

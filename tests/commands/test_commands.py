@@ -48,6 +48,7 @@ def test_what_training_leaves(trained):
     summary = json.loads((trained / "summary.json").read_text())
     assert 0 < summary["class agreement, real"] <= 1
     assert summary["distance to training, samples"] > 0
+    assert summary["distance within a class, samples"] > 0
     steps = [json.loads(line) for line in (trained / "metrics.jsonl").open()]
     assert [r["step"] for r in steps if r["stage"] == "tokenizer" and "loss" in r] == [
         *range(1, 13)
@@ -122,7 +123,7 @@ def test_samples_may_be_drawn_otherwise_later(trained, tmp_path):
     code, _, err = run("train", "--config", TINY, "--workdir", workdir, flag)
     assert code == 0, err
     about = json.loads((workdir / "checkpoint" / "config.json").read_text())
-    assert about["sampling"] == {"cfg": 1.5, "top_k": 900, "top_p": 0.5}
+    assert about["sampling"] == {"cfg": 1.5, "top_k": 900, "top_p": [0.5]}
     pictures = ((d / "samples.png").read_bytes() for d in (workdir, trained))
     assert len(set(pictures)) == 2
     assert (workdir / "metrics.jsonl").read_text() == (trained / "metrics.jsonl").read_text()

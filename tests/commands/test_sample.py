@@ -56,6 +56,9 @@ def test_bad_input(untrained, tmp_path, complaints):
         ("--labels", 3, "--reject", 0.5, "--scorer", "os:nothing"): "is no MODULE:FUNCTION here",
         ("--labels", 3, "--reject", 0.5, "--scorer", "os:path"): "--scorer=os:path is no function",
         ("--labels", 3, "--cfg", "nan"): "--cfg=nan; expected a finite number",
+        ("--labels", 3, "--top_p", ".5,.4"): "top_p=(0.5, 0.4) is for 2 scales; patch_nums=(1, 2,",
+        ("--labels", 3, "--top_p", "1.5"): "top_p=(1.5,); expected 0 to 1",
+        ("--labels", 3, "--top_p", "most"): "--top_p=most; expected numbers",
         ("--labels", "3:²"): "--labels holds '3:²'",
         ("--labels", 3, "--smooth", "--show_scales"): "--show_scales needs tokens",
         ("--labels", 3, "--out", Path(__file__)): "test_sample.py",
@@ -79,10 +82,10 @@ def test_the_checkpoint_says_how_to_draw(untrained, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(untrained, copy)
     about = json.loads((copy / "config.json").read_text())
-    about["sampling"] = {"cfg": 3.0, "top_k": 5, "top_p": 0.7}
+    about["sampling"] = {"cfg": 3.0, "top_k": 5, "top_p": [1, 0.9, 0.7]}
     (copy / "config.json").write_text(json.dumps(about))
     by_itself = sample(copy, tmp_path / "a", "--labels", "3:4")
-    flags = ("--cfg", 3, "--top_k", 5, "--top_p", 0.7)
+    flags = ("--cfg", 3, "--top_k", 5, "--top_p", "1,.9,.7")
     by_flags = sample(untrained, tmp_path / "b", "--labels", "3:4", *flags)
     np.testing.assert_array_equal(by_itself["tokens"], by_flags["tokens"])
     del about["sampling"]  # as in checkpoints from before there was such a section

@@ -44,6 +44,13 @@ def test_seeds_and_labels_matter():
     assert (tokens != draw(LABELS[::-1].copy(), seed=0)[1])[[0, 1, 2]].any(axis=1).all()
 
 
+def test_each_scale_has_its_top_p():
+    """Drawn freely at the first two scales and greedily after them, those settle the rest."""
+    greedy = [1e-9] * (len(models("base")[1].config.patch_nums) - 2)
+    tokens = draw(np.full(16, 3), top_p=(1.0, 1.0, *greedy), top_k=0, cfg=None)[1]
+    assert len(np.unique(tokens[:, :5], axis=0)) == len(np.unique(tokens, axis=0)) > 1
+
+
 def test_smooth_mixes_codes():
     plain, mixed = draw(seed=0)[0], draw(seed=0, smooth=True)[0]
     assert mixed.shape == plain.shape and (mixed != plain).any()

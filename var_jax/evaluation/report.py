@@ -2,7 +2,8 @@
 
 An independent classifier, trained on real pictures, says how often a sample is taken for its
 class; its rate on held-out real pictures is the yardstick. Distances to the nearest training
-picture, beside those of held-out pictures, tell copies from new pictures.
+picture, beside those of held-out pictures, tell copies from new pictures, and distances between
+pictures of one class how much they vary.
 """
 
 from collections.abc import Callable
@@ -30,13 +31,28 @@ def features(images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N D"]:
     return images.reshape(len(images), -1).astype(np.float32) / 255
 
 
+def distances(
+    images: UInt8[np.ndarray, "N H W 3"], among: UInt8[np.ndarray, "M H W 3"]
+) -> Float[np.ndarray, "N M"]:
+    """Root-mean-square pixel distances, in [0, 1]."""
+    a, b = features(images), features(among)
+    squared = (a**2).sum(1)[:, None] - 2 * a @ b.T + (b**2).sum(1)
+    return np.sqrt(np.maximum(squared, 0) / a.shape[1])
+
+
 def nearest_distance(
     images: UInt8[np.ndarray, "N H W 3"], among: UInt8[np.ndarray, "M H W 3"]
 ) -> Float[np.ndarray, " N"]:
-    """Root-mean-square pixel distance, in [0, 1], to the nearest of `among`."""
-    a, b = features(images), features(among)
-    squared = (a**2).sum(1)[:, None] - 2 * a @ b.T + (b**2).sum(1)
-    return np.sqrt(np.maximum(squared.min(1), 0) / a.shape[1])
+    """Distance to the nearest of `among`."""
+    return distances(images, among).min(1)
+
+
+def variety(images: UInt8[np.ndarray, "N H W 3"], labels: Int32[np.ndarray, " N"]) -> float:
+    """Mean distance between two images of a class, over the classes that have two; 0 if none."""
+    classes = [images[labels == i] for i in np.unique(labels)]
+    several = [c for c in classes if len(c) > 1]
+    means = [distances(c, c).sum() / (len(c) * (len(c) - 1)) for c in several]
+    return float(np.mean(means)) if means else 0.0
 
 
 def fit(images: UInt8[np.ndarray, "N H W 3"], labels: Int32[np.ndarray, " N"]) -> Pipeline:
@@ -74,6 +90,8 @@ def report(
         "distance to training, real": float(np.median(near_real)),
         "distance to training, samples": float(np.median(near_made)),
         "nearer than 5% of real": float((near_made < np.quantile(near_real, 0.05)).mean()),
+        "distance within a class, real": variety(held_out, held_out_labels),
+        "distance within a class, samples": variety(samples, labels),
     }  # fmt: skip
 
 

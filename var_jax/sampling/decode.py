@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Key
 
 from var_jax.models.partition import BATCH, in_parts, pin, reshape, take
@@ -37,16 +38,18 @@ def sample(
     *,
     cfg: Float[Array, ""] | float | None = 1.5,
     top_k: int = 900,
-    top_p: float = 0.96,
+    top_p: float | tuple[float, ...] = 0.96,
     smooth: bool = False,
     forced: Forced | None = None,
 ) -> tuple[Float[Array, "B H W 3"], Int32[Array, "B L"]]:
     """Images in [-1, 1] and their tokens, under guidance `cfg` that rises linearly over the scales.
 
-    A label of num_classes means "no class". Without guidance (None) the work is halved. `smooth`
-    mixes code vectors instead of picking one: nicer to look at, not for metrics.
+    A label of num_classes means "no class". Without guidance (None) the work is halved. `top_p` is
+    of all scales or of each. `smooth` mixes code vectors instead of picking one: nicer to look at,
+    not for metrics.
     """
     B, num_scales = labels.shape[0], len(transformer.config.patch_nums)
+    top_ps = np.broadcast_to(top_p, num_scales).tolist()
     nobody = jnp.full_like(labels, transformer.config.num_classes)
     double = lambda x, y: x if cfg is None else jnp.concatenate([x, y])
     both = pin(double(labels, nobody), BATCH)
@@ -57,7 +60,7 @@ def sample(
         ratio = k / max(num_scales - 1, 1)
         logits, cache = transformer.decode(k, x, both, cache)
         logits = pin(logits if cfg is None else guide(logits, cfg * ratio), BATCH)
-        logits = keep_top_p(keep_top_k(logits, top_k), top_p)
+        logits = keep_top_p(keep_top_k(logits, top_k), top_ps[k])
         scale_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
         idx_Bl = jax.vmap(jax.random.categorical)(scale_keys, logits).astype(jnp.int32)
         code_BlC = mix(scale_keys, logits, codebook, ratio) if smooth else take(codebook, idx_Bl)

@@ -47,6 +47,22 @@ class Models(NamedTuple):
             raise BadInput(f"{flag} holds {label!r}; the classes of this checkpoint are {some}.")
         return found[0]
 
+    def drawn(self, cfg: float | None, top_k: int | None, top_p: list[str] | None) -> "Models":
+        """To be drawn from as the flags say and, where those are None, as the checkpoint does.
+
+        Raises: BadInput if `top_p` does not fit the scales.
+        """
+        given: dict[str, Any] = {"cfg": cfg, "top_k": top_k}
+        if top_p is not None:
+            try:
+                given["top_p"] = tuple(map(float, top_p))
+            except ValueError as error:
+                raise BadInput(f"--top_p={','.join(top_p)}; expected numbers.") from error
+        given = {name: value for name, value in given.items() if value is not None}
+        sampling = dataclasses.replace(self.sampling, **given)
+        sampling.check(self.transformer.config.patch_nums)
+        return self._replace(sampling=sampling)
+
 
 def save_models(
     directory: str | PurePath,
