@@ -40,8 +40,12 @@ def test_a_product_keeps_each_dtype():
     assert [g.dtype for g in jax.grad(loss, (0, 1))(x, w)] == [jnp.bfloat16] * 2
 
 
-@pytest.mark.parametrize("mesh_shape, most", [(None, 8), (None, 5), ((2, 2, 2), 3)])
-def test_rows_in_parts_keep_their_order(mesh_shape, most):
+@pytest.mark.parametrize(
+    "mesh_shape, most, fewest, rows",
+    [(None, 8, 1, 8), (None, 5, 1, 4), (None, 16, 1, 16), (None, 16, 2, 8), (None, 16, 99, 1),
+     ((2, 2, 2), 3, 1, 8)],
+)  # fmt: skip
+def test_rows_in_parts_keep_their_order(mesh_shape, most, fewest, rows):
     x, seen = jnp.arange(32.0).reshape(16, 2), []
 
     def f(x):
@@ -49,6 +53,6 @@ def test_rows_in_parts_keep_their_order(mesh_shape, most):
         return x.sum(-1)
 
     with jax.set_mesh(make_mesh(*mesh_shape)) if mesh_shape else contextlib.nullcontext():
-        got = jax.jit(lambda x: in_parts(f, x, most))(pin(x, ("data", "fsdp")))
+        got = jax.jit(lambda x: in_parts(f, x, most, fewest))(pin(x, ("data", "fsdp")))
     chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(x.sum(-1)))
-    assert set(seen) == {8 if mesh_shape or most == 8 else 4}
+    assert set(seen) == {rows}

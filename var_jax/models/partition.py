@@ -163,11 +163,15 @@ def split_rows(x: Float[Array, "B *rest"], parts: int) -> Float[Array, "b parts 
 
 
 def in_parts(
-    f: Callable[[Array], Array], x: Float[Array, "B *rest"], most: int
+    f: Callable[[Array], Array], x: Float[Array, "B *rest"], most: int, fewest: int = 1
 ) -> Shaped[Array, "B *new"]:
-    """`f(x)` in equal parts, each of at most `most` of a device's rows, one after another."""
+    """`f(x)` in equal parts, each of at most `most` of a device's rows, one after another.
+
+    There are at least `fewest` parts, as far as a device has so many rows.
+    """
     share = max(1, x.shape[0] // round_up(1))
-    parts = next(n for n in range(1, share + 1) if share % n == 0 and share <= n * most)
+    counts = range(min(fewest, share), share + 1)
+    parts = next(n for n in counts if share % n == 0 and share <= n * most)
     if parts == 1:
         return f(x)
     made = jnp.moveaxis(jax.lax.map(f, jnp.moveaxis(split_rows(x, parts), 1, 0)), 0, 1)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int32, Key
 
 from var_jax.config import StageConfig, TransformerConfig
 from var_jax.infra.flops import transformer_flops
-from var_jax.models.partition import BATCH, in_parts, pin
+from var_jax.models.partition import BATCH, in_parts, pin, platform
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import Transformer
 from var_jax.scales import slices
@@ -76,7 +76,9 @@ def teacher(batch: Batch) -> tuple[Int32[Array, "B L"], Float[Array, "B M C"]]:
     if tokens is None:
         image = batch["image"]
         encode = lambda image: tokenizer.encode(to_float(image))
-        tokens = in_parts(encode, image, tokenizer.config.images_at_a_time)
+        # Outside a loop XLA's TPU compiler tiles the convolutions badly (benchmarks/aot.md).
+        fewest = 2 if platform() == "tpu" else 1
+        tokens = in_parts(encode, image, tokenizer.config.images_at_a_time, fewest)
     return tokens, tokenizer.quantizer.teacher_input(tokens)
 
 
