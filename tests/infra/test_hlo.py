@@ -31,6 +31,8 @@ HloModule jit_step
   %g = bf16[8,8]{1,0} fusion(%x), kind=kOutput, calls=%product, backend_config={"estimated_cycles":"100"}
   %k = bf16[8,16]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/block_causal_forward/pallas_call"}
   %h = bf16[8,16]{1,0} fusion(%f), kind=kCustom, calls=%all-reduce-scatter.1
+  %r1 = bf16[16,16]{1,0} reduce-scatter(%h), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %r2 = bf16[16,16]{1,0} reduce-scatter(%h), channel_id=1, replica_groups=[2,4]<=[8], to_apply=%add
   ROOT %next = (s32[], bf16[8,16]) tuple(%x, %h)
 }
 
@@ -64,7 +66,8 @@ def test_kernels_are_counted_by_name():
     assert hlo.kernels(PROGRAM) == {"block_causal_forward": 16}
 
 
-def test_a_channel_counts_once_and_reduce_scatters_are_recognised():
-    # 64 x 16 bfloat16 each, a trip; the second fusion's piece belongs to the same gather.
+def test_pieces_count_once_and_reduce_scatters_are_recognised():
+    # 64 x 16 bfloat16 each, a trip; the second fusion's piece belongs to the same gather, while the
+    # reduce-scatters that share a channel are two, beside the one in a fusion.
     size = 64 * 16 * 2 * 16
-    assert hlo.collective_bytes(PROGRAM) == {"all-gather": size, "reduce-scatter": size}
+    assert hlo.collective_bytes(PROGRAM) == {"all-gather": size, "reduce-scatter": 3 * size}

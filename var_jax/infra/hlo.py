@@ -129,17 +129,22 @@ def collective_bytes(program: Program) -> Counter[str]:
     """Bytes that a chip's collectives are about in one run, by kind: the size of the whole array,
     gathered or about to be reduced.
 
-    An asynchronous one is cut into pieces inside several fusions; its channel counts once. The TPU
-    compiler writes a reduce-scatter as a fusion of that name around an all-reduce.
+    An asynchronous one is cut into pieces inside several fusions, all of one shape and on one
+    channel, which count once; others may share a channel. The TPU compiler writes some
+    reduce-scatters as a fusion of that name around an all-reduce.
     """
     total: Counter[str] = Counter()
-    seen = set()
+    pieces, alone = set(), {(op.computation, op.name) for op in program.ops()}
     for op in program.ops(inside_fusions=True):
         kind = op.kind.removesuffix("-start")
         channel = re.search(r"channel_id=(\d+)", op.text)
-        if kind not in COLLECTIVES or not channel or channel[1] in seen:
+        if kind not in COLLECTIVES or not channel:
             continue
-        seen.add(channel[1])
+        if (op.computation, op.name) not in alone:
+            piece = (kind, channel[1], op.result.partition("{")[0])
+            if piece in pieces:
+                continue
+            pieces.add(piece)
         size = _bytes(op.result)
         if kind == "all-reduce" and op.computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
@@ -153,8 +158,9 @@ def _group_size(text: str) -> int:
     """How many chips take part in one group of a collective, in either notation."""
     if groups := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
         return int(groups[1])
-    groups = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
-    return groups[1].count(",") + 1 if groups else 1
+    if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return groups[1].count(",") + 1
+    raise ValueError(f"replica groups in an unknown notation: {text.strip()}")
 
 
 def _bytes(result: str) -> int:

@@ -70,7 +70,9 @@ def project(
     """x @ w, split over `out`, accumulated and returned in `dtype`.
 
     `w` is gathered from its 'fsdp' shards; its gradient leaves as a reduce-scatter to them, which
-    the compiler would make an all-reduce of all of it (ZeRO, arXiv 1910.02054, §5.3).
+    the compiler would make an all-reduce of all of it (ZeRO, arXiv 1910.02054, §5). Chips add up
+    their shares of it in `dtype`, or else in w's. An axis of `w` on 'fsdp' must not be on 'tensor'
+    in x or the result.
     """
     return product(x_MD, w_DF, out, dtype)
 
@@ -94,10 +96,10 @@ def product_backward(out: Axes, dtype: jnp.dtype | None, kept: tuple[Array, Arra
 
     def share(x: Array, g: Array) -> Array:
         x_T = jax.lax.optimization_barrier(x.T) if copied else x.T
-        return jnp.matmul(x_T, g).astype(w.dtype)
+        return jnp.matmul(x_T, g, preferred_element_type=dtype or w.dtype)
 
     if not on_mesh():
-        return jnp.matmul(g, w.T).astype(x.dtype), share(x, g)
+        return jnp.matmul(g, w.T).astype(x.dtype), share(x, g).astype(w.dtype)
     x_spec, w_spec, g_spec = (jax.typeof(a).sharding.spec for a in (x, w, g))
     split = "fsdp" in w_spec
     # What 'tensor' splits of x and g it splits of dw, whether or not w was split so.
@@ -114,7 +116,7 @@ def product_backward(out: Axes, dtype: jnp.dtype | None, kept: tuple[Array, Arra
         return jax.lax.psum(dw, "data")
 
     dw = jax.shard_map(reduced, in_specs=(x_spec, g_spec), out_specs=P(*dw_spec))(x, g)
-    return matmul(g, whole(w).T, x_spec).astype(x.dtype), pin(dw, *w_spec)
+    return matmul(g, whole(w).T, x_spec).astype(x.dtype), pin(dw.astype(w.dtype), *w_spec)
 
 
 product.defvjp(product_forward, product_backward)
