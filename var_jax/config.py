@@ -224,7 +224,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How `var_jax.sample` draws unless its flags say otherwise; kept in the checkpoint."""
+    """How samples and edits are drawn unless flags say otherwise; kept in the checkpoint."""
 
     cfg: float = 1.5  # guidance; 0: none
     top_k: int = 900  # 0: all codes
@@ -233,15 +233,20 @@ class SamplingConfig:
     def __post_init__(self):
         check_ranges(self, "sampling", cfg=ANY, top_k=ANY)
         if not self.top_p or not all(0 <= p <= 1 for p in self.top_p):
-            raise BadInput(f"sampling.top_p={self.top_p}; expected 0 to 1, once or for each scale.")
+            raise BadInput(f"top_p={self.listed}; expected 0 to 1, once or for each scale.")
 
     def check(self, patch_nums: tuple[int, ...]) -> None:
         """Raises BadInput if `top_p` is of another number of scales."""
         if len(self.top_p) not in (1, len(patch_nums)):
             raise BadInput(
-                f"sampling.top_p={self.top_p} is for {len(self.top_p)} scales; patch_nums="
-                f"{patch_nums} are {len(patch_nums)}."
+                f"top_p={self.listed} is of {len(self.top_p)} scales; expected one number, or one"
+                f" for each of patch_nums={patch_nums}."
             )
+
+    @property
+    def listed(self) -> str:
+        """top_p as the flag takes it."""
+        return ",".join(map(str, self.top_p))
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -54,17 +54,7 @@ MASK = flags.DEFINE_string(
 LABEL = flags.DEFINE_string("label", None, "A class number or name to paint.")
 NUM = flags.DEFINE_integer("num", 1, "How many results.", 1)
 PASTE = flags.DEFINE_bool("paste", False, "Put the input's pixels back outside the mask.")
-AS_TRAINED = " Default: the checkpoint's."
-CFG = flags.DEFINE_float("cfg", None, "Guidance by --label: 0 is none." + AS_TRAINED, lower_bound=0)
-TOP_K = flags.DEFINE_integer(
-    "top_k", None, "Draw from the k likeliest codes; 0: all." + AS_TRAINED, 0
-)
-TOP_P = flags.DEFINE_list(
-    "top_p",
-    None,
-    "Draw from this share of probability; 0: all. One number, or one a scale: 1,0.5,0.5."
-    + AS_TRAINED,
-)
+CFG, TOP_K, TOP_P = cli.sampling_flags()
 SMOOTH = flags.DEFINE_bool("smooth", False, "Mix codes, which is nicer to look at.")
 SEED = flags.DEFINE_integer("seed", 0, "Same seed, same results.", 0, 2**31 - 1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Results at a time.", 1)

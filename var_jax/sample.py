@@ -42,17 +42,7 @@ LABELS = flags.DEFINE_list(
 NUM = flags.DEFINE_integer(
     "num", None, "How many images, in turn over the labels; the first get one more if need be."
 )
-AS_TRAINED = " Default: the checkpoint's."
-CFG = flags.DEFINE_float("cfg", None, "Guidance: 0 is none." + AS_TRAINED, lower_bound=0)
-TOP_K = flags.DEFINE_integer(
-    "top_k", None, "Draw from the k likeliest codes; 0: all." + AS_TRAINED, 0
-)
-TOP_P = flags.DEFINE_list(
-    "top_p",
-    None,
-    "Draw from this share of probability; 0: all. One number, or one a scale: 1,0.5,0.5."
-    + AS_TRAINED,
-)
+CFG, TOP_K, TOP_P = cli.sampling_flags()
 SMOOTH = flags.DEFINE_bool("smooth", False, "Mix codes: nicer to look at, not for metrics.")
 REJECT = flags.DEFINE_float(
     "reject", 1.0, "Draw more and keep this share of each class, the best by --scorer.", 1e-4, 1
@@ -164,7 +154,7 @@ def claim(out: epath.Path, models: Models) -> epath.Path:
         for flag in (LABELS, NUM, SMOOTH, REJECT, SCORER, SEED, BATCH_SIZE, DTYPE)
     } | dataclasses.asdict(models.sampling)
     weights = fingerprint(models.tokenizer) + fingerprint(models.transformer)
-    settings |= {"weights": weights}
+    settings |= {"weights": weights, "top_p": models.sampling.listed}
     parts = out / "parts"
     about = parts / "settings.json"
     if about.exists() and any(parts.glob("*.npz")):
@@ -173,7 +163,7 @@ def claim(out: epath.Path, models: Models) -> epath.Path:
         if found.get("weights") != weights:
             raise BadInput(f"{parts} holds an unfinished run of other weights; {advice}")
         for name, value in settings.items():
-            if found.get(name) != value:
+            if str(found.get(name)) != str(value):
                 raise BadInput(
                     f"{parts} holds an unfinished run with --{name}={found.get(name)}, not {value};"
                     f" {advice}"

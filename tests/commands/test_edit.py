@@ -1,5 +1,8 @@
 """`var_jax.edit` from outside: what it leaves, what it says to bad input."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -55,6 +58,25 @@ def test_mask_and_class(untrained, picture, tmp_path):
     assert Image.open(out / "strip.png").width > 5 * 96
 
 
+def test_drawn_as_the_checkpoint_says(untrained, picture, tmp_path):
+    copy = shutil.copytree(untrained, tmp_path / "copy")
+    about = json.loads((copy / "config.json").read_text())
+    about["sampling"] = {"cfg": 3.0, "top_k": 5, "top_p": [1, 0.9, 0.7]}
+    (copy / "config.json").write_text(json.dumps(about))
+    given = ("--cfg", 3, "--top_k", 5, "--top_p", "1,.9,.7")
+    shared = ("--image", picture, "--box", "0,0,1,1", "--label", 3)
+
+    def tokens(checkpoint, out, *flags):
+        flags = ("--checkpoint", checkpoint, "--out", tmp_path / out, *shared, *flags)
+        code, _, err = run("edit", *flags)
+        assert code == 0, err
+        return load_npz(tmp_path / out / "edit.npz")["tokens"]
+
+    by_itself = tokens(copy, "a")
+    np.testing.assert_array_equal(by_itself, tokens(untrained, "b", *given))
+    assert (by_itself != tokens(copy, "c", "--top_k", 0)).any()
+
+
 def test_bad_input(untrained, picture, tmp_path, complaints):
     Image.new("L", (10, 10)).save(tmp_path / "mask.png")
     box, image, out = ("--box", "0,0,1,1"), ("--image", picture), tmp_path / "out"
@@ -70,6 +92,7 @@ def test_bad_input(untrained, picture, tmp_path, complaints):
         (*image, *box, "--task", "class"): "--task=class needs --label",
         (*image, *box, "--label", "dogs"): "--label holds 'dogs'; the classes of",
         (*image, *box, "--num", 0): "--num",
+        (*image, *box, "--top_p", ".5,.4"): "top_p=0.5,0.4 is of 2 scales; expected one",
     }
     runs = [["--checkpoint", untrained, "--out", out, *flags] for flags in said]
     for sentence, expected in zip(complaints("edit", runs), said.values(), strict=True):

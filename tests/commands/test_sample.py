@@ -5,12 +5,16 @@ import shutil
 import signal
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from test_commands import command, run, wait_for
 
-from var_jax.infra.npz import load_npz
+from var_jax.infra.mesh import make_mesh
+from var_jax.infra.npz import load_npz, save_npz
+from var_jax.training.export import load_models
+from var_jax.training.token_cache import fingerprint
 
 SCORER = "def brightness(images, labels):\n    return images.mean((1, 2, 3))\n"
 
@@ -56,8 +60,8 @@ def test_bad_input(untrained, tmp_path, complaints):
         ("--labels", 3, "--reject", 0.5, "--scorer", "os:nothing"): "is no MODULE:FUNCTION here",
         ("--labels", 3, "--reject", 0.5, "--scorer", "os:path"): "--scorer=os:path is no function",
         ("--labels", 3, "--cfg", "nan"): "--cfg=nan; expected a finite number",
-        ("--labels", 3, "--top_p", ".5,.4"): "top_p=(0.5, 0.4) is for 2 scales; patch_nums=(1, 2,",
-        ("--labels", 3, "--top_p", "1.5"): "top_p=(1.5,); expected 0 to 1",
+        ("--labels", 3, "--top_p", ".5,.4"): "top_p=0.5,0.4 is of 2 scales; expected one",
+        ("--labels", 3, "--top_p", "1.5"): "top_p=1.5; expected 0 to 1",
         ("--labels", 3, "--top_p", "most"): "--top_p=most; expected numbers",
         ("--labels", "3:²"): "--labels holds '3:²'",
         ("--labels", 3, "--smooth", "--show_scales"): "--show_scales needs tokens",
@@ -96,6 +100,25 @@ def test_the_checkpoint_says_how_to_draw(untrained, tmp_path):
     np.testing.assert_array_equal(before["tokens"], as_before["tokens"])
     overridden = sample(copy, tmp_path / "c", "--labels", "3:4", "--top_k", 1)
     assert (overridden["tokens"] != before["tokens"]).any()
+
+
+@pytest.mark.parametrize("told", ["0.96", 0.96])  # as now, and as before it was of each scale
+def test_an_unfinished_run_goes_on(untrained, tmp_path, told):
+    flags = ("--labels", "3:4", "--batch_size", 2)
+    whole = sample(untrained, tmp_path / "whole", *flags)
+    models = load_models(str(untrained), make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    settings = {"labels": ["3:4"], "num": None, "smooth": False, "reject": 1.0, "scorer": None}
+    settings |= {"seed": 0, "batch_size": 2, "dtype": "auto", "cfg": 1.5, "top_k": 900}
+    settings |= {"weights": fingerprint(models.tokenizer) + fingerprint(models.transformer)}
+    parts = tmp_path / "begun" / "parts"
+    parts.mkdir(parents=True)
+    (parts / "settings.json").write_text(json.dumps(settings | {"top_p": told}))
+    half = {name: array[:2] for name, array in whole.items()}
+    half["arr_0"] = 255 - half["arr_0"]  # so that one sees that it was not drawn again
+    save_npz(parts / "00000000.npz", **half)
+    resumed = sample(untrained, tmp_path / "begun", *flags)
+    np.testing.assert_array_equal(resumed["arr_0"][:2], half["arr_0"])
+    np.testing.assert_array_equal(resumed["arr_0"][2:], whole["arr_0"][2:])
 
 
 @pytest.mark.slow

@@ -3,7 +3,21 @@
 import numpy as np
 import pytest
 
-from var_jax.evaluation.report import nearest_distance, variety
+from var_jax.evaluation.report import nearest_distance, report, variety
+
+
+class Pictures:
+    """A source in memory."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+        self.class_names = tuple("abc")
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return {"image": self.images[index], "label": self.labels[index]}
 
 
 def flat(*levels):
@@ -17,7 +31,13 @@ def test_distance_to_the_nearest():
 
 
 def test_variety_is_within_a_class():
-    labels = np.array([0, 1, 0, 1, 2])
-    between = variety(flat(0, 7, 51, 7, 255), labels)  # 51, 0, and a class of one image
-    assert between == pytest.approx(0.5 * 51 / 255, abs=1e-4)
-    assert variety(flat(0, 255), np.array([0, 1])) == 0
+    images, labels = flat(0, 7, 51, 7, 255), np.array([0, 1, 0, 1, 2])  # 51 apart, 0, and one alone
+    assert variety(images, labels, np.array([0, 1])) == pytest.approx(0.5 * 51 / 255, abs=1e-4)
+
+
+@pytest.mark.parametrize("held_out, told", [([0, 0, 1], True), ([0, 1, 2], False)])
+def test_variety_is_told_where_held_out_pictures_have_company(held_out, told):
+    items = lambda labels: Pictures(flat(*range(0, 40 * len(labels), 40)), np.array(labels))
+    report_ = report(items([0, 0, 1, 1, 2, 2]), items(held_out), lambda labels: flat(*labels))
+    assert ("distance within a class, real" in report_) == told
+    assert report_.get("distance within a class, samples", 0) == 0  # both of class 0 are the same

@@ -43,16 +43,19 @@ def distances(
 def nearest_distance(
     images: UInt8[np.ndarray, "N H W 3"], among: UInt8[np.ndarray, "M H W 3"]
 ) -> Float[np.ndarray, " N"]:
-    """Distance to the nearest of `among`."""
+    """Root-mean-square pixel distance, in [0, 1], to the nearest of `among`."""
     return distances(images, among).min(1)
 
 
-def variety(images: UInt8[np.ndarray, "N H W 3"], labels: Int32[np.ndarray, " N"]) -> float:
-    """Mean distance between two images of a class, over the classes that have two; 0 if none."""
-    classes = [images[labels == i] for i in np.unique(labels)]
-    several = [c for c in classes if len(c) > 1]
-    means = [distances(c, c).sum() / (len(c) * (len(c) - 1)) for c in several]
-    return float(np.mean(means)) if means else 0.0
+def variety(
+    images: UInt8[np.ndarray, "N H W 3"],
+    labels: Int32[np.ndarray, " N"],
+    classes: Int32[np.ndarray, " C"],
+) -> float:
+    """Mean distance, in [0, 1], between two images of a class, over classes of two or more."""
+    several = (images[labels == i] for i in classes)
+    pairs = (distances(c, c)[np.triu_indices(len(c), 1)] for c in several)
+    return float(np.mean([pair.mean() for pair in pairs]))
 
 
 def fit(images: UInt8[np.ndarray, "N H W 3"], labels: Int32[np.ndarray, " N"]) -> Pipeline:
@@ -83,6 +86,7 @@ def report(
     held_out, held_out_labels = arrays(validation)
     labels = np.repeat(held_out_labels, copies)
     samples = draw(labels)
+    several = np.flatnonzero(np.bincount(held_out_labels) > 1)
     near_real, near_made = nearest_distance(held_out, known), nearest_distance(samples, known)
     return {
         **(agreement(train.class_names, (known, known_labels), (held_out, held_out_labels),
@@ -90,8 +94,10 @@ def report(
         "distance to training, real": float(np.median(near_real)),
         "distance to training, samples": float(np.median(near_made)),
         "nearer than 5% of real": float((near_made < np.quantile(near_real, 0.05)).mean()),
-        "distance within a class, real": variety(held_out, held_out_labels),
-        "distance within a class, samples": variety(samples, labels),
+        **({
+            "distance within a class, real": variety(held_out, held_out_labels, several),
+            "distance within a class, samples": variety(samples, labels, several),
+        } if len(several) else {}),
     }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from absl import logging as absl_logging
 
 from var_jax import BadInput
 
+flags.disclaim_key_flags()  # --help lists those of `sampling_flags` as their command's
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it.
 
@@ -64,6 +65,15 @@ def _parse(argv: list[str]) -> list[str]:
         if sentence is None:
             raise
         sys.exit(_say(f"error: {sentence}", BAD_INPUT))
+
+
+def sampling_flags() -> tuple[flags.FlagHolder, flags.FlagHolder, flags.FlagHolder]:
+    """Defines --cfg, --top_k and --top_p, which default to what the checkpoint says."""
+    say = lambda text: f"{text} Default: the checkpoint's."
+    cfg = flags.DEFINE_float("cfg", None, say("Guidance by class; 0: none."), lower_bound=0)
+    top_k = flags.DEFINE_integer("top_k", None, say("Draw from the k likeliest codes; 0: all."), 0)
+    text = "Draw from this share of probability; 0: all. One number, or one a scale: 1,0.5,0.5."
+    return cfg, top_k, flags.DEFINE_list("top_p", None, say(text))
 
 
 def _bad_flag(error: Exception) -> str | None:

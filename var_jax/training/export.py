@@ -50,7 +50,7 @@ class Models(NamedTuple):
     def drawn(self, cfg: float | None, top_k: int | None, top_p: list[str] | None) -> "Models":
         """To be drawn from as the flags say and, where those are None, as the checkpoint does.
 
-        Raises: BadInput if `top_p` does not fit the scales.
+        Raises: BadInput if `top_p` is not of numbers from 0 to 1, one or one for each scale.
         """
         given: dict[str, Any] = {"cfg": cfg, "top_k": top_k}
         if top_p is not None:
