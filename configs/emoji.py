@@ -1,6 +1,6 @@
 """Emoji from nothing on two CPU cores: 1,906 Noto emoji, nine Unicode groups as classes.
 
-    python -m var_jax.train --config configs/emoji.py        # 32x32, nine minutes
+    python -m var_jax.train --config configs/emoji.py        # 32x32, eight minutes
     python -m var_jax.train --config configs/emoji.py:large  # 32x32, under an hour: sharper
     python -m var_jax.train --config configs/emoji.py:64     # 64x64
 
