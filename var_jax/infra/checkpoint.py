@@ -20,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from var_jax import BadInput
 
 PyTree = Any
+SMALL = 2**26  # bytes: checkpoints worth compressing, because they travel
 
 
 class Checkpoints:
@@ -180,7 +181,9 @@ def save_weights(directory: str | PurePath, tree: PyTree, config: dict) -> None:
     _barrier("weights begin")
     context = _context()
     context.memory.deepcopy_host_arrays = False  # Nobody changes them while this waits.
-    context.array.saving.use_compression = False  # 8 % smaller, ten times slower, twice the memory.
+    # A fifth smaller at best, ten times slower, twice the memory: only where none of that matters.
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    context.array.saving.use_compression = size < SMALL
     with context:
         ocp.save(beside / "weights", _flat(tree))
     if jax.process_index() == 0:
