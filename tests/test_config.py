@@ -36,9 +36,11 @@ def test_the_shipped_checkpoint_is_of_the_large_emoji_config():
     path = root / "configs" / "emoji.py"
     config = from_dict(Config, runpy.run_path(str(path))["get_config"]("large").to_dict())
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))
-    found = json.loads((root / "var_jax" / "checkpoints" / "emoji" / "config.json").read_text())
+    shipped = root / "var_jax" / "checkpoints" / "emoji"
+    found = json.loads((shipped / "config.json").read_text())
     for part in ("tokenizer", "transformer", "sampling"):
         assert found[part] == wanted[part]
+    assert sum(path.stat().st_size for path in shipped.rglob("*") if path.is_file()) < 12e6
 
 
 @pytest.mark.parametrize(

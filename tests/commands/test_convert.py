@@ -122,7 +122,7 @@ def test_half_precision_and_a_tokenizer_alone(tmp_path):
 def test_what_the_release_cannot_express(tmp_path):
     code, said, err = run("convert", "--checkpoint", "emoji", "--to_torch", tmp_path)
     assert code == 0
-    assert "tokenizer.patch_size=4 has no counterpart in the PyTorch release" in err
+    assert "tokenizer.patch_size=8 has no counterpart in the PyTorch release" in err
     assert [path.name for path in tmp_path.iterdir()] == ["transformer.pth"]
     assert "VAR(vae, num_classes=9" in said
 
