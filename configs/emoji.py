@@ -1,7 +1,7 @@
 """Emoji from nothing on two CPU cores: 1,906 Noto emoji, nine Unicode groups as classes.
 
-    python -m var_jax.train --config configs/emoji.py        # 32x32, ten minutes
-    python -m var_jax.train --config configs/emoji.py:large  # 32x32, half an hour: sharper
+    python -m var_jax.train --config configs/emoji.py        # 32x32, 13 minutes
+    python -m var_jax.train --config configs/emoji.py:large  # 32x32, 35 minutes: sharper
     python -m var_jax.train --config configs/emoji.py:64     # 64x64
 
 The checkpoint that ships in the package is what `large` leaves (seed 0). The README has expected
