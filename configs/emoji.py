@@ -20,7 +20,8 @@ def get_config(variant: str = "") -> ConfigDict:
         raise BadInput(f"configs/emoji.py has the variants 64 and large, not {variant!r}.")
     large = variant == "large"
     # Few places, many passes: what one pass leaves open the next settles, seeing all of it, so that
-    # few tokens are drawn at once without seeing each other. Patches of 8x8 pixels, 4x4 of them.
+    # few tokens are drawn at once without seeing each other. Patches of 8x8 pixels, 4x4 of them
+    # (8x8 at 64 px); 192 numbers a code are all that a patch has.
     size = 64 if variant == "64" else 32
     patch_nums = (1, 1, 2, 2, 4, 4, 4, 4, 4)
     if large:

@@ -11,11 +11,14 @@ from var_jax import BadInput
 from var_jax.config import Config, SamplingConfig, TokenizerConfig, TransformerConfig, from_dict
 
 
-@pytest.mark.parametrize("name", ["emoji", "imagenet", "tokenizer"])
-def test_a_flag_can_set_every_field_of_an_experiment(name):
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [("emoji", ()), ("emoji", ("large",)), ("emoji", ("64",)), ("imagenet", ()), ("tokenizer", ())],
+)
+def test_a_flag_can_set_every_field_of_an_experiment(name, variant):
     """A flag only reaches fields that the file's ConfigDict has."""
     path = pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py"
-    config = runpy.run_path(str(path))["get_config"]().to_dict()
+    config = runpy.run_path(str(path))["get_config"](*variant).to_dict()
     assert dataclasses.asdict(from_dict(Config, config)) == config
 
 

@@ -276,7 +276,7 @@ class Config:
     sampling: SamplingConfig = SamplingConfig()
     pretrained_tokenizer: str = ""  # a checkpoint whose tokenizer is taken; none is trained then
     seed: int = 0
-    export_dtype: str = "float32"  # of the checkpoint that the run leaves; float16 halves it
+    export_dtype: str = "float32"  # of the checkpoint that the run leaves; 16 bits halve it
 
     def __post_init__(self):
         check_ranges(self, "config", seed=(0, 2**32 - 1))

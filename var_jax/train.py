@@ -371,14 +371,15 @@ def plot(workdir: epath.Path) -> None:
     both = lambda stage, name: {
         "training": line(stage, name), "validation": line(stage, f"val_{name}")
     }  # fmt: skip
-    last = {r: r for record in records for r in record if r.startswith("loss_")}
+    by_scale = {name for record in records for name in record if name.startswith("loss_")}
+    by_scale = sorted(by_scale, key=lambda name: (len(name) if "scale" in name else 99, name))
     panels = {
         "tokenizer: PSNR (dB)": both("tokenizer", "psnr"),
         "tokenizer: codes in use": {"": line("tokenizer", "codes_in_use")},
         "transformer: loss (nats a token)": both("transformer", "loss"),
         "transformer: accuracy": both("transformer", "accuracy"),
         "transformer: loss by scale": {
-            n.removeprefix("loss_"): line("transformer", n) for n in last
+            n.removeprefix("loss_"): line("transformer", n) for n in by_scale
         },
         "learning rate": {s: line(s, "learning_rate") for s in ("tokenizer", "transformer")},
     }

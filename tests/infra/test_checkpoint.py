@@ -238,7 +238,9 @@ def _weights(dtype=jnp.bfloat16):
     return {"a": jax.random.normal(jax.random.key(3), (64, 128), dtype), "ids": jnp.arange(5)}
 
 
-def test_weights_are_small_and_bit_exact(tmp_path):
+@pytest.mark.parametrize("small", [0, checkpoint.SMALL], ids=["stored", "compressed"])
+def test_weights_are_small_and_bit_exact(tmp_path, monkeypatch, small):
+    monkeypatch.setattr(checkpoint, "SMALL", small)
     keys = jax.random.split(jax.random.key(0), 50)
     tree = {f"layer{i}": jax.random.normal(k, (250, 400), jnp.bfloat16) for i, k in enumerate(keys)}
     checkpoint.save_weights(tmp_path / "model", tree, {"depth": 2})

@@ -65,6 +65,8 @@ def curves(path: str | PurePath, series: dict[str, dict[str, tuple]]) -> None:
     for axis in axes.flat[len(series) :]:
         axis.set_visible(False)
     for axis, (title, lines) in zip(axes.flat, series.items(), strict=False):
+        if len(lines) > 5:  # a series, such as scales: from dark to light
+            axis.set_prop_cycle(color=pyplot.colormaps["viridis"](np.linspace(0, 0.9, len(lines))))
         for label, (x, y) in lines.items():
             axis.plot(x, y, label=label, linewidth=1.6, marker="o" if len(x) < 12 else None, ms=3.5)
         axis.set_title(title, fontsize=11, loc="left")
@@ -75,7 +77,7 @@ def curves(path: str | PurePath, series: dict[str, dict[str, tuple]]) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color("0.7")
         if len(lines) > 1:
-            axis.legend(frameon=False, fontsize=8)
+            axis.legend(frameon=False, fontsize=8, ncols=1 + len(lines) // 8)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=150)
     pyplot.close(figure)
