@@ -13,22 +13,23 @@ from ml_collections import ConfigDict
 from var_jax import BadInput
 from var_jax.config import defaults
 
+# Few places, many passes: what one pass leaves open the next settles, seeing all of it, so that few
+# tokens are drawn at once without seeing each other. Patches of 8x8 pixels, 4x4 of them or 8x8.
+# Variant: pixels a side, scales, numbers a code, steps of the tokenizer and of the transformer.
+VARIANTS = {
+    "": (32, (1, 1, 2, 2, 4, 4, 4, 4, 4), 96, 1000, 900),
+    "64": (64, (1, 1, 2, 2, 4, 4, 8, 8, 8), 96, 2000, 3000),
+    "large": (32, (1, 1, 1, 2, 2, 4, 4, 4, 4, 4, 4, 4), 128, 6000, 3500),
+}
+
 
 def get_config(variant: str = "") -> ConfigDict:
     """The config; `--config.train_tokenizer.steps=100` and the like override it."""
-    if variant not in ("", "64", "large"):
+    if variant not in VARIANTS:
         raise BadInput(f"configs/emoji.py has the variants 64 and large, not {variant!r}.")
+    size, patch_nums, latent_dim, tokenizer_steps, transformer_steps = VARIANTS[variant]
     large = variant == "large"
-    # Few places, many passes: what one pass leaves open the next settles, seeing all of it, so that
-    # few tokens are drawn at once without seeing each other. Patches of 8x8 pixels, 4x4 of them
-    # (8x8 at 64 px); 192 numbers a code are all that a patch has.
-    size = 64 if variant == "64" else 32
-    patch_nums = (1, 1, 2, 2, 4, 4, 4, 4, 4)
-    if large:
-        patch_nums = (1, 1, 1, 2, 2, 4, 4, 4, 4, 4, 4)
-    if size == 64:
-        patch_nums = (1, 1, 2, 2, 4, 4, 8, 8, 8)
-    sizes = dict(patch_nums=patch_nums, vocab_size=1024, latent_dim=192 if large else 96)
+    sizes = dict(patch_nums=patch_nums, vocab_size=1024, latent_dim=latent_dim)
     config = defaults()
     config.seed = 0
     # Mirrored, but never moved: a picture moved against the grid of patches has other codes.
@@ -38,22 +39,22 @@ def get_config(variant: str = "") -> ConfigDict:
         patch_size=8, skip=True,
     )  # fmt: skip
     config.transformer.update(
-        sizes, num_classes=9, depth=6 if large else 4, width=192, num_heads=3,
-        drop_path=0.1 if large else 0.0,
+        sizes, num_classes=9, depth=6 if large else 4, width=256 if large else 192,
+        num_heads=4 if large else 3, shared_adaln=large, drop_path=0.1 if large else 0.0,
     )  # fmt: skip
     config.train_tokenizer.update(
-        steps=2000 if large else 1000, batch_size=32, learning_rate=8e-3,
-        schedule="cos", warmup_steps=30, final_lr_ratio=0.0, weight_decay=0.0,
-        final_weight_decay=0.0, clip_norm=1.0, ema_decay=0.995, log_every=10, save_every=250,
-        sample_every=500,
+        steps=tokenizer_steps, batch_size=32, learning_rate=8e-3, schedule="cos", warmup_steps=30,
+        final_lr_ratio=0.0, weight_decay=0.0, final_weight_decay=0.0, clip_norm=1.0,
+        ema_decay=0.995, log_every=10, save_every=250, sample_every=500,
     )  # fmt: skip
     config.train_transformer.update(
-        steps=2000 if large else 900, batch_size=32, learning_rate=1.6e-2,
-        schedule="lin0", warmup_steps=50, final_lr_ratio=0.01, ema_decay=0.998 if large else 0.99,
+        steps=transformer_steps, batch_size=32, learning_rate=1.6e-2, schedule="lin0",
+        warmup_steps=50, final_lr_ratio=0.01, ema_decay=0.999 if large else 0.99,
         augmented_copies=9 if large else 3,  # 45 or 38 % mirrored
-        log_every=10, save_every=200,
-        sample_every=400 if large else 300,
+        log_every=10, save_every=200, sample_every=500 if large else 300,
     )  # fmt: skip
-    config.sampling.update(cfg=0.0, top_k=0, top_p=(0.5,))
+    # The first scales choose the picture, the others draw it: wide for variety, then sharp.
+    top_p = (0.8, 0.8, 0.7, 0.6, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4) if large else (0.5,)
+    config.sampling.update(cfg=0.0, top_k=0, top_p=top_p)
     config.export_dtype = "bfloat16"
     return config

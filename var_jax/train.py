@@ -82,7 +82,8 @@ def main(argv: list[str]) -> None:
         if "transformer" in parts:
             models = Models(**parts, class_names=run.train.class_names, sampling=config.sampling)
             fresh = functools.partial(draw, models, seed=config.seed + 1)
-            summary |= report(run.train, run.validation, fresh)
+            psnr = summary.get("validation PSNR (dB)")
+            summary |= report(run.train, run.validation, fresh, psnr)
             picture = sample_rows(models, config.seed)
             if jax.process_index() == 0:
                 save_png(run.workdir / "samples.png", picture)

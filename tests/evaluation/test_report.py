@@ -41,3 +41,15 @@ def test_variety_is_told_where_held_out_pictures_have_company(held_out, told):
     report_ = report(items([0, 0, 1, 1, 2, 2]), items(held_out), lambda labels: flat(*labels))
     assert ("distance within a class, real" in report_) == told
     assert report_.get("distance within a class, samples", 0) == 0  # both of class 0 are the same
+
+
+def test_copies_are_nearer_than_a_reconstruction_and_may_be_mirrored():
+    known = np.zeros((2, 4, 4, 3), np.uint8)
+    known[0, :, 0], known[1, 0] = 255, 255  # a bar at the left, one at the top
+    held_out = np.zeros((1, 4, 4, 3), np.uint8)  # half of the way, RMS, to either
+    made = np.stack([known[0, :, ::-1], held_out[0]])  # the bar at the right, and nothing
+    train, validation = Pictures(known, np.array([0, 0])), Pictures(held_out, np.array([0]))
+    found = report(train, validation, lambda labels: made, psnr=20.0)  # RMS of 0.1
+    assert (found["copies, real"], found["copies, samples"]) == (0.0, 0.5)
+    assert found["distance to training, samples"] == pytest.approx(0.25)  # the median of 0 and 0.5
+    assert "copies, real" not in report(train, validation, lambda labels: made)

@@ -2,8 +2,8 @@
 
 An independent classifier, trained on real pictures, says how often a sample is taken for its
 class; its rate on held-out real pictures is the yardstick. Distances to the nearest training
-picture, beside those of held-out pictures, tell copies from new pictures, and distances between
-pictures of one class how much they vary.
+picture or mirror image of one, beside those of held-out pictures, tell copies from new pictures,
+and distances between pictures of one class how much they vary.
 """
 
 from collections.abc import Callable
@@ -79,21 +79,29 @@ def report(
     train: Source,
     validation: Source,
     draw: Callable[[Int32[np.ndarray, " N"]], UInt8[np.ndarray, "N H W 3"]],
-    copies: int = 2,
+    psnr: float | None = None,
 ) -> dict[str, float]:
-    """Figures of what `draw` makes of labels: `copies` of each held-out picture's class."""
+    """Figures of what `draw` makes of labels, two for each held-out picture's class.
+
+    `psnr` (dB) of the tokenizer's reconstructions says what a copy is: a picture nearer to one of
+    training than a reconstruction is to its original.
+    """
     known, known_labels = arrays(train)
     held_out, held_out_labels = arrays(validation)
-    labels = np.repeat(held_out_labels, copies)
+    labels = np.repeat(held_out_labels, 2)
     samples = draw(labels)
     several = np.flatnonzero(np.bincount(held_out_labels) > 1)
-    near_real, near_made = nearest_distance(held_out, known), nearest_distance(samples, known)
+    mirrored = np.concatenate([known, known[:, :, ::-1]])
+    near_real, near_made = (nearest_distance(images, mirrored) for images in (held_out, samples))
     return {
         **(agreement(train.class_names, (known, known_labels), (held_out, held_out_labels),
                      (samples, labels)) if len(set(known_labels)) > 1 else {}),
         "distance to training, real": float(np.median(near_real)),
         "distance to training, samples": float(np.median(near_made)),
-        "nearer than 5% of real": float((near_made < np.quantile(near_real, 0.05)).mean()),
+        **({
+            "copies, real": float((near_real < 10 ** (-psnr / 20)).mean()),
+            "copies, samples": float((near_made < 10 ** (-psnr / 20)).mean()),
+        } if psnr else {}),
         **({
             "distance within a class, real": variety(held_out, held_out_labels, several),
             "distance within a class, samples": variety(samples, labels, several),
