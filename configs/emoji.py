@@ -1,8 +1,8 @@
 """Emoji from nothing on two CPU cores: 1,906 Noto emoji, nine Unicode groups as classes.
 
-    python -m var_jax.train --config configs/emoji.py        # 32x32, 13 minutes
-    python -m var_jax.train --config configs/emoji.py:large  # 32x32, 35 minutes: sharper
-    python -m var_jax.train --config configs/emoji.py:64     # 64x64
+    python -m var_jax.train --config configs/emoji.py        # 32x32, 9 minutes
+    python -m var_jax.train --config configs/emoji.py:large  # 32x32, hours; minutes on a GPU
+    python -m var_jax.train --config configs/emoji.py:64     # 64x64, likewise
 
 The checkpoint that ships in the package is what `large` leaves (seed 0). The README has expected
 figures.
