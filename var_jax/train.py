@@ -82,8 +82,8 @@ def main(argv: list[str]) -> None:
         if "transformer" in parts:
             models = Models(**parts, class_names=run.train.class_names, sampling=config.sampling)
             fresh = functools.partial(draw, models, seed=config.seed + 1)
-            psnr = summary.get("validation PSNR (dB)")
-            summary |= report(run.train, run.validation, fresh, psnr)
+            again = functools.partial(reconstruct, tokenizer, mesh=run.mesh)
+            summary = report(run.train, run.validation, fresh, again) | summary
             picture = sample_rows(models, config.seed)
             if jax.process_index() == 0:
                 save_png(run.workdir / "samples.png", picture)
@@ -324,6 +324,19 @@ def reconstructions(
     strip = np.stack([originals, steps[-1], *steps], axis=1)
     scale = max(1, 64 // originals.shape[1])
     return grid(strip.reshape(-1, *originals.shape[1:]), columns=strip.shape[1], scale=scale)
+
+
+def reconstruct(
+    tokenizer: Tokenizer, images: UInt8[np.ndarray, "N H W 3"], *, mesh: jax.sharding.Mesh
+) -> UInt8[np.ndarray, "N H W 3"]:
+    """Images through the tokenizer and back, a batch at a time."""
+    there_and_back = jax.jit(lambda tokenizer, x: tokenizer.decode(tokenizer.encode(to_float(x))))
+    size, made = round_up(64), []
+    for start in range(0, len(images), size):
+        padded = np.resize(images[start : start + size], (size, *images.shape[1:]))
+        batch = put_whole({"image": padded}, mesh)["image"]
+        made.append(to_bytes(to_host(there_and_back(tokenizer, batch))))
+    return np.concatenate(made)[: len(images)]
 
 
 def coarse_to_fine(tokenizer: Tokenizer, image):
