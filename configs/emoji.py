@@ -1,6 +1,6 @@
 """Emoji from nothing on two CPU cores: 1,906 Noto emoji, nine Unicode groups as classes.
 
-    python -m var_jax.train --config configs/emoji.py        # 32x32, 9 minutes
+    python -m var_jax.train --config configs/emoji.py        # 32x32, 9 to 12 minutes
     python -m var_jax.train --config configs/emoji.py:large  # 32x32, 1.6 hours; minutes on a GPU
     python -m var_jax.train --config configs/emoji.py:64     # 64x64, minutes on a GPU
 
