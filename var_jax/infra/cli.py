@@ -82,6 +82,8 @@ def _bad_flag(error: Exception) -> str | None:
     if causes:  # Raised by a config file; absl and ml_collections wrap it in their own.
         return str(causes[-1])
     text = " ".join(str(error.args[0] if error.args else error).split())
+    text = text.replace("invalid literal for int() with base 10: ", "expected a whole number, not ")
+    text = text.replace("could not convert string to float: ", "expected a number, not ")
     if "Error whilst parsing config file" in text:
         return None
     if isinstance(error, flags.Error):
@@ -138,7 +140,8 @@ def _memory_full(error: BaseException) -> str | None:
 def _unread_config(error: Exception) -> str | None:
     """The sentence for a missing --config file, which ml_collections reports on first use."""
     if isinstance(error, OSError) and _raised_in(error, "ml_collections"):
-        return f"the config file cannot be read: {str(error).strip().splitlines()[-1].strip()}"
+        why = re.sub(r"^\[Errno \d+\] ", "", str(error).strip().splitlines()[-1].strip())
+        return f"the config file cannot be read: {why}"
     return None
 
 
