@@ -50,7 +50,7 @@ from var_jax.training.cache import tokenize
 from var_jax.training.export import Models, describe, load_tokenizer, save_models
 from var_jax.training.state import TrainState
 from var_jax.training.token_cache import fingerprint
-from var_jax.training.tokenizer_stage import to_float, tokenizer_stage
+from var_jax.training.tokenizer_stage import reconstruct, to_float, tokenizer_stage
 from var_jax.training.transformer_stage import transformer_stage
 
 CONFIG = config_flags.DEFINE_config_file("config")
@@ -324,19 +324,6 @@ def reconstructions(
     strip = np.stack([originals, steps[-1], *steps], axis=1)
     scale = max(1, 64 // originals.shape[1])
     return grid(strip.reshape(-1, *originals.shape[1:]), columns=strip.shape[1], scale=scale)
-
-
-def reconstruct(
-    tokenizer: Tokenizer, images: UInt8[np.ndarray, "N H W 3"], *, mesh: jax.sharding.Mesh
-) -> UInt8[np.ndarray, "N H W 3"]:
-    """Images through the tokenizer and back, a batch at a time."""
-    there_and_back = jax.jit(lambda tokenizer, x: tokenizer.decode(tokenizer.encode(to_float(x))))
-    size, made = round_up(64), []
-    for start in range(0, len(images), size):
-        padded = np.resize(images[start : start + size], (size, *images.shape[1:]))
-        batch = put_whole({"image": padded}, mesh)["image"]
-        made.append(to_bytes(to_host(there_and_back(tokenizer, batch))))
-    return np.concatenate(made)[: len(images)]
 
 
 def coarse_to_fine(tokenizer: Tokenizer, image):

@@ -3,13 +3,15 @@
 import functools
 
 import jax
+import numpy as np
 import pytest
 
 from var_jax.data.sources import open_source
 from var_jax.evaluation.report import arrays, psnr, report
 from var_jax.infra.mesh import make_mesh
-from var_jax.train import draw, reconstruct
+from var_jax.sampling.generate import generate
 from var_jax.training.export import load_models
+from var_jax.training.tokenizer_stage import reconstruct
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,14 @@ def test_it_reconstructs_held_out_pictures(shipped):
 def test_its_samples_are_of_their_class_and_vary(shipped):
     models, again = shipped
     train, validation = (open_source("emoji", split, 32) for split in ("train", "validation"))
-    found = report(train, validation, functools.partial(draw, models, seed=1), again)
+
+    def draw(labels):
+        made = generate(
+            models.transformer, models.tokenizer, labels, batch_size=64, seed=1,
+            **models.sampling.arguments,
+        )  # fmt: skip
+        return np.concatenate([images for images, _ in made])
+
+    found = report(train, validation, draw, again)
     assert found["samples / real"] > 1.1
     assert found["distance within a class, samples"] > 0.28

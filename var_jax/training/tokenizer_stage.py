@@ -2,12 +2,16 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key, UInt8
 
 from var_jax.config import StageConfig, TokenizerConfig
+from var_jax.infra.mesh import put_whole, to_host
+from var_jax.models.partition import round_up
 from var_jax.models.tokenizer import Tokenizer
+from var_jax.sampling.generate import to_bytes
 from var_jax.training.codebook import codes_by_scale, init_stats, update_codebook
 from var_jax.training.optimizer import learning_rate, make_optimizer
 from var_jax.training.state import (
@@ -91,3 +95,16 @@ def psnr(error: Float[Array, " B"]) -> Float[Array, " B"]:
 def to_float(image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
     """Bytes → [-1, 1]."""
     return image.astype(jnp.float32) / 127.5 - 1
+
+
+def reconstruct(
+    tokenizer: Tokenizer, images: UInt8[np.ndarray, "N H W 3"], *, mesh: jax.sharding.Mesh
+) -> UInt8[np.ndarray, "N H W 3"]:
+    """Images through the tokenizer and back, a batch at a time."""
+    there_and_back = jax.jit(lambda tokenizer, x: tokenizer.decode(tokenizer.encode(to_float(x))))
+    size, made = round_up(64), []
+    for start in range(0, len(images), size):
+        padded = np.resize(images[start : start + size], (size, *images.shape[1:]))
+        batch = put_whole({"image": padded}, mesh)["image"]
+        made.append(to_bytes(to_host(there_and_back(tokenizer, batch))))
+    return np.concatenate(made)[: len(images)]
