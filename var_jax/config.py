@@ -177,6 +177,7 @@ class StageConfig:
     clip_norm: float = 2.0
     ema_decay: float = 0.0  # of the averaged weights; 0: none are kept
     augmented_copies: int = 0  # transformer: so many tokenized ahead; 0: in the step
+    mistakes: float = 0.0  # most of a copy's codes that are wrong, for finer scales to make up for
     label_dropout: float = 0.1  # transformer: how often the class is withheld, for guidance
     label_smoothing: float = 0.0  # transformer
     codebook_decay: float = 0.99  # tokenizer: codes as moving averages; 0: learned by gradient
@@ -190,8 +191,9 @@ class StageConfig:
         check_ranges(
             self, "train_*", steps=ANY, batch_size=SOME, learning_rate=ANY, warmup_steps=ANY,
             weight_decay=ANY, final_weight_decay=ANY, b1=SHARE, b2=SHARE, clip_norm=ANY,
-            ema_decay=SHARE, augmented_copies=ANY, label_dropout=SHARE, label_smoothing=SHARE,
-            codebook_decay=SHARE, log_every=SOME, save_every=SOME, keep_every=ANY, sample_every=ANY,
+            ema_decay=SHARE, augmented_copies=ANY, mistakes=SHARE, label_dropout=SHARE,
+            label_smoothing=SHARE, codebook_decay=SHARE, log_every=SOME, save_every=SOME,
+            keep_every=ANY, sample_every=ANY,
         )  # fmt: skip
         if self.schedule not in SCHEDULES and not re.fullmatch(r"lin0\.\d+", self.schedule):
             raise BadInput(
@@ -201,6 +203,11 @@ class StageConfig:
         if self.accumulate < 1 or self.batch_size % self.accumulate:
             raise BadInput(
                 f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}."
+            )
+        if self.mistakes and not self.augmented_copies:
+            raise BadInput(
+                f"mistakes={self.mistakes} needs augmented_copies above 0: only copies are made"
+                " with mistakes."
             )
         if self.schedule == "exp" and self.final_lr_ratio <= 0:
             raise BadInput(f"schedule='exp' needs final_lr_ratio={self.final_lr_ratio} above 0.")

@@ -225,6 +225,7 @@ class Run:
             batch_size=self.config.train_transformer.batch_size,
             copies=self.config.train_transformer.augmented_copies,
             seed=self.config.seed,
+            mistakes=self.config.train_transformer.mistakes,
             **self.augmentation,
         )
 

@@ -14,7 +14,7 @@ from var_jax.config import StageConfig, TokenizerConfig, TransformerConfig
 from var_jax.infra.mesh import make_mesh, put_batch, shard
 from var_jax.models.transformer import Transformer
 from var_jax.training.state import layout
-from var_jax.training.tokenizer_stage import tokenizer_stage
+from var_jax.training.tokenizer_stage import loss_fn, tokenizer_stage
 from var_jax.training.transformer_stage import transformer_stage
 
 SIZES = dict(patch_nums=(1, 2, 4), vocab_size=64, latent_dim=16)
@@ -65,6 +65,16 @@ def test_both_stages_learn(alone):
     assert tokenizer_losses[-1] < 0.7 * tokenizer_losses[0]
     assert transformer_losses[-1] < transformer_losses[0] - 0.05
     assert transformer_losses[0] == pytest.approx(np.log(64), rel=0.01)  # uniform at the start
+
+
+def test_only_what_is_shown_counts_as_error():
+    image = np.array([1.0, 1.0, -1.0, -1.0, 0.9]).reshape(1, 5, 1, 1)
+    made = np.array([1.3, 0.8, -1.3, -0.8, 1.3]).reshape(1, 5, 1, 1)
+    codec = lambda made: (made, types.SimpleNamespace(loss=0.0))
+    loss = lambda made: loss_fn(lambda _: codec(made), image)[0]
+    value, gradient = jax.value_and_grad(loss)(made)
+    assert value == pytest.approx((0.2**2 + 0.2**2 + 0.4**2) / 5)
+    np.testing.assert_allclose(gradient.ravel(), [0, -0.08, 0, 0.08, 0.16], atol=1e-6)
 
 
 def first_step(alone, model=None, stage=None, **change):

@@ -18,9 +18,13 @@ PACKED = np.dtype("<u2")  # codes and classes below 65,536; array_record compres
 
 @dataclasses.dataclass(frozen=True)
 class TokenSource:
-    """Items `tokens`, int32 (L,), and `label`, int32 (); one a picture or augmented copy."""
+    """Items `tokens` and `laid`, int32 (L,), and `label`, int32 (); one a picture or copy.
+
+    The codes to predict, and those that finer scales are predicted from, mistakes included.
+    """
 
     tokens: Int32[np.ndarray, "N L"]
+    laid: Int32[np.ndarray, "N L"]
     labels: Int32[np.ndarray, " N"]
     class_names: tuple[str, ...]
 
@@ -28,7 +32,8 @@ class TokenSource:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {"tokens": self.tokens[index], "label": self.labels[index]}
+        tokens, laid, label = (x[index] for x in (self.tokens, self.laid, self.labels))
+        return {"tokens": tokens, "laid": laid, "label": label}
 
 
 @dataclasses.dataclass(frozen=True)

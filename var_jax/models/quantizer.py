@@ -6,6 +6,7 @@ result is subtracted from the residual. All of it is float32 at highest precisio
 code is a wrong training target.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -32,6 +33,7 @@ class Encoded(NamedTuple):
     """A latent as codes, with the vectors the codes stand for and the running sum of each scale."""
 
     idx: Int32[Array, "B L"]
+    laid: Int32[Array, "B L"]
     residual: Float[Array, "B L C"]
     sums: list[Float[Array, "B h w C"]]
 
@@ -84,19 +86,30 @@ class Quantizer(nnx.Module):
         idx_Bl = idx_BL[:, slices(self.config.patch_nums)[k]]
         return take(self.codebook[...], reshape(idx_Bl, len(idx_Bl), p, p))
 
-    def encode(self, f_BhwC: Float[Array, "B h w C"]) -> Encoded:
-        """Codes, the residuals they stand for, the running sum of each scale (algorithm 1)."""
+    def encode(
+        self,
+        f_BhwC: Float[Array, "B h w C"],
+        mistake: Callable[[int, Array], Array] = lambda k, idx_Bpp: idx_Bpp,
+    ) -> Encoded:
+        """Codes, the residuals they stand for, the running sum of each scale (algorithm 1).
+
+        `mistake(k, idx)` are the codes laid at scale k in place of the nearest, which `idx` keeps:
+        what is wrong then stays in the residual, and finer scales make up for it.
+        """
         rest, f_hat = jax.lax.stop_gradient(f_BhwC), jnp.zeros_like(f_BhwC)
-        codes, residuals, sums = [], [], []
+        codes, laid, residuals, sums = [], [], [], []
         for k, p in enumerate(self.config.patch_nums):
             z_BppC = downsample(rest, p)
             idx_Bpp = self.nearest(z_BppC)
-            h = self.contribution(k, take(self.codebook[...], idx_Bpp))
+            laid_Bpp = mistake(k, idx_Bpp)
+            h = self.contribution(k, take(self.codebook[...], laid_Bpp))
             f_hat, rest = f_hat + h, rest - h
             codes.append(reshape(idx_Bpp, len(idx_Bpp), p * p))
+            laid.append(reshape(laid_Bpp, len(laid_Bpp), p * p))
             residuals.append(reshape(z_BppC, len(z_BppC), p * p, z_BppC.shape[-1]))
             sums.append(f_hat)
-        return Encoded(jnp.concatenate(codes, 1), jnp.concatenate(residuals, 1), sums)
+        codes, laid, residuals = (jnp.concatenate(x, 1) for x in (codes, laid, residuals))
+        return Encoded(codes, laid, residuals, sums)
 
     def __call__(self, f_BhwC: Float[Array, "B h w C"]) -> Quantized:
         """Quantizes, with the loss (VAR eq. 5): codebook + beta · commitment, mean over scales."""

@@ -3,7 +3,9 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int32, Key
 
 from var_jax.data.augment import augment_items
 from var_jax.data.pipeline import batches, epoch
@@ -11,6 +13,7 @@ from var_jax.data.sources import Source
 from var_jax.data.tokens import TokenSource
 from var_jax.infra.logs import progress
 from var_jax.infra.mesh import put_whole, to_host
+from var_jax.models.partition import BATCH, pin
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.training.tokenizer_stage import to_float
 
@@ -23,27 +26,53 @@ def tokenize(
     batch_size: int,
     copies: int = 0,
     seed: int = 0,
+    mistakes: float = 0.0,
     **augmentation,
 ) -> TokenSource:
     """The codes of every picture as it is and, after those, of `copies` augmented ones.
 
-    One order of pictures whatever the mesh; augmentation as `augment_items` takes it.
+    One order of pictures whatever the mesh; augmentation as `augment_items` takes it, `mistakes` as
+    `encode_with_mistakes`.
     """
-    encode = jax.jit(lambda tokenizer, image: tokenizer.encode(to_float(image)))
+    encode, key = jax.jit(encode_with_mistakes, static_argnums=3), jax.random.key(seed)
     rounds = [epoch(source, batch_size)]
     if copies:
         changed = batches(
             source, batch_size=batch_size, seed=seed, augment=augment_items(**augmentation)
         )
         rounds.append(itertools.islice(changed, -(-copies * len(source) // batch_size)))
-    tokens, labels = [], []
+    tokens, laid, labels = [], [], []
     with progress(len(source) * (1 + copies), 0, "tokens") as bar:
-        for batch in itertools.chain(*rounds):
+        for i, batch in enumerate(itertools.chain(*rounds)):
             mask = batch.pop("mask", np.ones(batch_size, bool))
             image = put_whole({"image": batch["image"]}, mesh)["image"]
-            tokens.append(to_host(encode(tokenizer, image))[mask])
-            labels.append(batch["label"][mask])
+            codes = to_host(encode(tokenizer, image, jax.random.fold_in(key, i), mistakes))
+            for found, new in zip((tokens, laid, labels), (*codes, batch["label"]), strict=True):
+                found.append(new[mask])
             bar.update(int(mask.sum()))
     end = len(source) * (1 + copies)
-    tokens, labels = np.concatenate(tokens)[:end], np.concatenate(labels)[:end]
-    return TokenSource(tokens, labels, source.class_names)
+    tokens, laid, labels = (np.concatenate(x)[:end] for x in (tokens, laid, labels))
+    return TokenSource(tokens, laid, labels, source.class_names)
+
+
+def encode_with_mistakes(
+    tokenizer: Tokenizer, image: Array, key: Key[Array, ""], most: float
+) -> tuple[Int32[Array, "B L"], Int32[Array, "B L"]]:
+    """The codes to predict, and those laid: of each picture up to `most` of them are another's.
+
+    The tokens of a scale are drawn without seeing each other, so that some will not fit; whoever
+    saw this in training, and what then comes next, goes on with one picture and not with a mixture
+    (self-correction: Infinity, arXiv 2412.04431, §3.3). Scales of one token have no such mistakes.
+    """
+    of_image, of_token = jax.random.split(key)
+    share = most * pin(jax.random.uniform(of_image, (len(image), 1, 1)), BATCH)
+
+    def mistake(k: int, idx_Bpp: Int32[Array, "B p p"]) -> Int32[Array, "B p p"]:
+        if not most or idx_Bpp.shape[1] == 1:
+            return idx_Bpp
+        other = pin(jnp.roll(pin(idx_Bpp), k, axis=0), BATCH)
+        wrong = pin(jax.random.uniform(jax.random.fold_in(of_token, k), idx_Bpp.shape), BATCH)
+        return jnp.where(wrong < share, other, idx_Bpp)
+
+    code = tokenizer.quantizer.encode(tokenizer.latent(to_float(image)), mistake)
+    return code.idx, code.laid

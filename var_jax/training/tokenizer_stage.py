@@ -74,12 +74,15 @@ def tokenizer_stage(model_config: TokenizerConfig, config: StageConfig) -> Stage
 
 
 def loss_fn(tokenizer: Tokenizer, image: Float[Array, "B H W 3"]):
-    """Squared error of the reconstruction plus the quantizer's loss."""
-    reconstruction, code = tokenizer(image)
-    return jnp.mean((reconstruction - image) ** 2) + code.loss, (
-        squared_error(reconstruction, image),
-        code,
-    )
+    """Squared error of the reconstruction plus the quantizer's loss.
+
+    Whiter than white is no error, nor blacker than black: shown, it is clipped. So noise of the
+    codes has room beyond, and plain backgrounds stay plain.
+    """
+    made, code = tokenizer(image)
+    beyond = (jnp.abs(image) == 1) & (made * image > 1)
+    error = squared_error(jnp.where(beyond, image, made), image)
+    return jnp.mean(error) + code.loss, (error, code)
 
 
 def squared_error(a: Float[Array, "B H W 3"], b: Float[Array, "B H W 3"]) -> Float[Array, " B"]:

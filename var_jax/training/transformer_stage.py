@@ -29,8 +29,9 @@ from var_jax.training.tokenizer_stage import to_float
 def transformer_stage(model_config: TransformerConfig, config: StageConfig) -> Stage:
     """The stage that trains the transformer.
 
-    A batch holds `label` (B,), either `image` uint8 (B,H,W,3) or cached `tokens` (B,L), and under
-    "tokenizer" the frozen tokenizer: an argument of the step, like all it reads.
+    A batch holds `label` (B,), either `image` uint8 (B,H,W,3) or cached `tokens` (B,L) (with `laid`
+    (B,L), where the codes to read are not those to predict), and under "tokenizer" the frozen
+    tokenizer: an argument of the step, like all it reads.
     """
     optimizer, schedule = make_optimizer(config), learning_rate(config)
 
@@ -79,7 +80,7 @@ def teacher(batch: Batch) -> tuple[Int32[Array, "B L"], Float[Array, "B M C"]]:
         # Outside a loop XLA's TPU compiler tiles the convolutions badly (benchmarks/aot.md).
         fewest = 2 if platform() == "tpu" else 1
         tokens = in_parts(encode, image, tokenizer.config.images_at_a_time, fewest)
-    return tokens, tokenizer.quantizer.teacher_input(tokens)
+    return tokens, tokenizer.quantizer.teacher_input(batch.get("laid", tokens))
 
 
 def judge(
