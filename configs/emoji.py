@@ -45,7 +45,7 @@ VARIANTS = {
     # Shared AdaLN buys width: the checkpoint has to stay under 12 MB. The first scales choose the
     # picture, the others draw it: top-p is wide for variety, then narrow for sharpness.
     "large": Variant(
-        (1, 1, 1, 2, 2, 4, 4, 4, 4, 4, 4, 4), 6000, 3000, latent_dim=128, depth=6, width=256,
+        (1, 1, 1, 2, 2, 4, 4, 4, 4, 4, 4, 4), 6000, 2400, latent_dim=128, depth=6, width=256,
         shared_adaln=True, drop_path=0.1, ema_decay=0.999, augmented_copies=29, mistakes=0.2,
         sample_every=500, top_p=(0.8, 0.8, 0.7, 0.6, 0.5) + 7 * (0.4,),
     ),
@@ -76,8 +76,8 @@ def get_config(variant: str = "") -> ConfigDict:
         clip_norm=1.0, ema_decay=0.995, log_every=10, save_every=250, sample_every=500,
     )  # fmt: skip
     config.train_transformer.update(
-        steps=this.transformer_steps, batch_size=32, learning_rate=1.6e-2, schedule="lin0",
-        warmup_steps=50, final_lr_ratio=0.01, ema_decay=this.ema_decay,
+        steps=this.transformer_steps, batch_size=32, optimizer="muon", learning_rate=1.6e-2,
+        schedule="lin0", warmup_steps=50, final_lr_ratio=0.01, ema_decay=this.ema_decay,
         augmented_copies=this.augmented_copies, mistakes=this.mistakes, log_every=10,
         save_every=200, sample_every=this.sample_every,
     )  # fmt: skip

@@ -166,6 +166,7 @@ class StageConfig:
     batch_size: int = 768  # of all devices together
     accumulate: int = 1  # transformer: parts a batch is taken in, one after another
     learning_rate: float = 1e-4  # for 256 images: scaled by batch_size / 256
+    optimizer: str = "adamw"  # transformer: or muon, which learns in fewer steps
     schedule: str = "lin0"  # or cos, lin, lin00, lin0.3, exp: see training/optimizer.py
     warmup_steps: int = 0
     start_lr_ratio: float = 0.005  # where warm-up starts
@@ -195,6 +196,8 @@ class StageConfig:
             label_smoothing=SHARE, codebook_decay=SHARE, log_every=SOME, save_every=SOME,
             keep_every=ANY, sample_every=ANY,
         )  # fmt: skip
+        if self.optimizer not in ("adamw", "muon"):
+            raise BadInput(f"optimizer={self.optimizer!r} is not one of adamw, muon.")
         if self.schedule not in SCHEDULES and not re.fullmatch(r"lin0\.\d+", self.schedule):
             raise BadInput(
                 f"schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)} or lin0.N, like"

@@ -128,6 +128,16 @@ def test_meshes_agree(alone, mesh_shape):
     chex.assert_trees_all_close(more_state, there, atol=2e-3)
 
 
+@pytest.mark.slow
+def test_meshes_agree_on_muon(alone):
+    stage = transformer_stage(TRANSFORMER, dataclasses.replace(STAGE, optimizer="muon"))
+    losses, state = train(None, stage, alone[1].best)
+    assert losses[-1] < losses[0] - 0.05
+    here, there = train((2, 2, 2), stage, alone[1].best)
+    np.testing.assert_allclose(here, losses, rtol=1e-4)
+    chex.assert_trees_all_close(state, there, atol=2e-3)
+
+
 def test_weights_and_moments_are_sharded_from_the_start():
     mesh = make_mesh(2, 2, 2)
     stage = transformer_stage(TRANSFORMER, STAGE)

@@ -1,17 +1,26 @@
-"""AdamW with VAR's schedules (VAR §4.1; official `lr_control.py`)."""
+"""AdamW with VAR's schedules (VAR §4.1; official `lr_control.py`), and Muon for small models."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array, Float
 
 from var_jax.config import SCHEDULES, StageConfig
-from var_jax.models.partition import path_name
+from var_jax.models.partition import path_name, pin
 
 # Positions, and what only shifts or scales, keep their size; biases and 1-D tensors do too.
 NO_DECAY = ("start", "pos_embed", "level_embed", "log_scale", "ada_offset")
+
+# The blocks' matrices with the axes that they sum over and make; others are separate matrices.
+MATRICES = {
+    "qkv": optax.contrib.MuonDimensionNumbers(1, (3, 4)),
+    "proj": optax.contrib.MuonDimensionNumbers((1, 2), 3),
+    "fc1": optax.contrib.MuonDimensionNumbers(1, 2),
+    "fc2": optax.contrib.MuonDimensionNumbers(1, 2),
+}
 
 
 def learning_rate(config: StageConfig) -> optax.Schedule:
@@ -63,10 +72,48 @@ def decays(params: Any) -> Any:
 
 
 def make_optimizer(config: StageConfig) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled weight decay."""
+    """Clip by global norm, Adam (and Muon, if asked for), decoupled weight decay."""
+    scale = optax.scale_by_adam(config.b1, config.b2)
+    if config.optimizer == "muon":
+        scale = optax.partition({"adam": scale, "muon": whole(scale_by_muon())}, rule)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.b1, config.b2),
+        scale,
         optax.add_decayed_weights(weight_decay(config), mask=decays),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
+
+
+def rule(params: Any) -> Any:
+    """What updates each leaf, "muon" or "adam", as a tree like `params`."""
+
+    def name(path, leaf):
+        *_, stack, last = ["", *path_name(path).split(".")]
+        return "muon" if stack == "blocks" and last in MATRICES else "adam"
+
+    return jax.tree_util.tree_map_with_path(name, params)
+
+
+def scale_by_muon() -> optax.GradientTransformation:
+    """Momentum with all singular values alike (Muon), as large as Adam's updates usually are.
+
+    So it takes Adam's learning rates: Moonlight, arXiv 2502.16982, §2.2.
+    """
+
+    def axes(params):
+        which = lambda path, _: MATRICES[path_name(path).split(".")[-1]]
+        return jax.tree_util.tree_map_with_path(which, params)
+
+    muon = optax.contrib.muon(1.0, consistent_rms=0.2, muon_weight_dimension_numbers=axes)
+    return optax.chain(muon, optax.scale(-1.0))  # its learning rate has turned the sign
+
+
+def whole(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` on gathered arrays, for products over axes that are split; results lie as before."""
+
+    def update(updates, state, params=None):
+        made = inner.update(*jax.tree.map(pin, (updates, state, params)))
+        lie = lambda x, before: pin(x, *jax.typeof(before).sharding.spec)
+        return jax.tree.map(lie, made, (updates, state))
+
+    return optax.GradientTransformation(inner.init, update)
