@@ -10,7 +10,7 @@ from var_jax import BadInput
 from var_jax.config import StageConfig, TransformerConfig
 from var_jax.models.torch_names import leaves
 from var_jax.models.transformer import Transformer
-from var_jax.training.optimizer import decays, learning_rate, weight_decay
+from var_jax.training.optimizer import decays, learning_rate, make_optimizer, weight_decay
 
 GOLD = load("schedules")
 
@@ -58,3 +58,27 @@ def test_shared_adaln_offsets_do_not_decay():
     config = TransformerConfig(depth=2, width=64, num_heads=2, shared_adaln=True)
     model = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     assert not decays(model).blocks.ada_offset.get_raw_value()
+
+
+def test_muon_turns_matrices_as_one_and_leaves_the_rest_to_adam():
+    config = TransformerConfig(depth=2, width=16, num_heads=2, vocab_size=32, num_classes=3)
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    gradients = jax.tree.map(lambda x: rng.normal(size=x.shape).astype("f4"), model)
+    stage = StageConfig(optimizer="muon", batch_size=256, learning_rate=1.0, weight_decay=0.0)
+    optimizer = make_optimizer(stage)
+    step = jax.jit(lambda gradients: optimizer.update(gradients, optimizer.init(model), model)[0])
+    made = step(gradients)
+    matrices = {
+        "qkv": made.blocks.qkv[...].reshape(2, 16, 3, 16).swapaxes(1, 2).reshape(6, 16, 16),
+        "proj": made.blocks.proj[...].reshape(2, 16, 16),
+        "fc1": made.blocks.fc1[...],
+        "fc2": made.blocks.fc2[...],
+    }
+    for matrix in matrices.values():
+        size = np.linalg.svd(matrix, compute_uv=False)
+        assert (size / size.mean() > 0.6).all() and (size / size.mean() < 1.4).all()
+        assert np.sqrt((matrix**2).mean()) == pytest.approx(0.2, rel=0.2)
+    assert np.vdot(made.blocks.fc1[...], gradients.blocks.fc1[...]) < 0
+    sign = -np.sign(gradients.class_embed[...])
+    np.testing.assert_allclose(made.class_embed[...], sign, rtol=1e-3)
