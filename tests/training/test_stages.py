@@ -14,7 +14,7 @@ from var_jax.config import StageConfig, TokenizerConfig, TransformerConfig
 from var_jax.infra.mesh import make_mesh, put_batch, shard
 from var_jax.models.transformer import Transformer
 from var_jax.training.state import layout
-from var_jax.training.tokenizer_stage import loss_fn, tokenizer_stage
+from var_jax.training.tokenizer_stage import loss_fn, to_float, tokenizer_stage
 from var_jax.training.transformer_stage import transformer_stage
 
 SIZES = dict(patch_nums=(1, 2, 4), vocab_size=64, latent_dim=16)
@@ -68,13 +68,17 @@ def test_both_stages_learn(alone):
 
 
 def test_only_what_is_shown_counts_as_error():
-    image = np.array([1.0, 1.0, -1.0, -1.0, 0.9]).reshape(1, 5, 1, 1)
-    made = np.array([1.3, 0.8, -1.3, -0.8, 1.3]).reshape(1, 5, 1, 1)
-    codec = lambda made: (made, types.SimpleNamespace(loss=0.0))
-    loss = lambda made: loss_fn(lambda _: codec(made), image)[0]
-    value, gradient = jax.value_and_grad(loss)(made)
-    assert value == pytest.approx((0.2**2 + 0.2**2 + 0.4**2) / 5)
-    np.testing.assert_allclose(gradient.ravel(), [0, -0.08, 0, 0.08, 0.16], atol=1e-6)
+    image = np.array([255, 255, 0, 0, 242], np.uint8).reshape(1, 5, 1, 1)
+    made = np.array([1.3, 0.8, -1.3, -0.8, 1.3], np.float32).reshape(1, 5, 1, 1)
+
+    def loss(made, image):
+        codec = lambda _: (made, types.SimpleNamespace(loss=0.0))
+        return loss_fn(codec, to_float(image))[0]
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(made, image)
+    over = 1.3 - (242 / 127.5 - 1)
+    assert value == pytest.approx((0.2**2 + 0.2**2 + over**2) / 5)
+    np.testing.assert_allclose(gradient.ravel(), [0, -0.08, 0, 0.08, 0.4 * over], atol=1e-6)
 
 
 def first_step(alone, model=None, stage=None, **change):
