@@ -1,11 +1,10 @@
 """Emoji from nothing on two CPU cores: 1,906 Noto emoji, nine Unicode groups as classes.
 
-    python -m var_jax.train --config configs/emoji.py        # 32x32, 9 to 12 minutes
-    python -m var_jax.train --config configs/emoji.py:large  # 32x32, 1.6 hours; minutes on a GPU
+    python -m var_jax.train --config configs/emoji.py        # 32x32, 11 minutes
+    python -m var_jax.train --config configs/emoji.py:large  # 32x32, 67 minutes
     python -m var_jax.train --config configs/emoji.py:64     # 64x64, minutes on a GPU
 
-The checkpoint that ships in the package is of `large` (seed 0). The README says how it was made,
-and has expected figures.
+The second left the checkpoint that ships in the package (seed 0). Expected figures are in the README.
 """
 
 from typing import NamedTuple
