@@ -4,7 +4,7 @@
     python -m var_jax.train --config configs/emoji.py:large  # 32x32, 67 minutes
     python -m var_jax.train --config configs/emoji.py:64     # 64x64, minutes on a GPU
 
-The second left the checkpoint that ships in the package (seed 0). Expected figures are in the README.
+The second left the checkpoint that ships in the package (seed 0). The README has expected figures.
 """
 
 from typing import NamedTuple
