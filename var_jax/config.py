@@ -166,7 +166,7 @@ class StageConfig:
     batch_size: int = 768  # of all devices together
     accumulate: int = 1  # transformer: parts a batch is taken in, one after another
     learning_rate: float = 1e-4  # for 256 images: scaled by batch_size / 256
-    optimizer: str = "adamw"  # transformer: or muon, which learns in fewer steps
+    optimizer: str = "adamw"  # transformer: or muon, for small models
     schedule: str = "lin0"  # or cos, lin, lin00, lin0.3, exp: see training/optimizer.py
     warmup_steps: int = 0
     start_lr_ratio: float = 0.005  # where warm-up starts
@@ -178,7 +178,7 @@ class StageConfig:
     clip_norm: float = 2.0
     ema_decay: float = 0.0  # of the averaged weights; 0: none are kept
     augmented_copies: int = 0  # transformer: so many tokenized ahead; 0: in the step
-    mistakes: float = 0.0  # most of a copy's codes that are wrong, for finer scales to make up for
+    mistakes: float = 0.0  # transformer: of codes tokenized ahead, the most that are wrong
     label_dropout: float = 0.1  # transformer: how often the class is withheld, for guidance
     label_smoothing: float = 0.0  # transformer
     codebook_decay: float = 0.99  # tokenizer: codes as moving averages; 0: learned by gradient
@@ -209,8 +209,8 @@ class StageConfig:
             )
         if self.mistakes and not self.augmented_copies:
             raise BadInput(
-                f"mistakes={self.mistakes} needs augmented_copies above 0: only copies are made"
-                " with mistakes."
+                f"mistakes={self.mistakes} needs augmented_copies above 0: mistakes are made in codes"
+                " that are tokenized ahead."
             )
         if self.schedule == "exp" and self.final_lr_ratio <= 0:
             raise BadInput(f"schedule='exp' needs final_lr_ratio={self.final_lr_ratio} above 0.")

@@ -41,7 +41,7 @@ class TokenCache:
     """What `var_jax.tokenize` writes: record c·N + i holds label and codes of picture i in epoch c.
 
     So training sees in its first `copies` epochs what it would see from the pictures, then those
-    crops again in other orders. Items are as `TokenSource`'s.
+    crops again in other orders. Items are as `TokenSource`'s, but for `laid`: nothing is wrong.
     """
 
     records: Records

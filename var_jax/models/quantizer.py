@@ -30,7 +30,10 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Encoded(NamedTuple):
-    """A latent as codes, with the vectors the codes stand for and the running sum of each scale."""
+    """A latent as codes, with the vectors the codes stand for and the running sum of each scale.
+
+    `idx` are the nearest codes; `laid` make up the sums, and differ where mistakes were asked for.
+    """
 
     idx: Int32[Array, "B L"]
     laid: Int32[Array, "B L"]

@@ -5,7 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32, Key
+from jaxtyping import Array, Int32, Key, UInt8
 
 from var_jax.data.augment import augment_items
 from var_jax.data.pipeline import batches, epoch
@@ -29,7 +29,7 @@ def tokenize(
     mistakes: float = 0.0,
     **augmentation,
 ) -> TokenSource:
-    """The codes of every picture as it is and, after those, of `copies` augmented ones.
+    """The codes of every picture not augmented and, after those, of `copies` augmented ones.
 
     One order of pictures whatever the mesh; augmentation as `augment_items` takes it, `mistakes` as
     `encode_with_mistakes`.
@@ -56,13 +56,15 @@ def tokenize(
 
 
 def encode_with_mistakes(
-    tokenizer: Tokenizer, image: Array, key: Key[Array, ""], most: float
+    tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"], key: Key[Array, ""], most: float
 ) -> tuple[Int32[Array, "B L"], Int32[Array, "B L"]]:
-    """The codes to predict, and those laid: of each picture up to `most` of them are another's.
+    """The codes to predict, and those laid: of each picture some are another's in the batch.
+
+    Their share is drawn uniformly from 0 to `most`.
 
     The tokens of a scale are drawn without seeing each other, so that some will not fit; whoever
     saw this in training, and what then comes next, goes on with one picture and not with a mixture
-    (self-correction: Infinity, arXiv 2412.04431, §3.3). Scales of one token have no such mistakes.
+    (self-correction: Infinity, arXiv 2412.04431). Scales of one token have no such mistakes.
     """
     of_image, of_token = jax.random.split(key)
     share = most * pin(jax.random.uniform(of_image, (len(image), 1, 1)), BATCH)

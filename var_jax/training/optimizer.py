@@ -14,7 +14,7 @@ from var_jax.models.partition import path_name, pin
 # Positions, and what only shifts or scales, keep their size; biases and 1-D tensors do too.
 NO_DECAY = ("start", "pos_embed", "level_embed", "log_scale", "ada_offset")
 
-# The blocks' matrices with the axes that they sum over and make; others are separate matrices.
+# Matrices of attention and MLP, with the axes they sum over and make; along others they are many.
 MATRICES = {
     "qkv": optax.contrib.MuonDimensionNumbers(1, (3, 4)),
     "proj": optax.contrib.MuonDimensionNumbers((1, 2), 3),
@@ -97,7 +97,7 @@ def rule(params: Any) -> Any:
 def scale_by_muon() -> optax.GradientTransformation:
     """Momentum with all singular values alike (Muon), as large as Adam's updates usually are.
 
-    So it takes Adam's learning rates: Moonlight, arXiv 2502.16982, §2.2.
+    So it takes Adam's learning rates: Moonlight, arXiv 2502.16982, §2.2. Its momentum is 0.95.
     """
 
     def axes(params):
@@ -109,7 +109,10 @@ def scale_by_muon() -> optax.GradientTransformation:
 
 
 def whole(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` on gathered arrays, for products over axes that are split; results lie as before."""
+    """`inner` on gathered arrays, for products over axes that are split; results lie as before.
+
+    Every device holds them all and computes the same: for small models.
+    """
 
     def update(updates, state, params=None):
         made = inner.update(*jax.tree.map(pin, (updates, state, params)))

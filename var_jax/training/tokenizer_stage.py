@@ -1,4 +1,4 @@
-"""Stage 1: the tokenizer learns to reconstruct (VAR eq. 5)."""
+"""Stage 1: the tokenizer learns to reconstruct (VAR eq. 5; beyond white and black is no error)."""
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,7 @@ def loss_fn(tokenizer: Tokenizer, image: Float[Array, "B H W 3"]):
     codes has room beyond, and plain backgrounds stay plain.
     """
     made, code = tokenizer(image)
-    extreme = jnp.abs(image) > 1 - 1 / 255  # compiled, 255 may become 1 + 1e-7
+    extreme = jnp.abs(image) > 1 - 1 / 255  # bytes 0 and 255; compiled, they may be off by 1e-7
     beyond = extreme & (made * image > 1)
     error = squared_error(jnp.where(beyond, image, made), image)
     return jnp.mean(error) + code.loss, (error, code)
