@@ -3,8 +3,8 @@
     python -m var_jax.train --config configs/tokenizer.py:256 --workdir gs://BUCKET/tokenizer
 
 The release's tokenizer, trained with adversarial and perceptual losses on OpenImages, reaches an
-rFID of about 0.9; what trains here so far is the squared error (as shown) and the quantizer's loss. The values
-of the optimizer are ours, not the paper's, and have not been tried at this size.
+rFID of about 0.9; what trains here so far is the squared error, as shown, and the quantizer's loss.
+The values of the optimizer are ours, not the paper's, and have not been tried at this size.
 """
 
 from ml_collections import ConfigDict

@@ -209,7 +209,7 @@ class StageConfig:
             )
         if self.mistakes and not self.augmented_copies:
             raise BadInput(
-                f"mistakes={self.mistakes} needs augmented_copies above 0: mistakes are made in codes"
+                f"mistakes={self.mistakes} needs augmented_copies above 0: they are made in codes"
                 " that are tokenized ahead."
             )
         if self.schedule == "exp" and self.final_lr_ratio <= 0:
