@@ -22,7 +22,7 @@ def tokenizer():
         patch_nums=PATCH_NUMS, vocab_size=32, latent_dim=8, channels=4, channel_mults=(1,),
         num_res_blocks=0, norm_groups=2, patch_size=2, skip=True,
     )  # fmt: skip
-    return Tokenizer(config, rngs=nnx.Rngs(0))
+    return jax.jit(lambda: Tokenizer(config, rngs=nnx.Rngs(0)))()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import types
 
 import chex
@@ -81,14 +82,22 @@ def test_only_what_is_shown_counts_as_error():
     np.testing.assert_allclose(gradient.ravel(), [0, -0.08, 0, 0.08, 0.4 * over], atol=1e-6)
 
 
+@functools.cache
+def compiled(model, stage):
+    """One program for all tests that change no more than the batch."""
+    stage = transformer_stage(
+        dataclasses.replace(TRANSFORMER, **dict(model)), dataclasses.replace(STAGE, **dict(stage))
+    )
+    return jax.jit(stage.init), jax.jit(stage.train_step)
+
+
 def first_step(alone, model=None, stage=None, **change):
     """Loss and norm of the gradients of one step, without chance but for what is asked."""
-    model = dataclasses.replace(TRANSFORMER, **{"drop_path": 0.0} | (model or {}))
-    config = dataclasses.replace(STAGE, **{"label_dropout": 0.0} | (stage or {}))
-    stage = transformer_stage(model, config)
-    state, key = jax.jit(stage.init)(jax.random.key(0)), jax.random.key(1)
+    model = {"drop_path": 0.0} | (model or {})
+    stage = {"label_dropout": 0.0} | (stage or {})
+    init, step = compiled(tuple(model.items()), tuple(stage.items()))
     batch = data() | change | {"tokenizer": jax.tree.map(jax.numpy.asarray, alone[1].best)}
-    _, metrics = jax.jit(stage.train_step)(state, batch, key)
+    _, metrics = step(init(jax.random.key(0)), batch, jax.random.key(1))
     return np.array([metrics["loss"], metrics["grad_norm"]])
 
 
