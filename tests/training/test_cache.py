@@ -12,6 +12,7 @@ from var_jax.models.tokenizer import Tokenizer
 from var_jax.scales import slices
 from var_jax.training.cache import encode_with_mistakes
 from var_jax.training.tokenizer_stage import to_float
+from var_jax.training.transformer_stage import teacher
 
 PATCH_NUMS = (1, 2, 4, 4)
 
@@ -50,6 +51,14 @@ def test_mistakes_are_other_pictures_codes_and_what_follows_makes_up_for_them(to
         np.testing.assert_array_equal(tokens[:, s], nearest.reshape(16, -1))
         other = np.roll(tokens[:, s], k, axis=0)
         np.testing.assert_array_equal(laid[:, s], np.where(wrong[:, s], other, tokens[:, s]))
+
+
+def test_the_transformer_reads_what_was_laid_and_predicts_what_is_right(tokenizer, images):
+    tokens, laid = coded(tokenizer, images, 0.8)
+    wanted, inputs = teacher({"tokens": tokens, "laid": laid, "tokenizer": tokenizer})
+    np.testing.assert_array_equal(wanted, tokens)
+    np.testing.assert_array_equal(inputs, tokenizer.quantizer.teacher_input(laid))
+    assert abs(inputs - tokenizer.quantizer.teacher_input(tokens)).max() > 0.01
 
 
 def test_without_mistakes_the_codes_are_the_tokenizers(tokenizer, images):
