@@ -1,6 +1,6 @@
 """Emoji from nothing on two CPU cores: 1,906 Noto emoji, nine Unicode groups as classes.
 
-    python -m var_jax.train --config configs/emoji.py        # 32x32, 11 minutes
+    python -m var_jax.train --config configs/emoji.py        # 32x32, minutes
     python -m var_jax.train --config configs/emoji.py:large  # 32x32, 67 minutes
     python -m var_jax.train --config configs/emoji.py:64     # 64x64, minutes on a GPU
 
