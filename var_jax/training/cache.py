@@ -34,7 +34,8 @@ def tokenize(
     One order of pictures whatever the mesh; augmentation as `augment_items` takes it, `mistakes` as
     `encode_with_mistakes`.
     """
-    encode, key = jax.jit(encode_with_mistakes, static_argnums=3), jax.random.key(seed)
+    encode = jax.jit(encode_with_mistakes, static_argnums=3)
+    key = jax.random.fold_in(jax.random.key(seed), 2)  # the loop splits it into the first two
     rounds = [epoch(source, batch_size)]
     if copies:
         changed = batches(
