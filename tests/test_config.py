@@ -8,7 +8,15 @@ import runpy
 import pytest
 
 from var_jax import BadInput
-from var_jax.config import Config, SamplingConfig, TokenizerConfig, TransformerConfig, from_dict
+from var_jax.config import (
+    Config,
+    DataConfig,
+    SamplingConfig,
+    StageConfig,
+    TokenizerConfig,
+    TransformerConfig,
+    from_dict,
+)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +35,31 @@ def test_one_number_stands_for_a_tuple_of_it():
         assert from_dict(SamplingConfig, {"top_p": top_p}).top_p == (1.0,)
     with pytest.raises(BadInput, match="must be a tuple of numbers"):
         from_dict(SamplingConfig, {"top_p": "1"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"optimizer": "sgd"}, "optimizer='sgd' is not one of adamw, muon"),
+        ({"mistakes": 0.2}, r"mistakes=0\.2 needs augmented_copies above 0"),
+        ({"batch_size": 30, "accumulate": 4}, "accumulate=4 does not divide batch_size=30"),
+        ({"mistakes": 1.5, "augmented_copies": 1}, r"mistakes=1\.5; expected 0 to 1"),
+    ],
+)
+def test_bad_stage(fields, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        StageConfig(**fields)
+
+
+def test_what_only_the_transformer_takes():
+    with pytest.raises(BadInput, match=r"train_tokenizer\.optimizer='muon' is for the transformer"):
+        Config(train_tokenizer=StageConfig(optimizer="muon"))
+
+
+def test_a_token_cache_has_no_mistakes():
+    stage = StageConfig(augmented_copies=1, mistakes=0.2)
+    with pytest.raises(BadInput, match=r"mistakes=0\.2 must be 0 with data\.tokens"):
+        Config(train_transformer=stage, data=DataConfig(tokens="tokens"))
 
 
 def test_top_p_is_of_every_scale():

@@ -306,6 +306,16 @@ class Config:
                 raise BadInput(
                     f"tokenizer.{field}={ours} and transformer.{field}={theirs} must be the same."
                 )
+        if self.train_tokenizer.optimizer != "adamw":
+            raise BadInput(
+                f"train_tokenizer.optimizer={self.train_tokenizer.optimizer!r} is for the"
+                " transformer's matrices; the tokenizer takes adamw."
+            )
+        if self.data.tokens and self.train_transformer.mistakes:
+            raise BadInput(
+                f"train_transformer.mistakes={self.train_transformer.mistakes} must be 0 with"
+                " data.tokens: a token cache has none."
+            )
         self.sampling.check(self.transformer.patch_nums)
 
 

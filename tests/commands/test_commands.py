@@ -154,6 +154,7 @@ def test_each_stage_alone(untrained, tmp_path):
         f"--config.pretrained_tokenizer={checkpoint}", f"--config.data.tokens={cache}",
         f"--config.data.source={tmp_path / 'own.npz'}", "--config.transformer.num_classes=2",
         "--config.train_tokenizer.steps=0", "--config.train_transformer.augmented_copies=0",
+        "--config.train_transformer.mistakes=0",
     )  # fmt: skip
     code, _, err = run("train", "--config", TINY, "--workdir", tmp_path / "b", *there)
     assert code == 0, err

@@ -20,5 +20,5 @@ def get_config() -> ConfigDict:
         sample_every=6,
     )  # fmt: skip
     config.train_tokenizer.update(stage)
-    config.train_transformer.update(stage, augmented_copies=1)
+    config.train_transformer.update(stage, optimizer="muon", augmented_copies=1, mistakes=0.2)
     return config

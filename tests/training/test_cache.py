@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from var_jax import BadInput
-from var_jax.config import StageConfig, TokenizerConfig
+from var_jax.config import TokenizerConfig
 from var_jax.infra.mesh import make_mesh, put_whole
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.scales import slices
@@ -72,8 +71,3 @@ def test_mistakes_are_the_same_on_every_mesh(tokenizer, images):
     with jax.set_mesh(mesh):
         found = coded(tokenizer, put_whole({"image": images}, mesh)["image"], 0.8)
     np.testing.assert_array_equal(found, coded(tokenizer, images, 0.8))
-
-
-def test_mistakes_need_copies():
-    with pytest.raises(BadInput, match="augmented_copies"):
-        StageConfig(mistakes=0.2)

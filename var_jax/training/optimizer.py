@@ -75,7 +75,7 @@ def make_optimizer(config: StageConfig) -> optax.GradientTransformation:
     """Clip by global norm, Adam (and Muon, if asked for), decoupled weight decay."""
     scale = optax.scale_by_adam(config.b1, config.b2)
     if config.optimizer == "muon":
-        scale = optax.partition({"adam": scale, "muon": whole(scale_by_muon())}, rule)
+        scale = optax.partition({"adam": scale, "muon": gathered(scale_by_muon())}, update_rules)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         scale,
@@ -84,14 +84,14 @@ def make_optimizer(config: StageConfig) -> optax.GradientTransformation:
     )
 
 
-def rule(params: Any) -> Any:
+def update_rules(params: Any) -> Any:
     """What updates each leaf, "muon" or "adam", as a tree like `params`."""
 
-    def name(path, leaf):
+    def rule(path, leaf):
         *_, stack, last = ["", *path_name(path).split(".")]
         return "muon" if stack == "blocks" and last in MATRICES else "adam"
 
-    return jax.tree_util.tree_map_with_path(name, params)
+    return jax.tree_util.tree_map_with_path(rule, params)
 
 
 def scale_by_muon() -> optax.GradientTransformation:
@@ -108,7 +108,7 @@ def scale_by_muon() -> optax.GradientTransformation:
     return optax.chain(muon, optax.scale(-1.0))  # its learning rate has turned the sign
 
 
-def whole(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def gathered(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """`inner` on gathered arrays, for products over axes that are split; results lie as before.
 
     Every device holds them all and computes the same: for small models.
@@ -116,7 +116,7 @@ def whole(inner: optax.GradientTransformation) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         made = inner.update(*jax.tree.map(pin, (updates, state, params)))
-        lie = lambda x, before: pin(x, *jax.typeof(before).sharding.spec)
-        return jax.tree.map(lie, made, (updates, state))
+        scatter = lambda x, before: pin(x, *jax.typeof(before).sharding.spec)
+        return jax.tree.map(scatter, made, (updates, state))
 
     return optax.GradientTransformation(inner.init, update)
