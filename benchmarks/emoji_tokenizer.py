@@ -38,7 +38,6 @@ CHANGES = {
     "codes of 48 numbers": {"tokenizer": {"latent_dim": 48}},
     "codes of 192 numbers": {"tokenizer": {"latent_dim": 192}},
     "2048 codes": {"tokenizer": {"vocab_size": 2048}},
-    "64 channels": {"tokenizer": {"channels": 64}},
 }
 
 
