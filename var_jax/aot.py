@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
         raise BadInput("--config is missing; expected a file like configs/imagenet.py:d16.")
     if TOPOLOGY.value is None:
         raise BadInput("--topology is missing; expected one like v5e:4x8.")
-    config = from_dict(Config, CONFIG.value.to_dict())
+    config = from_dict(Config, CONFIG.value)
     devices = tpu_devices(TOPOLOGY.value, SLICES.value)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     chip = CHIPS[TOPOLOGY.value.partition(":")[0]]

@@ -1,4 +1,6 @@
-"""Frozen configs: the two models, their training, the data, the mesh. Defaults are the paper's.
+"""Frozen configs: the two models, their training, the data, the mesh.
+
+Defaults are the paper's where it has them.
 
 An experiment is a file in `configs/` that updates `defaults()`, a ConfigDict with the fields of
 `Config`; `from_dict` turns it into these dataclasses and says in one sentence what does not fit.
@@ -28,15 +30,18 @@ def check_schedule(patch_nums: tuple[int, ...]) -> None:
         )
 
 
-def check_ranges(config: Any, section: str, **ranges: tuple[float, float]) -> None:
+def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
     """Raises BadInput unless each named field lies in its range, both ends included."""
     for name, (least, most) in ranges.items():
         if not least <= (value := getattr(config, name)) <= most:
             wanted = f"at least {least}" if most == math.inf else f"{least} to {most}"
-            raise BadInput(f"{section}.{name}={value}; expected {wanted}.")
+            if most == PART[1]:
+                wanted = f"{least} to less than 1"
+            raise BadInput(f"{name}={value}; expected {wanted}.")
 
 
 SOME, ANY, SHARE = (1, math.inf), (0, math.inf), (0, 1)  # ranges
+PART = (0, math.nextafter(1, 0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,18 +65,20 @@ class TokenizerConfig:
     def __post_init__(self):
         check_schedule(self.patch_nums)
         check_ranges(
-            self, "tokenizer", vocab_size=SOME, latent_dim=SOME, channels=SOME, num_res_blocks=ANY,
-            norm_groups=SOME, patch_size=SOME, num_phi=ANY, beta=ANY,
+            self, vocab_size=SOME, latent_dim=SOME, channels=SOME, num_res_blocks=ANY,
+            norm_groups=SOME, patch_size=SOME, num_phi=ANY, phi_ratio=SHARE, beta=ANY,
         )  # fmt: skip
+        if min(self.channel_mults, default=0) < 1:
+            raise BadInput(f"channel_mults={self.channel_mults}; expected each to be at least 1.")
         if not self.num_res_blocks and len(set((1, *self.channel_mults))) > 1:
             raise BadInput(
-                f"tokenizer.channel_mults={self.channel_mults} with num_res_blocks=0: only residual"
+                f"channel_mults={self.channel_mults} with num_res_blocks=0: only residual"
                 " blocks change the width, so every multiplier must be 1."
             )
         for mult in self.channel_mults:
             if self.channels * mult % self.norm_groups:
                 raise BadInput(
-                    f"tokenizer.norm_groups={self.norm_groups} does not divide the"
+                    f"norm_groups={self.norm_groups} does not divide the"
                     f" {self.channels * mult} channels of a level"
                     f" (channels={self.channels}, channel_mults={self.channel_mults})."
                 )
@@ -114,29 +121,23 @@ class TransformerConfig:
     def __post_init__(self):
         check_schedule(self.patch_nums)
         check_ranges(
-            self, "transformer", vocab_size=SOME, latent_dim=SOME, num_classes=SOME, depth=SOME,
-            width=SOME, num_heads=SOME, mlp_ratio=ANY, drop_path=SHARE, gamma_std=ANY,
+            self, vocab_size=SOME, latent_dim=SOME, num_classes=SOME, depth=SOME,
+            width=SOME, num_heads=SOME, mlp_ratio=ANY, drop_path=PART, gamma_std=ANY,
         )  # fmt: skip
         if self.width % self.num_heads:
-            raise BadInput(
-                f"transformer.num_heads={self.num_heads} does not divide width={self.width}."
-            )
+            raise BadInput(f"num_heads={self.num_heads} does not divide width={self.width}.")
         if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise BadInput(
-                f"transformer.dtype={self.dtype!r} is not one of auto, float32, bfloat16."
-            )
+            raise BadInput(f"dtype={self.dtype!r} is not one of auto, float32, bfloat16.")
         if self.attention not in ("auto", "masked", "blocks", "kernel", "cudnn"):
             raise BadInput(
-                f"transformer.attention={self.attention!r} is not one of auto, masked, blocks,"
-                " kernel, cudnn."
+                f"attention={self.attention!r} is not one of auto, masked, blocks, kernel, cudnn."
             )
         if self.attention == "kernel" and 128 % self.head_dim:
             raise BadInput(
-                f"transformer.attention='kernel' needs heads whose width divides 128, not of"
-                f" {self.head_dim}."
+                f"attention='kernel' needs heads whose width divides 128, not of {self.head_dim}."
             )
         if self.remat not in ("none", "selective", "full"):
-            raise BadInput(f"transformer.remat={self.remat!r} is not one of none, selective, full.")
+            raise BadInput(f"remat={self.remat!r} is not one of none, selective, full.")
 
     @classmethod
     def from_depth(cls, depth: int, **overrides: Any) -> "TransformerConfig":
@@ -175,7 +176,7 @@ class StageConfig:
     final_weight_decay: float = 0.05  # reached along half a cosine
     b1: float = 0.9
     b2: float = 0.95
-    clip_norm: float = 2.0
+    clip_norm: float = 2.0  # 0: gradients are not clipped
     ema_decay: float = 0.0  # of the averaged weights; 0: none are kept
     augmented_copies: int = 0  # transformer: so many tokenized ahead; 0: in the step
     mistakes: float = 0.0  # transformer: of codes tokenized ahead, the most that are wrong
@@ -190,11 +191,11 @@ class StageConfig:
 
     def __post_init__(self):
         check_ranges(
-            self, "train_*", steps=ANY, batch_size=SOME, learning_rate=ANY, warmup_steps=ANY,
-            weight_decay=ANY, final_weight_decay=ANY, b1=SHARE, b2=SHARE, clip_norm=ANY,
-            ema_decay=SHARE, augmented_copies=ANY, mistakes=SHARE, label_dropout=SHARE,
-            label_smoothing=SHARE, codebook_decay=SHARE, log_every=SOME, save_every=SOME,
-            keep_every=ANY, sample_every=ANY,
+            self, steps=ANY, batch_size=SOME, learning_rate=ANY, warmup_steps=ANY,
+            start_lr_ratio=ANY, final_lr_ratio=ANY, weight_decay=ANY, final_weight_decay=ANY,
+            b1=PART, b2=PART, clip_norm=ANY, ema_decay=PART, augmented_copies=ANY, mistakes=SHARE,
+            label_dropout=SHARE, label_smoothing=SHARE, codebook_decay=PART, restart_below=ANY,
+            log_every=SOME, save_every=SOME, keep_every=ANY, sample_every=ANY,
         )  # fmt: skip
         if self.optimizer not in ("adamw", "muon"):
             raise BadInput(f"optimizer={self.optimizer!r} is not one of adamw, muon.")
@@ -207,13 +208,19 @@ class StageConfig:
             raise BadInput(
                 f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}."
             )
-        if self.mistakes and not self.augmented_copies:
+        if self.mistakes and not (self.augmented_copies and self.batch_size > 1):
             raise BadInput(
-                f"mistakes={self.mistakes} needs augmented_copies above 0: they are made in codes"
-                " that are tokenized ahead."
+                f"mistakes={self.mistakes} needs augmented_copies above 0, because they are made"
+                " in codes tokenized ahead, and batch_size above 1: they are another picture's."
             )
         if self.schedule == "exp" and self.final_lr_ratio <= 0:
             raise BadInput(f"schedule='exp' needs final_lr_ratio={self.final_lr_ratio} above 0.")
+
+
+OF_TOKENIZER = ("codebook_decay", "restart_below")
+OF_TRANSFORMER = (
+    "accumulate", "optimizer", "augmented_copies", "mistakes", "label_dropout", "label_smoothing",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,7 +236,7 @@ class DataConfig:
     tokens: str = ""  # a token cache (var_jax.tokenize) that the transformer trains from
 
     def __post_init__(self):
-        check_ranges(self, "data", size=SOME, resize=SOME, shift=ANY, workers=ANY)
+        check_ranges(self, size=SOME, resize=SOME, shift=ANY, workers=ANY)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,7 +248,7 @@ class SamplingConfig:
     top_p: tuple[float, ...] = (0.96,)  # of all scales, or of each; 0: all of the probability
 
     def __post_init__(self):
-        check_ranges(self, "sampling", cfg=ANY, top_k=ANY)
+        check_ranges(self, cfg=ANY, top_k=ANY)
         if not self.top_p or not all(0 <= p <= 1 for p in self.top_p):
             raise BadInput(f"top_p={self.listed}; expected 0 to 1, once or for each scale.")
 
@@ -289,7 +296,7 @@ class Config:
     export_dtype: str = "float32"  # of the checkpoint that the run leaves; 16 bits halve it
 
     def __post_init__(self):
-        check_ranges(self, "config", seed=(0, 2**32 - 1))
+        check_ranges(self, seed=(0, 2**32 - 1))
         if self.export_dtype not in ("float32", "float16", "bfloat16"):
             raise BadInput(
                 f"export_dtype={self.export_dtype!r} is not one of float32, float16, bfloat16."
@@ -306,17 +313,23 @@ class Config:
                 raise BadInput(
                     f"tokenizer.{field}={ours} and transformer.{field}={theirs} must be the same."
                 )
-        if self.train_tokenizer.optimizer != "adamw":
-            raise BadInput(
-                f"train_tokenizer.optimizer={self.train_tokenizer.optimizer!r} is for the"
-                " transformer's matrices; the tokenizer takes adamw."
-            )
+        for stage, others in (("tokenizer", OF_TRANSFORMER), ("transformer", OF_TOKENIZER)):
+            config = getattr(self, f"train_{stage}")
+            for field in dataclasses.fields(config):
+                if field.name in others and getattr(config, field.name) != field.default:
+                    raise BadInput(
+                        f"train_{stage}.{field.name}={getattr(config, field.name)!r} means nothing"
+                        f" to the {stage}; leave it at {field.default!r}."
+                    )
         if self.data.tokens and self.train_transformer.mistakes:
             raise BadInput(
                 f"train_transformer.mistakes={self.train_transformer.mistakes} must be 0 with"
                 " data.tokens: a token cache has none."
             )
-        self.sampling.check(self.transformer.patch_nums)
+        try:
+            self.sampling.check(self.transformer.patch_nums)
+        except BadInput as error:
+            raise BadInput(f"sampling.{error}") from None
 
 
 def defaults() -> ConfigDict:
@@ -324,11 +337,15 @@ def defaults() -> ConfigDict:
     return ConfigDict(dataclasses.asdict(Config()))
 
 
-def from_dict(cls: type[T], section: Mapping[str, Any], name: str = "config") -> T:
+def from_dict(cls: type[T], section: Mapping[str, Any] | ConfigDict, name: str = "config") -> T:
     """Builds a frozen config, nested ones included, from an experiment's (section of a) config.
 
-    Raises: BadInput naming the field for an unknown field or a value of the wrong type.
+    Raises: BadInput naming the field for an unknown field, a value of the wrong type or range.
     """
+    if isinstance(section, ConfigDict):
+        section = section.to_dict()
+    if not isinstance(section, Mapping):
+        raise BadInput(f"{name}={section!r}; expected the fields of {cls.__name__}.")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = {}
     for key, value in section.items():
@@ -339,7 +356,10 @@ def from_dict(cls: type[T], section: Mapping[str, Any], name: str = "config") ->
             values[key] = from_dict(type(default), value, key)
         else:
             values[key] = _checked(f"{name}.{key}", value, default)
-    return cls(**values)
+    try:
+        return cls(**values)
+    except BadInput as error:  # begins with the field
+        raise BadInput(f"{name}.{error}") from None
 
 
 def _checked(name: str, value: Any, default: Any) -> Any:

@@ -23,6 +23,7 @@ from var_jax import BadInput
 from var_jax.data.sources import open_source
 from var_jax.evaluation.report import scorer
 from var_jax.infra import cli
+from var_jax.infra.files import replacing
 from var_jax.infra.logs import progress
 from var_jax.infra.mesh import make_mesh
 from var_jax.infra.npz import join_npz, load_npz, save_npz
@@ -169,14 +170,13 @@ def claim(out: epath.Path, models: Models) -> epath.Path:
                     f" {advice}"
                 )
     elif parts.exists() and any(
-        not path.name.startswith("settings.json") for path in parts.iterdir()
+        "settings.json" not in path.name and not path.name.endswith(".npz.partial")
+        for path in parts.iterdir()
     ):
         raise BadInput(f"{parts} was not made by this command; remove it or name another --out.")
     else:
-        parts.mkdir(parents=True, exist_ok=True)
-        beside = parts / "settings.json.partial"
-        beside.write_text(json.dumps(settings))
-        beside.replace(about)
+        with replacing(about) as beside:
+            beside.write_text(json.dumps(settings))
     return parts
 
 

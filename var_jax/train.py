@@ -3,8 +3,8 @@
     python -m var_jax.train --config configs/emoji.py [--workdir DIR] [--config.a.b=v]
 
 The same command goes on where a stopped run was. It leaves in the work directory: checkpoint/ (what
-`var_jax.sample` reads), reconstructions.png, samples.png, curves.png, summary.json, metrics.jsonl,
-tensorboard/.
+`var_jax.sample` reads), reconstructions.png, samples.png, curves.png, summary.json, metrics.jsonl
+and speed.jsonl, tensorboard/; and to go on from: config.json, tokenizer/, transformer/.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ from var_jax.data.sources import Source, open_source
 from var_jax.data.tokens import TOKENS, TokenCache, open_tokens
 from var_jax.evaluation.report import report
 from var_jax.infra import cli, hosts
+from var_jax.infra.files import replacing
 from var_jax.infra.logs import Metrics, read_metrics
 from var_jax.infra.mesh import (
     check_batch,
@@ -44,10 +45,10 @@ from var_jax.infra.pictures import curves, grid, labelled_rows, save_png
 from var_jax.models.partition import round_up
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import Transformer
-from var_jax.sampling.generate import generate, to_bytes
+from var_jax.sampling.generate import coarse_to_fine, generate
 from var_jax.training import loop
 from var_jax.training.cache import tokenize
-from var_jax.training.export import Models, describe, load_tokenizer, save_models
+from var_jax.training.export import Models, describe, load_models, load_tokenizer, save_models
 from var_jax.training.state import TrainState
 from var_jax.training.token_cache import fingerprint
 from var_jax.training.tokenizer_stage import reconstruct, to_float, tokenizer_stage
@@ -57,7 +58,7 @@ CONFIG = config_flags.DEFINE_config_file("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/NAME for configs/NAME.py.")
 PROFILE = flags.DEFINE_integer("profile", 0, "Trace so many steps for TensorBoard, from the tenth.")
 flags.adopt_module_key_flags(hosts)
-SAMPLES_A_CLASS = 10
+ROWS, SAMPLES_A_CLASS = 16, 10  # of samples.png
 
 
 def main(argv: list[str]) -> None:
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> None:
     cli.no_arguments(argv)
     if CONFIG.value is None:
         raise BadInput("--config is missing; expected a file like configs/emoji.py.")
-    config = from_dict(Config, CONFIG.value.to_dict())
+    config = from_dict(Config, CONFIG.value)
     hosts.join()
     run = Run(config, epath.Path(WORKDIR.value or default_workdir()))
     with jax.set_mesh(run.mesh):
@@ -74,16 +75,13 @@ def main(argv: list[str]) -> None:
         parts: dict[str, Any] = {"tokenizer": tokenizer}
         if config.train_transformer.steps:
             parts["transformer"] = run.transformer(tokenizer)
-        save_models(
-            run.workdir / "checkpoint", parts, run.train.class_names, config.export_dtype,
-            config.sampling,
-        )  # fmt: skip
+        save_models(run.workdir / "checkpoint", parts, run.train.class_names, config)
         summary = last_validation(run.workdir)
         if "transformer" in parts:
-            models = Models(**parts, class_names=run.train.class_names, sampling=config.sampling)
+            models = load_models(str(run.workdir / "checkpoint"), run.mesh)  # rounded, as stored
             fresh = functools.partial(draw, models, seed=config.seed + 1)
-            again = functools.partial(reconstruct, tokenizer, mesh=run.mesh)
-            summary = report(run.train, run.validation, fresh, again) | summary
+            again = functools.partial(reconstruct, models.tokenizer, mesh=run.mesh)
+            summary |= report(run.train, run.validation, fresh, again)
             picture = sample_rows(models, config.seed)
             if jax.process_index() == 0:
                 save_png(run.workdir / "samples.png", picture)
@@ -91,9 +89,8 @@ def main(argv: list[str]) -> None:
         return
     plot(run.workdir)
     summary["minutes, this start"] = (time.monotonic() - started) / 60
-    beside = run.workdir / ".summary.json.partial"
-    beside.write_text(json.dumps(summary, indent=2) + "\n")
-    beside.replace(run.workdir / "summary.json")
+    with replacing(run.workdir / "summary.json") as beside:
+        beside.write_text(json.dumps(summary, indent=2) + "\n")
     print("\n".join(f"{name:32s} {value:.4g}" for name, value in summary.items()))
     print(f"pictures and checkpoint are in {run.workdir}")
 
@@ -231,7 +228,7 @@ class Run:
 
 
 def check_stage(name: str, stage: StageConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises BadInput if a stage that runs cannot split its batches over the mesh."""
+    """Raises BadInput if a stage with steps cannot split its batches over the mesh."""
     if stage.steps:
         check_batch(f"{name}.batch_size", stage.batch_size, mesh)
         parts = f"{name}.batch_size / {name}.accumulate"
@@ -279,10 +276,8 @@ def claim(workdir: epath.Path, config: Config, tokenizer: str) -> None:
     path, wanted = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
     about = wanted | {"fingerprint": tokenizer}
     if jax.process_index() == 0 and not path.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        beside = workdir / ".config.json.partial"
-        beside.write_text(json.dumps(about, indent=2) + "\n")
-        beside.replace(path)
+        with replacing(path) as beside:
+            beside.write_text(json.dumps(about, indent=2) + "\n")
     sync_global_devices("work directory claimed")
     if path.exists():
         found = read_json(path)
@@ -295,8 +290,8 @@ def claim(workdir: epath.Path, config: Config, tokenizer: str) -> None:
         found = dataclasses.asdict(from_dict(Config, found))
         found = json.loads(json.dumps(found))
         found["data"]["workers"] = wanted["data"]["workers"]
-        for section in wanted.keys() - {"mesh", "sampling"}:
-            if found[section] != wanted[section]:
+        for section in wanted:
+            if section not in ("mesh", "sampling") and found[section] != wanted[section]:
                 raise BadInput(
                     f"{workdir} belongs to a run whose config.{difference(section, found, wanted)};"
                     " name another --workdir."
@@ -320,22 +315,16 @@ def reconstructions(
     originals = np.stack([source[int(i)]["image"] for i in rows])
     padded = np.resize(originals, (round_up(count), *originals.shape[1:]))
     images = put_whole({"image": padded}, mesh)["image"]
-    steps = to_host(jax.jit(coarse_to_fine)(tokenizer, images))
-    steps = [to_bytes(step)[:count] for step in steps]
-    strip = np.stack([originals, steps[-1], *steps], axis=1)
+    encode = jax.jit(lambda tokenizer, images: tokenizer.encode(to_float(images)))
+    steps = coarse_to_fine(tokenizer, to_host(encode(tokenizer, images))[:count])
+    strip = np.concatenate([originals[:, None], steps[:, -1:], steps], axis=1)
     scale = max(1, 64 // originals.shape[1])
     return grid(strip.reshape(-1, *originals.shape[1:]), columns=strip.shape[1], scale=scale)
 
 
-def coarse_to_fine(tokenizer: Tokenizer, image):
-    """The reconstruction after each scale."""
-    sums = tokenizer.quantizer.encode(tokenizer.latent(to_float(image))).sums
-    return [tokenizer.decode_latent(f_hat) for f_hat in sums]
-
-
 def sample_rows(models: Models, seed: int) -> np.ndarray:
-    """A row of samples a class, its name beside it."""
-    names = models.class_names[:16]
+    """A row of samples a class, its name beside it; of many classes the first."""
+    names = models.class_names[:ROWS]
     labels = np.repeat(np.arange(len(names), dtype=np.int32), SAMPLES_A_CLASS)
     images = draw(models, labels, seed)
     rows = images.reshape(len(names), SAMPLES_A_CLASS, *images.shape[1:])
@@ -377,7 +366,7 @@ def plot(workdir: epath.Path) -> None:
     by_scale = sorted(by_scale, key=lambda name: (len(name) if "scale" in name else 99, name))
     panels = {
         "tokenizer: PSNR (dB)": both("tokenizer", "psnr"),
-        "tokenizer: codes in use": {"": line("tokenizer", "codes_in_use")},
+        "tokenizer: perplexity of codes": {"": line("tokenizer", "codebook_perplexity")},
         "transformer: loss (nats a token)": both("transformer", "loss"),
         "transformer: accuracy": both("transformer", "accuracy"),
         "transformer: loss by scale": {

@@ -31,7 +31,7 @@ def untrained(tmp_path_factory):
     rng = np.random.default_rng(0)  # initialising them as usual would compile for 10 s
     models = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), models)
     folder = tmp_path_factory.mktemp("untrained") / "checkpoint"
-    save_models(folder, models, names, "float32", config.sampling)
+    save_models(folder, models, names, config)
     return folder
 
 

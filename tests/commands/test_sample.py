@@ -78,6 +78,7 @@ def test_settings_bind_once_there_are_images(untrained, tmp_path):
     parts = tmp_path / "parts"
     parts.mkdir()
     (parts / "settings.json").write_text(json.dumps({"batch_size": 64}))  # it ran out of memory
+    (parts / ".00000000.npz.partial").write_bytes(b"PK")  # and then was killed
     made = sample(untrained, tmp_path, "--labels", "3:2")
     assert made["labels"].tolist() == [3, 3] and not parts.exists()
 

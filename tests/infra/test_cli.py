@@ -49,6 +49,9 @@ from var_jax import BadInput
 
 
 def get_config(size="d16"):
+    if size == "word":
+        config = ConfigDict({"depth": 16})
+        config.depth = "12"
     if size == "bug":
         raise TypeError("a bug in the config")
     if size != "d16":
@@ -85,6 +88,10 @@ def command(tmp_path_factory):
             "--config has no field 'dpth'; did you mean 'depth'?",
         ),
         (["--number=1", "--config=conf.py", "--config.model.depth=x"], ".*model.depth=x: .*"),
+        (
+            ["--number=1", "--config=conf.py:word"],
+            "--config: depth=12 is of type str; expected int",
+        ),
         (["--number=1", "--fail=bad"], "--number is 3; expected 4"),
         (["--number=1", "--fail=full"], "the disk holding /runs/a is full; .*"),
     ],

@@ -1,6 +1,9 @@
 """The loop resumes exactly and stops on a loss that is not a number."""
 
+import dataclasses
 import json
+import math
+import signal
 
 import chex
 import jax
@@ -17,9 +20,11 @@ from var_jax.infra.mesh import AXES
 from var_jax.training import loop
 from var_jax.training.tokenizer_stage import tokenizer_stage
 
+CONFIG = dataclasses.replace(STAGE, steps=9, log_every=1, save_every=2, sample_every=5)
 
-def train(directory, config, until=None):
-    """Runs the loop; with `until` it is interrupted after that step, as by Ctrl-C."""
+
+def train(directory, config, until=None, signalled=None):
+    """Runs the loop; it loses `until`, as by a second Ctrl-C, or gets a first while it looks."""
     stage, metrics = tokenizer_stage(TOKENIZER, config), Metrics(directory)
     source = Emoji("train", 16)
     stream = batches(source, batch_size=16, seed=0, augment=augment_items(shift=2))
@@ -27,6 +32,8 @@ def train(directory, config, until=None):
     def look(step, state):
         if step == until:
             raise KeyboardInterrupt
+        if step == signalled:
+            signal.raise_signal(signal.SIGINT)
         return {"looked": step}
 
     one = jax.devices()[:1]
@@ -39,18 +46,11 @@ def train(directory, config, until=None):
         return jax.device_get(state)
 
 
-def config(**changes):
-    return STAGE.__class__(
-        steps=9, batch_size=16, learning_rate=1e-2, ema_decay=0.9, log_every=1, save_every=2,
-        sample_every=5, **changes,
-    )  # fmt: skip
-
-
 def test_resuming_equals_never_having_stopped(tmp_path):
-    whole = train(tmp_path / "a", config())
+    whole = train(tmp_path / "a", CONFIG)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "b", config(), until=5)  # loses step 5, as step 4 is the last saved
-    resumed = train(tmp_path / "b", config())
+        train(tmp_path / "b", CONFIG, until=5)  # loses step 5, as step 4 is the last saved
+    resumed = train(tmp_path / "b", CONFIG)
     chex.assert_trees_all_equal(whole, resumed)
     logs = [(tmp_path / run / "metrics.jsonl").read_text() for run in "ab"]
     assert logs[0] == logs[1]
@@ -58,6 +58,14 @@ def test_resuming_equals_never_having_stopped(tmp_path):
     assert steps == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 9]
 
 
+@pytest.mark.parametrize(("signalled", "saved"), [(5, 6), (9, 9)])
+def test_an_interrupt_while_it_looks_saves_and_ends(tmp_path, signalled, saved):
+    with pytest.raises(KeyboardInterrupt):  # after the last step too: no stage begins after it
+        train(tmp_path, CONFIG, signalled=signalled)
+    names = [path.name for path in (tmp_path / "ckpt").iterdir()]
+    assert max(int(name) for name in names if name.isdecimal()) == saved
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
     with pytest.raises(BadInput, match="of tokenizer is nan"):
-        train(tmp_path, config(start_lr_ratio=float("nan"), warmup_steps=3))
+        train(tmp_path, dataclasses.replace(CONFIG, learning_rate=math.inf))

@@ -35,7 +35,7 @@ def data():
 
 
 def train(mesh_shape, stage, tokenizer=None, steps=5):
-    """Losses and final weights of a few steps; the tokenizer as NumPy, to carry across meshes."""
+    """Loss and norm of the gradients of each step, and the last state, as NumPy."""
     mesh = make_mesh(*mesh_shape) if mesh_shape else None
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         key = jax.random.key(0)
@@ -48,22 +48,22 @@ def train(mesh_shape, stage, tokenizer=None, steps=5):
             state, batch = jax.jit(stage.init)(key), data()
         if tokenizer is not None:
             batch["tokenizer"] = jax.tree.map(jax.numpy.asarray, tokenizer)
-        step, losses = jax.jit(stage.train_step), []
+        step, seen = jax.jit(stage.train_step), []
         for _ in range(steps):
             state, metrics = step(state, batch, key)
-            losses.append(float(metrics["loss"]))
-        return losses, jax.device_get(state)
+            seen.append([float(metrics[name]) for name in ("loss", "grad_norm")])
+        return np.array(seen), jax.device_get(state)
 
 
 @pytest.fixture(scope="module")
 def alone():
     """Both stages without a mesh."""
-    losses, state = train(None, tokenizer_stage(TOKENIZER, STAGE))
-    return losses, state, *train(None, transformer_stage(TRANSFORMER, STAGE), state.best)
+    seen, state = train(None, tokenizer_stage(TOKENIZER, STAGE))
+    return seen, state, *train(None, transformer_stage(TRANSFORMER, STAGE), state.best)
 
 
 def test_both_stages_learn(alone):
-    tokenizer_losses, _, transformer_losses, _ = alone
+    tokenizer_losses, transformer_losses = alone[0][:, 0], alone[2][:, 0]
     assert tokenizer_losses[-1] < 0.7 * tokenizer_losses[0]
     assert transformer_losses[-1] < transformer_losses[0] - 0.05
     assert transformer_losses[0] == pytest.approx(np.log(64), rel=0.01)  # uniform at the start
@@ -132,13 +132,13 @@ SLOW = [pytest.param(shape, marks=pytest.mark.slow) for shape in ((8, 1, 1), (1,
 
 @pytest.mark.parametrize("mesh_shape", [(2, 2, 2), *SLOW])
 def test_meshes_agree(alone, mesh_shape):
-    losses, state, more_losses, more_state = alone
+    seen, state, more_seen, more_state = alone
     here, there = train(mesh_shape, tokenizer_stage(TOKENIZER, STAGE))
-    np.testing.assert_allclose(here, losses, rtol=1e-4)
+    np.testing.assert_allclose(here, seen, rtol=1e-4)
     chex.assert_trees_all_close(state, there, atol=2e-3)
     stage = transformer_stage(TRANSFORMER, STAGE)
     here, there = train(mesh_shape, stage, state.best)
-    np.testing.assert_allclose(here, more_losses, rtol=1e-4)
+    np.testing.assert_allclose(here, more_seen, rtol=1e-4)
     chex.assert_trees_all_close(more_state, there, atol=2e-3)
 
 

@@ -63,8 +63,10 @@ def variety(
 
 def fit(images: UInt8[np.ndarray, "N H W 3"], labels: Int32[np.ndarray, " N"]) -> Pipeline:
     """The classifier that judges pictures."""
-    parts = PCA(min(64, len(labels)), random_state=0)
-    return make_pipeline(parts, SVC(C=10.0)).fit(features(images), labels)
+    pixels = features(images)
+    return make_pipeline(PCA(min(64, *pixels.shape), random_state=0), SVC(C=10.0)).fit(
+        pixels, labels
+    )
 
 
 def scorer(source: Source) -> Callable[[np.ndarray, np.ndarray], Float[np.ndarray, " N"]]:
@@ -120,8 +122,13 @@ def psnr(images: UInt8[np.ndarray, "N H W 3"], others: UInt8[np.ndarray, "N H W 
     return float(-10 * np.log10(np.maximum(squared, 1e-10)).mean())
 
 
-def agreement(class_names: tuple[str, ...], known, held_out, samples) -> dict[str, float]:
-    """How often a classifier of the known pictures is right about others; (images, labels) each."""
+Pictures = tuple[UInt8[np.ndarray, "N H W 3"], Int32[np.ndarray, " N"]]  # and their labels
+
+
+def agreement(
+    class_names: tuple[str, ...], known: Pictures, held_out: Pictures, samples: Pictures
+) -> dict[str, float]:
+    """How often a classifier of the known pictures is right about others."""
     classifier = fit(*known)
     real = classifier.score(features(held_out[0]), held_out[1])
     images, labels = samples

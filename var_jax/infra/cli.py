@@ -16,6 +16,10 @@ from var_jax import BadInput
 
 flags.disclaim_key_flags()  # --help lists those of `sampling_flags` as their command's
 BAD_INPUT = 2
+OTHER_TYPE = re.compile(
+    r"Could not override field '(\w+)'.*\. (.*) is of original type <class '(\w+)'>"
+    r" .* <class '(\w+)'>"
+)
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it.
 
 
@@ -81,6 +85,9 @@ def _bad_flag(error: Exception) -> str | None:
     causes = [link for link in _chain(error) if isinstance(link, BadInput)]
     if causes:  # Raised by a config file; absl and ml_collections wrap it in their own.
         return str(causes[-1])
+    for link in _chain(error):  # a config file gave a field a value of another type
+        if isinstance(link, TypeError) and (said := OTHER_TYPE.search(str(link))):
+            return f"--config: {said[1]}={said[2]} is of type {said[3]}; expected {said[4]}"
     text = " ".join(str(error.args[0] if error.args else error).split())
     text = text.replace("invalid literal for int() with base 10: ", "expected a whole number, not ")
     text = text.replace("could not convert string to float: ", "expected a number, not ")

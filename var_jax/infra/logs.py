@@ -11,7 +11,10 @@ from pathlib import PurePath
 import jax
 import numpy as np
 from etils import epath
+from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from var_jax.infra.files import replacing
 
 SECONDS_BETWEEN_LINES = 30.0
 SECONDS_BETWEEN_COPIES = 60.0
@@ -34,7 +37,7 @@ class Metrics:
         if self._remote:
             folder = tempfile.TemporaryDirectory(prefix="tensorboard")
             self._local, self._folder = epath.Path(folder.name), folder  # removed with this object
-        self._boards: dict = {}
+        self._boards: dict[str, SummaryWriter] = {}
         if self._writes:
             self._workdir.mkdir(parents=True, exist_ok=True)
 
@@ -53,15 +56,16 @@ class Metrics:
         else:
             with path.open("a") as out:
                 out.write(line)
-        if board := self._board(stage):
-            for name, value in numbers.items():
-                board.add_scalar(f"{stage}/{name}", value, step)
-            board.flush()
-            self._copy(SECONDS_BETWEEN_COPIES)
+        board = self._board(stage)
+        for name, value in numbers.items():
+            board.add_scalar(f"{stage}/{name}", value, step)
+        board.flush()
+        self._copy(SECONDS_BETWEEN_COPIES)
 
     def image(self, stage: str, step: int, name: str, image: np.ndarray) -> None:
         """Shows `image` (H, W, 3), uint8, in TensorBoard."""
-        if self._writes and (board := self._board(stage)):
+        if self._writes:
+            board = self._board(stage)
             board.add_image(f"{stage}/{name}", np.asarray(image), step, dataformats="HWC")
             board.flush()
             self._copy(SECONDS_BETWEEN_COPIES)
@@ -76,9 +80,8 @@ class Metrics:
         kept = [r for r in _records(self._text()) if r["stage"] != stage or r["step"] <= step]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         if text != self._text():
-            beside = self._workdir / ".metrics.jsonl.partial"
-            beside.write_text(text)
-            beside.replace(self._path)
+            with replacing(self._path) as beside:
+                beside.write_text(text)
         self.close()
         self._board(stage, purge_step=step + 1)
 
@@ -102,15 +105,11 @@ class Metrics:
     def _text(self) -> str:
         return self._path.read_text() if self._path.exists() else ""
 
-    def _board(self, stage: str, purge_step: int | None = None):
+    def _board(self, stage: str, purge_step: int | None = None) -> SummaryWriter:
         if stage not in self._boards:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                return None
             folder = str(self._local / "tensorboard" / stage)
             self._boards[stage] = SummaryWriter(folder, purge_step=purge_step)
-        return self._boards.get(stage)
+        return self._boards[stage]
 
 
 def in_bucket(path: str | PurePath) -> bool:

@@ -13,6 +13,7 @@ from etils import epath
 from jaxtyping import UInt8
 
 from var_jax import BadInput
+from var_jax.infra.files import replacing
 
 # What NumPy and zipfile raise for a file that is damaged or no npz.
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError)
@@ -70,12 +71,10 @@ class Images:
 
 def save_npz(path: str | PurePath, **arrays: np.ndarray) -> None:
     """Writes an npz; beside first, then renamed into place."""
-    path, data = epath.Path(path), io.BytesIO()
+    data = io.BytesIO()
     np.savez(data, allow_pickle=False, **arrays)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.parent / f".{path.name}.partial"
-    beside.write_bytes(data.getvalue())
-    beside.replace(path)
+    with replacing(path) as beside:
+        beside.write_bytes(data.getvalue())
 
 
 def join_npz(path: str | PurePath, parts: Sequence[str | PurePath], length: int) -> None:
@@ -83,9 +82,11 @@ def join_npz(path: str | PurePath, parts: Sequence[str | PurePath], length: int)
 
     Part by part, so that memory holds one of them; beside first, then renamed into place.
     """
-    path = epath.Path(path)
-    beside = path.parent / f".{path.name}.partial"
-    with beside.open("wb") as whole, zipfile.ZipFile(whole, "w") as archive:
+    with (
+        replacing(path) as beside,
+        beside.open("wb") as whole,
+        zipfile.ZipFile(whole, "w") as archive,
+    ):
         for name in load_npz(parts[0]):
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 for number, part in enumerate(parts):
@@ -95,7 +96,6 @@ def join_npz(path: str | PurePath, parts: Sequence[str | PurePath], length: int)
                         about["shape"] = (length, *array.shape[1:])
                         np.lib.format.write_array_header_1_0(member, about)  # type: ignore
                     member.write(np.ascontiguousarray(array).data)
-    beside.replace(path)
 
 
 def load_npz(path: str | PurePath, *names: str) -> dict[str, np.ndarray]:

@@ -4,8 +4,9 @@ import io
 from pathlib import PurePath
 
 import numpy as np
-from etils import epath
 from PIL import Image, ImageDraw, ImageFont
+
+from var_jax.infra.files import replacing
 
 GAP = 2
 PAPER = 255
@@ -89,8 +90,5 @@ def _enlarge(images: np.ndarray, scale: int) -> np.ndarray:
 
 
 def _write(path: str | PurePath, data: bytes) -> None:
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.parent / f".{path.name}.partial"
-    beside.write_bytes(data)
-    beside.replace(path)
+    with replacing(path) as beside:
+        beside.write_bytes(data)

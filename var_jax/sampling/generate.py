@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from var_jax.infra.mesh import put_whole, to_host
-from var_jax.models.partition import BATCH, on_mesh, pin, round_up
+from var_jax.models.partition import on_mesh, round_up
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import Transformer
 from var_jax.sampling.decode import Forced, image_keys, sample
@@ -30,8 +30,6 @@ def generate(
     `forced` holds N rows, `how` is `sample`'s. The last batch is padded, so that
     one compiled program serves all. Of several processes each gets all images.
     """
-    mesh = jax.sharding.get_mesh()
-    put = (lambda array: put_whole(array, mesh)) if on_mesh() else jnp.asarray
     size = round_up(batch_size)
     index = np.arange(len(labels), dtype=np.int32) if index is None else index
     for start in range(0, len(labels), batch_size):
@@ -55,12 +53,17 @@ def coarse_to_fine(
 ) -> UInt8[np.ndarray, "N K H W 3"]:
     """What an image looks like after each scale: the running sums of its codes, decoded."""
     count = len(tokens)
-    padded = pin(jnp.asarray(np.resize(tokens, (round_up(count), tokens.shape[1]))), BATCH)
+    padded = put(np.resize(tokens, (round_up(count), tokens.shape[1])))
     sums = jax.jit(lambda tokenizer, tokens: tokenizer.quantizer.decode(tokens))(tokenizer, padded)
     decode = jax.jit(Tokenizer.decode_latent)
-    return np.stack([to_bytes(decode(tokenizer, f_hat))[:count] for f_hat in sums], axis=1)
+    return np.stack([to_bytes(to_host(decode(tokenizer, f_hat)))[:count] for f_hat in sums], axis=1)
 
 
-def to_bytes(images: jax.Array) -> UInt8[np.ndarray, "B H W 3"]:
+def put(array: np.ndarray) -> jax.Array:
+    """Rows that every process holds, onto the mesh if there is one."""
+    return put_whole(array, jax.sharding.get_mesh()) if on_mesh() else jnp.asarray(array)
+
+
+def to_bytes(images: jax.Array | np.ndarray) -> UInt8[np.ndarray, "B H W 3"]:
     """[-1, 1] → 0..255, rounded."""
     return np.clip(np.rint((np.asarray(images) + 1) * 127.5), 0, 255).astype(np.uint8)

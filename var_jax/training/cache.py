@@ -73,7 +73,7 @@ def encode_with_mistakes(
     def mistake(k: int, idx_Bpp: Int32[Array, "B p p"]) -> Int32[Array, "B p p"]:
         if not most or idx_Bpp.shape[1] == 1:
             return idx_Bpp
-        other = pin(jnp.roll(pin(idx_Bpp), k, axis=0), BATCH)
+        other = pin(jnp.roll(pin(idx_Bpp), max(k % len(image), 1), axis=0), BATCH)
         wrong = pin(jax.random.uniform(jax.random.fold_in(of_token, k), idx_Bpp.shape), BATCH)
         return jnp.where(wrong < share, other, idx_Bpp)
 

@@ -1,7 +1,8 @@
 """The self-describing checkpoint that training leaves and every other command reads.
 
-A folder with `config.json` (both model configs, class names, how to sample) and `weights/`. A
-converted one may hold a tokenizer only. "emoji" names the one that ships in the package.
+A folder with `config.json` (both model configs, class names, how to sample, how it was trained) and
+`weights/`. A converted one may hold a tokenizer only. "emoji" names the one that ships in the
+package.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from var_jax import BadInput
-from var_jax.config import SamplingConfig, TokenizerConfig, TransformerConfig, from_dict
+from var_jax.config import Config, SamplingConfig, TokenizerConfig, TransformerConfig, from_dict
 from var_jax.infra.checkpoint import load_config, load_weights, save_weights
 from var_jax.infra.mesh import shard
 from var_jax.models.tokenizer import Tokenizer
@@ -65,15 +66,11 @@ class Models(NamedTuple):
 
 
 def save_models(
-    directory: str | PurePath,
-    parts: dict[str, Any],
-    class_names: Sequence[str],
-    dtype: str,
-    sampling: SamplingConfig,
+    directory: str | PurePath, parts: dict[str, Any], class_names: Sequence[str], config: Config
 ) -> None:
-    """Writes a checkpoint of `tokenizer` and maybe `transformer`, weights in `dtype`."""
-    parts = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), parts)
-    save_parts(directory, parts, class_names, sampling)
+    """Writes a checkpoint of `tokenizer` and maybe `transformer`, as `config` trained them."""
+    parts = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(config.export_dtype)), parts)
+    save_parts(directory, parts, class_names, config.sampling, config=config)
 
 
 def save_parts(
@@ -82,10 +79,12 @@ def save_parts(
     class_names: Sequence[str],
     sampling: SamplingConfig,
     torch_buffers: dict[str, np.ndarray] | None = None,
+    config: Config | None = None,
 ) -> None:
     """Writes a checkpoint of `tokenizer` and maybe `transformer`, weights as they are.
 
-    `torch_buffers` are tensors of a PyTorch file that only matter on the way back.
+    `torch_buffers` are tensors of a PyTorch file that only matter on the way back, `config` is kept
+    to tell how they were trained.
     """
     buffers = torch_buffers or {}
     configs = {name: dataclasses.asdict(model.config) for name, model in parts.items()}
@@ -95,6 +94,8 @@ def save_parts(
         "sampling": dataclasses.asdict(sampling),
         "torch_buffers": {name: list(array.shape) for name, array in buffers.items()},
     }
+    if config:
+        about["trained"] = {k: v for k, v in dataclasses.asdict(config).items() if k not in about}
     save_weights(directory, parts | {"torch_buffers": buffers}, about)
 
 

@@ -97,6 +97,7 @@ def run(
                 checkpoints.save(step, state, batches.get_state(), wait=last or stop)
             if stopped := stop:
                 break
+        stopped = stopped or (bool(interrupted) and jax.process_count() == 1)  # by the last look
     if stopped:
         say(f"{stage.name}: saved; the same command goes on from step {step}")
         raise KeyboardInterrupt

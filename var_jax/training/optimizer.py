@@ -77,7 +77,7 @@ def make_optimizer(config: StageConfig) -> optax.GradientTransformation:
     if config.optimizer == "muon":
         scale = optax.partition({"adam": scale, "muon": gathered(scale_by_muon())}, update_rules)
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.clip_by_global_norm(config.clip_norm or jnp.inf),
         scale,
         optax.add_decayed_weights(weight_decay(config), mask=decays),
         optax.scale_by_learning_rate(learning_rate(config)),

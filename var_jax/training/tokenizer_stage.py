@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key, UInt8
 from var_jax.config import StageConfig, TokenizerConfig
 from var_jax.infra.mesh import put_whole, to_host
 from var_jax.models.partition import round_up
+from var_jax.models.quantizer import Quantized
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.sampling.generate import to_bytes
 from var_jax.training.codebook import codes_by_scale, init_stats, update_codebook
@@ -58,7 +59,7 @@ def tokenizer_stage(model_config: TokenizerConfig, config: StageConfig) -> Stage
             "loss": loss,
             "psnr": jnp.mean(psnr(error)),
             "vq_loss": code.loss,
-            "codes_in_use": jnp.exp(-jnp.sum(share * jnp.log(share + 1e-12))),
+            "codebook_perplexity": jnp.exp(-jnp.sum(share * jnp.log(share + 1e-12))),
             "codes_restarted": restarted,
             **{f"codes_scale{k + 1}": used[k] for k in range(len(model_config.patch_nums))},
             "grad_norm": norm,
@@ -73,7 +74,9 @@ def tokenizer_stage(model_config: TokenizerConfig, config: StageConfig) -> Stage
     return Stage("tokenizer", config, init, train_step, eval_step)
 
 
-def loss_fn(tokenizer: Tokenizer, image: Float[Array, "B H W 3"]):
+def loss_fn(
+    tokenizer: Tokenizer, image: Float[Array, "B H W 3"]
+) -> tuple[Float[Array, ""], tuple[Float[Array, " B"], Quantized]]:
     """Squared error of the reconstruction plus the quantizer's loss.
 
     Whiter than white is no error, nor blacker than black: shown, it is clipped. So noise of the
@@ -101,11 +104,16 @@ def to_float(image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
     return image.astype(jnp.float32) / 127.5 - 1
 
 
+@jax.jit
+def there_and_back(tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    """Images through the tokenizer and back."""
+    return tokenizer.decode(tokenizer.encode(to_float(image)))
+
+
 def reconstruct(
     tokenizer: Tokenizer, images: UInt8[np.ndarray, "N H W 3"], *, mesh: jax.sharding.Mesh
 ) -> UInt8[np.ndarray, "N H W 3"]:
-    """Images through the tokenizer and back, a batch at a time."""
-    there_and_back = jax.jit(lambda tokenizer, x: tokenizer.decode(tokenizer.encode(to_float(x))))
+    """`there_and_back` of any number of images, a batch at a time, as bytes."""
     size, made = round_up(64), []
     for start in range(0, len(images), size):
         padded = np.resize(images[start : start + size], (size, *images.shape[1:]))
