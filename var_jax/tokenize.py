@@ -31,10 +31,9 @@ from var_jax.infra.logs import progress
 from var_jax.infra.mesh import AXES, check_batch, make_mesh
 from var_jax.infra.npz import Images, save_npz
 from var_jax.models.partition import BATCH, pin, round_up
-from var_jax.models.tokenizer import Tokenizer
+from var_jax.models.tokenizer import Tokenizer, to_float
 from var_jax.training.export import load_tokenizer
 from var_jax.training.token_cache import write_cache
-from var_jax.training.tokenizer_stage import to_float
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, 'A folder, or "emoji".', required=True)
 IMAGES = flags.DEFINE_string("images", None, "A folder, tfds:NAME or an npz.", required=True)

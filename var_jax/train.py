@@ -28,7 +28,7 @@ from var_jax.data.augment import augment_items
 from var_jax.data.pipeline import batches
 from var_jax.data.records import read_json, read_manifest
 from var_jax.data.sources import Source, open_source
-from var_jax.data.tokens import TOKENS, TokenCache, open_tokens
+from var_jax.data.tokens import TOKENS, TokenCache, TokenSource, open_tokens
 from var_jax.evaluation.report import report
 from var_jax.infra import cli, hosts
 from var_jax.infra.files import replacing
@@ -43,15 +43,15 @@ from var_jax.infra.mesh import (
 )
 from var_jax.infra.pictures import curves, grid, labelled_rows, save_png
 from var_jax.models.partition import round_up
-from var_jax.models.tokenizer import Tokenizer
+from var_jax.models.tokenizer import Tokenizer, to_float
 from var_jax.models.transformer import Transformer
 from var_jax.sampling.generate import coarse_to_fine, generate
 from var_jax.training import loop
-from var_jax.training.cache import tokenize
 from var_jax.training.export import Models, describe, load_models, load_tokenizer, save_models
 from var_jax.training.state import TrainState
 from var_jax.training.token_cache import fingerprint
-from var_jax.training.tokenizer_stage import reconstruct, to_float, tokenizer_stage
+from var_jax.training.tokenizer_stage import reconstruct, tokenizer_stage
+from var_jax.training.tokens_ahead import tokenize_ahead
 from var_jax.training.transformer_stage import transformer_stage
 
 CONFIG = config_flags.DEFINE_config_file("config")
@@ -177,7 +177,7 @@ class Run:
             source, validation = self.stored
             augmentation = {}
         elif config.augmented_copies:
-            source, augmentation = self.cached_tokens(tokenizer), {}
+            source, augmentation = self.tokens_ahead(tokenizer), {}
 
         def look(step: int, state: TrainState) -> dict[str, float]:
             models = Models(tokenizer, state.best, self.train.class_names, self.config.sampling)
@@ -213,9 +213,9 @@ class Run:
             open_tokens(data.tokens, "validation", ours, schedule, self.validation, **how),
         )
 
-    def cached_tokens(self, tokenizer: Tokenizer):
+    def tokens_ahead(self, tokenizer: Tokenizer) -> TokenSource:
         """Codes of the training pictures and of augmented copies of them."""
-        return tokenize(
+        return tokenize_ahead(
             tokenizer,
             self.train,
             mesh=self.mesh,

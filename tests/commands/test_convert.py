@@ -13,10 +13,9 @@ from golden_cases import load, models, state_dict
 
 from var_jax.infra.mesh import make_mesh
 from var_jax.infra.torch_files import open_tensors, write_pth, write_safetensors
-from var_jax.models.tokenizer import Tokenizer
+from var_jax.models.tokenizer import Tokenizer, to_float
 from var_jax.models.torch_names import buffers
 from var_jax.training.export import load_models
-from var_jax.training.tokenizer_stage import to_float
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -13,10 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 from var_jax.config import StageConfig, TokenizerConfig, TransformerConfig
 from var_jax.infra.mesh import make_mesh, put_batch, shard
+from var_jax.models.tokenizer import to_float
 from var_jax.models.transformer import Transformer
 from var_jax.training.optimizer import make_optimizer
 from var_jax.training.state import apply_gradients, layout
-from var_jax.training.tokenizer_stage import loss_fn, to_float, tokenizer_stage
+from var_jax.training.tokenizer_stage import loss_fn, tokenizer_stage
 from var_jax.training.transformer_stage import transformer_stage
 
 SIZES = dict(patch_nums=(1, 2, 4), vocab_size=64, latent_dim=16)

@@ -9,8 +9,9 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt8
 
 from var_jax.config import TokenizerConfig
 from var_jax.models.partition import reshape
@@ -248,3 +249,13 @@ def depth_to_space(x: Float[Array, "B h w ppC"], p: int) -> Float[Array, "B H W 
     B, h, w, D = x.shape
     x = reshape(x, B, h, w, p, p, D // (p * p)).transpose(0, 1, 3, 2, 4, 5)
     return reshape(x, B, h * p, w * p, D // (p * p))
+
+
+def to_float(image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    """Bytes → [-1, 1], as a tokenizer takes them."""
+    return image.astype(jnp.float32) / 127.5 - 1
+
+
+def to_bytes(image: Float[Array, "B H W 3"] | np.ndarray) -> UInt8[np.ndarray, "B H W 3"]:
+    """[-1, 1] → 0..255, rounded."""
+    return np.clip(np.rint((np.asarray(image) + 1) * 127.5), 0, 255).astype(np.uint8)

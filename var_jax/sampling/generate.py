@@ -9,7 +9,7 @@ from jaxtyping import Int32, UInt8
 
 from var_jax.infra.mesh import put_whole, to_host
 from var_jax.models.partition import on_mesh, round_up
-from var_jax.models.tokenizer import Tokenizer
+from var_jax.models.tokenizer import Tokenizer, to_bytes
 from var_jax.models.transformer import Transformer
 from var_jax.sampling.decode import Forced, image_keys, sample
 
@@ -62,8 +62,3 @@ def coarse_to_fine(
 def put(array: np.ndarray) -> jax.Array:
     """Rows that every process holds, onto the mesh if there is one."""
     return put_whole(array, jax.sharding.get_mesh()) if on_mesh() else jnp.asarray(array)
-
-
-def to_bytes(images: jax.Array | np.ndarray) -> UInt8[np.ndarray, "B H W 3"]:
-    """[-1, 1] → 0..255, rounded."""
-    return np.clip(np.rint((np.asarray(images) + 1) * 127.5), 0, 255).astype(np.uint8)

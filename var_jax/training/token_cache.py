@@ -20,8 +20,7 @@ from var_jax.data.tokens import PACKED, describe, pack, records_of
 from var_jax.infra.logs import progress
 from var_jax.infra.mesh import put_batch
 from var_jax.models.partition import path_name
-from var_jax.models.tokenizer import Tokenizer
-from var_jax.training.tokenizer_stage import to_float
+from var_jax.models.tokenizer import Tokenizer, to_float
 
 
 def write_cache(

@@ -11,8 +11,7 @@ from var_jax.config import StageConfig, TokenizerConfig
 from var_jax.infra.mesh import put_whole, to_host
 from var_jax.models.partition import round_up
 from var_jax.models.quantizer import Quantized
-from var_jax.models.tokenizer import Tokenizer
-from var_jax.sampling.generate import to_bytes
+from var_jax.models.tokenizer import Tokenizer, to_bytes, to_float
 from var_jax.training.codebook import codes_by_scale, init_stats, update_codebook
 from var_jax.training.optimizer import learning_rate, make_optimizer
 from var_jax.training.state import (
@@ -97,11 +96,6 @@ def squared_error(a: Float[Array, "B H W 3"], b: Float[Array, "B H W 3"]) -> Flo
 def psnr(error: Float[Array, " B"]) -> Float[Array, " B"]:
     """Peak signal-to-noise ratio in dB; the range is 2, so the peak squared is 4."""
     return 10 * jnp.log10(4 / jnp.maximum(error, 1e-8))
-
-
-def to_float(image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-    """Bytes → [-1, 1]."""
-    return image.astype(jnp.float32) / 127.5 - 1
 
 
 @jax.jit

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int32, Key
 from var_jax.config import StageConfig, TransformerConfig
 from var_jax.infra.flops import transformer_flops
 from var_jax.models.partition import BATCH, in_parts, pin, platform
-from var_jax.models.tokenizer import Tokenizer
+from var_jax.models.tokenizer import Tokenizer, to_float
 from var_jax.models.transformer import Transformer
 from var_jax.scales import slices
 from var_jax.training.optimizer import learning_rate, make_optimizer
@@ -23,7 +23,6 @@ from var_jax.training.state import (
     average,
     init_state,
 )
-from var_jax.training.tokenizer_stage import to_float
 
 
 def transformer_stage(model_config: TransformerConfig, config: StageConfig) -> Stage:

@@ -1,4 +1,4 @@
-"""Fills the token cache: the frozen tokenizer over augmented copies of a source."""
+"""The frozen tokenizer over a source and augmented copies of it, ahead of training, in memory."""
 
 import itertools
 
@@ -14,11 +14,10 @@ from var_jax.data.tokens import TokenSource
 from var_jax.infra.logs import progress
 from var_jax.infra.mesh import put_whole, to_host
 from var_jax.models.partition import BATCH, pin
-from var_jax.models.tokenizer import Tokenizer
-from var_jax.training.tokenizer_stage import to_float
+from var_jax.models.tokenizer import Tokenizer, to_float
 
 
-def tokenize(
+def tokenize_ahead(
     tokenizer: Tokenizer,
     source: Source,
     *,
