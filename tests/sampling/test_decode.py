@@ -6,7 +6,7 @@ import numpy as np
 from golden_cases import models
 
 from var_jax.infra.mesh import make_mesh
-from var_jax.sampling.decode import image_keys, sample
+from var_jax.sampling.decode import image_keys, mix, sample
 from var_jax.sampling.generate import generate
 
 LABELS = np.array([1, 3, 5, 7, 2, 0, 4], np.int32)
@@ -54,3 +54,13 @@ def test_each_scale_has_its_top_p():
 def test_smooth_mixes_codes():
     plain, mixed = draw(seed=0)[0], draw(seed=0, smooth=True)[0]
     assert mixed.shape == plain.shape and (mixed != plain).any()
+
+
+def test_mixtures_become_draws_from_sharper_logits():
+    """At the first scale a mixture; at the last nearly one code, drawn from twice the logits."""
+    share = np.array([0.5, 0.3, 0.2])
+    logits = jnp.broadcast_to(jnp.log(share), (4000, 1, 3))
+    first, last = (mix(image_keys(0, jnp.arange(4000)), logits, jnp.eye(3), r) for r in (0.0, 1.0))
+    assert np.median(first.max(-1)) < 0.99 < np.median(last.max(-1))
+    drawn = np.bincount(last[:, 0].argmax(-1), minlength=3) / 4000
+    np.testing.assert_allclose(drawn, share**2 / (share**2).sum(), atol=0.03)
