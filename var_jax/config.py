@@ -69,7 +69,7 @@ class TokenizerConfig:
             norm_groups=SOME, patch_size=SOME, num_phi=ANY, phi_ratio=SHARE, beta=ANY,
         )  # fmt: skip
         if min(self.channel_mults, default=0) < 1:
-            raise BadInput(f"channel_mults={self.channel_mults}; expected each to be at least 1.")
+            raise BadInput(f"channel_mults={self.channel_mults}; expected numbers of at least 1.")
         if not self.num_res_blocks and len(set((1, *self.channel_mults))) > 1:
             raise BadInput(
                 f"channel_mults={self.channel_mults} with num_res_blocks=0: only residual"
@@ -321,11 +321,12 @@ class Config:
                         f"train_{stage}.{field.name}={getattr(config, field.name)!r} means nothing"
                         f" to the {stage}; leave it at {field.default!r}."
                     )
-        if self.data.tokens and self.train_transformer.mistakes:
-            raise BadInput(
-                f"train_transformer.mistakes={self.train_transformer.mistakes} must be 0 with"
-                " data.tokens: a token cache has none."
-            )
+        for name in ("mistakes", "augmented_copies") if self.data.tokens else ():
+            if value := getattr(self.train_transformer, name):
+                raise BadInput(
+                    f"train_transformer.{name}={value} must be 0 with data.tokens: nothing else is"
+                    " tokenized then, and a token cache has no mistakes."
+                )
         try:
             self.sampling.check(self.transformer.patch_nums)
         except BadInput as error:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import re
 from collections.abc import Callable
 
 import jax
@@ -170,7 +171,9 @@ def claim(out: epath.Path, models: Models) -> epath.Path:
                     f" {advice}"
                 )
     elif parts.exists() and any(
-        "settings.json" not in path.name and not path.name.endswith(".npz.partial")
+        not re.fullmatch(
+            r"settings\.json|\.(settings\.json|(scores-)?\d{8,}\.npz)\.partial", path.name
+        )
         for path in parts.iterdir()
     ):
         raise BadInput(f"{parts} was not made by this command; remove it or name another --out.")

@@ -43,13 +43,13 @@ from var_jax.infra.mesh import (
 )
 from var_jax.infra.pictures import curves, grid, labelled_rows, save_png
 from var_jax.models.partition import round_up
-from var_jax.models.tokenizer import Tokenizer, to_float
+from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import Transformer
 from var_jax.sampling.generate import coarse_to_fine, generate
 from var_jax.training import loop
-from var_jax.training.export import Models, describe, load_models, load_tokenizer, save_models
+from var_jax.training.export import Models, describe, load_tokenizer, rounded, save_models
 from var_jax.training.state import TrainState
-from var_jax.training.token_cache import fingerprint
+from var_jax.training.token_cache import encode, fingerprint
 from var_jax.training.tokenizer_stage import reconstruct, tokenizer_stage
 from var_jax.training.tokens_ahead import tokenize_ahead
 from var_jax.training.transformer_stage import transformer_stage
@@ -78,10 +78,11 @@ def main(argv: list[str]) -> None:
         save_models(run.workdir / "checkpoint", parts, run.train.class_names, config)
         summary = last_validation(run.workdir)
         if "transformer" in parts:
-            models = load_models(str(run.workdir / "checkpoint"), run.mesh)  # rounded, as stored
+            stored = rounded(parts, config.export_dtype)
+            models = Models(**stored, class_names=run.train.class_names, sampling=config.sampling)
             fresh = functools.partial(draw, models, seed=config.seed + 1)
             again = functools.partial(reconstruct, models.tokenizer, mesh=run.mesh)
-            summary |= report(run.train, run.validation, fresh, again)
+            summary = report(run.train, run.validation, fresh, again) | summary
             picture = sample_rows(models, config.seed)
             if jax.process_index() == 0:
                 save_png(run.workdir / "samples.png", picture)
@@ -287,8 +288,10 @@ def claim(workdir: epath.Path, config: Config, tokenizer: str) -> None:
                 f" {config.pretrained_tokenizer}; name another --workdir."
             )
         # A field that is newer than the run has its default.
-        found = dataclasses.asdict(from_dict(Config, found))
-        found = json.loads(json.dumps(found))
+        try:
+            found = json.loads(json.dumps(dataclasses.asdict(from_dict(Config, found))))
+        except BadInput as error:
+            raise BadInput(f"{path} is of another version: {error}") from None
         found["data"]["workers"] = wanted["data"]["workers"]
         for section in wanted:
             if section not in ("mesh", "sampling") and found[section] != wanted[section]:
@@ -315,7 +318,6 @@ def reconstructions(
     originals = np.stack([source[int(i)]["image"] for i in rows])
     padded = np.resize(originals, (round_up(count), *originals.shape[1:]))
     images = put_whole({"image": padded}, mesh)["image"]
-    encode = jax.jit(lambda tokenizer, images: tokenizer.encode(to_float(images)))
     steps = coarse_to_fine(tokenizer, to_host(encode(tokenizer, images))[:count])
     strip = np.concatenate([originals[:, None], steps[:, -1:], steps], axis=1)
     scale = max(1, 64 // originals.shape[1])

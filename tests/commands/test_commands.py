@@ -95,9 +95,12 @@ def test_train_bad_input(tmp_path, complaints):
         (*tiny, "--config.mesh.data=3"): "does not cover the 1 devices",
         (*tiny, "--config.transformer.num_classes=10"): "has 9 classes",
         (*tiny, "--config.train_tokenizer.steps=0"): "leaves the tokenizer untrained; name a",
-        (*tiny, "--config.data.tokens=cache", "--config.train_transformer.mistakes=0"): (
-            "data.tokens=cache holds the codes of a tokenizer"
-        ),
+        (
+            *tiny,
+            "--config.data.tokens=cache",
+            "--config.train_transformer.mistakes=0",
+            "--config.train_transformer.augmented_copies=0",
+        ): ("data.tokens=cache holds the codes of a tokenizer"),
         (*tiny, "--config.pretrained_tokenizer=emoji"): "but config.tokenizer.patch_nums is (1, 2",
     }
     runs = [["--workdir", workdir, *flags] for flags in said]

@@ -51,7 +51,10 @@ from var_jax import BadInput
 def get_config(size="d16"):
     if size == "word":
         config = ConfigDict({"depth": 16})
-        config.depth = "12"
+        config.depth = "a. b"
+    if size == "section":
+        config = ConfigDict({"model": {"depth": 16}})
+        config.model = "a"
     if size == "bug":
         raise TypeError("a bug in the config")
     if size != "d16":
@@ -90,7 +93,11 @@ def command(tmp_path_factory):
         (["--number=1", "--config=conf.py", "--config.model.depth=x"], ".*model.depth=x: .*"),
         (
             ["--number=1", "--config=conf.py:word"],
-            "--config: depth=12 is of type str; expected int",
+            "--config: depth=a. b is of type str; expected int",
+        ),
+        (
+            ["--number=1", "--config=conf.py:section"],
+            "--config: model=a is of type str; expected ConfigDict",
         ),
         (["--number=1", "--fail=bad"], "--number is 3; expected 4"),
         (["--number=1", "--fail=full"], "the disk holding /runs/a is full; .*"),

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from golden_cases import facts, load
@@ -39,6 +40,14 @@ def test_unknown_schedule():
 def test_learning_rate_scales_with_the_batch():
     config = StageConfig(steps=100, batch_size=768, schedule="cos")
     assert float(learning_rate(config)(0)) == pytest.approx(3e-4)
+
+
+@pytest.mark.parametrize(("most", "left"), [(0.0, 1.0), (5.0, 0.5)])
+def test_gradients_are_clipped_unless_the_norm_is_0(most, left):
+    clip = make_optimizer(StageConfig(clip_norm=most, b1=0.0, weight_decay=0.0))
+    weights = {"w": np.zeros(2, "f4")}
+    _, moments = clip.update({"w": np.array([6, 8], "f4")}, clip.init(weights), weights)
+    np.testing.assert_allclose(optax.tree.get(moments, "mu")["w"], [6 * left, 8 * left], rtol=1e-6)
 
 
 def test_what_decays():

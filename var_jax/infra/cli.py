@@ -17,8 +17,9 @@ from var_jax import BadInput
 flags.disclaim_key_flags()  # --help lists those of `sampling_flags` as their command's
 BAD_INPUT = 2
 OTHER_TYPE = re.compile(
-    r"Could not override field '(\w+)'.*\. (.*) is of original type <class '(\w+)'>"
-    r" .* <class '(\w+)'>"
+    r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type"
+    r" <class '(?:\w+\.)*(\w+)'> .* <class '(?:\w+\.)*(\w+)'>",
+    re.DOTALL,
 )
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it.
 

@@ -16,5 +16,7 @@ def replacing(path: str | PurePath) -> Iterator[epath.Path]:
     try:
         yield beside
         beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            beside.unlink(missing_ok=True)
+        raise

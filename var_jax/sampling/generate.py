@@ -54,9 +54,13 @@ def coarse_to_fine(
     """What an image looks like after each scale: the running sums of its codes, decoded."""
     count = len(tokens)
     padded = put(np.resize(tokens, (round_up(count), tokens.shape[1])))
-    sums = jax.jit(lambda tokenizer, tokens: tokenizer.quantizer.decode(tokens))(tokenizer, padded)
-    decode = jax.jit(Tokenizer.decode_latent)
-    return np.stack([to_bytes(to_host(decode(tokenizer, f_hat)))[:count] for f_hat in sums], axis=1)
+    sums = running_sums(tokenizer, padded)
+    made = [to_bytes(to_host(decode_latent(tokenizer, f_hat)))[:count] for f_hat in sums]
+    return np.stack(made, axis=1)
+
+
+running_sums = jax.jit(lambda tokenizer, tokens: tokenizer.quantizer.decode(tokens))
+decode_latent = jax.jit(Tokenizer.decode_latent)
 
 
 def put(array: np.ndarray) -> jax.Array:

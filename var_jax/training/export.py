@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ from var_jax.infra.mesh import shard
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.transformer import Transformer
 from var_jax.training.state import layout
+
+T = TypeVar("T")
 
 
 class Models(NamedTuple):
@@ -70,7 +72,17 @@ def save_models(
 ) -> None:
     """Writes a checkpoint of `tokenizer` and maybe `transformer`, as `config` trained them."""
     parts = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(config.export_dtype)), parts)
-    save_parts(directory, parts, class_names, config.sampling, config=config)
+    trained = {"seed": config.seed, "data": dataclasses.asdict(config.data)}
+    if not config.pretrained_tokenizer:
+        trained["train_tokenizer"] = dataclasses.asdict(config.train_tokenizer)
+    if "transformer" in parts:
+        trained["train_transformer"] = dataclasses.asdict(config.train_transformer)
+    save_parts(directory, parts, class_names, config.sampling, trained=trained)
+
+
+def rounded(parts: T, dtype: str) -> T:
+    """Weights as `save_models` stores them in `dtype` and `load_models` reads them."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)).astype(leaf.dtype), parts)
 
 
 def save_parts(
@@ -79,12 +91,12 @@ def save_parts(
     class_names: Sequence[str],
     sampling: SamplingConfig,
     torch_buffers: dict[str, np.ndarray] | None = None,
-    config: Config | None = None,
+    trained: dict[str, Any] | None = None,
 ) -> None:
     """Writes a checkpoint of `tokenizer` and maybe `transformer`, weights as they are.
 
-    `torch_buffers` are tensors of a PyTorch file that only matter on the way back, `config` is kept
-    to tell how they were trained.
+    `torch_buffers` are tensors of a PyTorch file that only matter on the way back, `trained` tells
+    how the weights came about.
     """
     buffers = torch_buffers or {}
     configs = {name: dataclasses.asdict(model.config) for name, model in parts.items()}
@@ -94,8 +106,8 @@ def save_parts(
         "sampling": dataclasses.asdict(sampling),
         "torch_buffers": {name: list(array.shape) for name, array in buffers.items()},
     }
-    if config:
-        about["trained"] = {k: v for k, v in dataclasses.asdict(config).items() if k not in about}
+    if trained:
+        about["trained"] = trained
     save_weights(directory, parts | {"torch_buffers": buffers}, about)
 
 
@@ -120,7 +132,7 @@ def load_models(directory: str, mesh: jax.sharding.Mesh, dtype: str = "auto") ->
         raise BadInput(
             f"{folder} holds a tokenizer but no transformer; convert it with --transformer too."
         )
-    how = from_dict(SamplingConfig, about.get("sampling", {}), f"sampling in {folder}/config.json")
+    how = section(SamplingConfig, about, "sampling", folder)
     if dtype == "bfloat16":
         abstract["transformer"] = slim(abstract["transformer"])
     abstract = {
@@ -167,12 +179,20 @@ def describe(directory: str, dtype: str = "auto") -> tuple[str | Path, dict, dic
     about = load_config(folder)
     if not isinstance(about.get("tokenizer"), dict) or "class_names" not in about:
         raise BadInput(f"{folder}/config.json describes no tokenizer; expected a checkpoint.")
-    tokenizer = from_dict(TokenizerConfig, about["tokenizer"], "tokenizer")
+    tokenizer = section(TokenizerConfig, about, "tokenizer", folder)
     abstract = {"tokenizer": jax.eval_shape(lambda: Tokenizer(tokenizer, rngs=nnx.Rngs(0)))}
     if "transformer" in about:
-        transformer = from_dict(TransformerConfig, about["transformer"], "transformer")
+        transformer = section(TransformerConfig, about, "transformer", folder)
         if dtype != "auto":
             transformer = dataclasses.replace(transformer, dtype=dtype)
         build = lambda: Transformer(transformer, rngs=nnx.Rngs(0))
         abstract["transformer"] = jax.eval_shape(build)
     return folder, about, abstract
+
+
+def section(cls: type[T], about: dict, name: str, folder: str | Path) -> T:
+    """A section of config.json in `folder`. Raises: BadInput, naming the file."""
+    try:
+        return from_dict(cls, about.get(name, {}), name)
+    except BadInput as error:
+        raise BadInput(f"{folder}/config.json: {error}") from None

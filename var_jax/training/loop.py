@@ -45,7 +45,8 @@ def run(
     stopped anywhere ends with the numbers of one never stopped. `constants` join every batch (the
     frozen tokenizer). `look` makes pictures and validation figures every `sample_every` steps and
     at the end. Ctrl-C, SIGTERM and a preemption notice on any host save, then raise
-    KeyboardInterrupt. `profile` many steps are traced, from the tenth of this start on.
+    KeyboardInterrupt (of several hosts not where it comes while the last pictures are made).
+    `profile` many steps are traced, from the tenth of this start on.
 
     Raises: BadInput if the checkpoints are another config's, or the loss is no longer finite.
     """
@@ -58,7 +59,7 @@ def run(
     if 0 < start < config.steps:
         say(f"{stage.name}: going on from step {start}")
     train_step = jax.jit(stage.train_step, donate_argnums=0)
-    pending = None  # metrics of the step before, read while this one runs
+    step, pending = start, None  # metrics of the step before, read while this one runs
     stopped = False
 
     def flush():
