@@ -343,8 +343,8 @@ def from_dict(cls: type[T], section: Mapping[str, Any] | ConfigDict, name: str =
 
     Raises: BadInput naming the field for an unknown field, a value of the wrong type or range.
     """
-    if isinstance(section, ConfigDict):
-        section = section.to_dict()
+    if hasattr(section, "to_dict"):  # a missing file's stand-in raises here what was wrong
+        section = section.to_dict()  # type: ignore[union-attr]
     if not isinstance(section, Mapping):
         raise BadInput(f"{name}={section!r}; expected the fields of {cls.__name__}.")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
