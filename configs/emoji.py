@@ -1,7 +1,7 @@
 """Emoji from nothing on two CPU cores: 1,906 Noto emoji, nine Unicode groups as classes.
 
     python -m var_jax.train --config configs/emoji.py        # 32x32, minutes
-    python -m var_jax.train --config configs/emoji.py:large  # 32x32, 67 minutes
+    python -m var_jax.train --config configs/emoji.py:large  # 32x32, two hours
     python -m var_jax.train --config configs/emoji.py:64     # 64x64, minutes on a GPU
 
 The second left the checkpoint that ships in the package (seed 0). The README has expected figures.
