@@ -93,18 +93,11 @@ def test_the_checkpoint_says_how_to_draw(untrained, tmp_path):
     flags = ("--cfg", 3, "--top_k", 5, "--top_p", "1,.9,.7")
     by_flags = sample(untrained, tmp_path / "b", "--labels", "3:4", *flags)
     np.testing.assert_array_equal(by_itself["tokens"], by_flags["tokens"])
-    del about["sampling"]  # as in checkpoints from before there was such a section
-    (copy / "config.json").write_text(json.dumps(about))
-    before = sample(copy, tmp_path / "d", "--labels", "3:4")
-    papers = ("--cfg", 1.5, "--top_k", 900, "--top_p", 0.96)
-    as_before = sample(untrained, tmp_path / "e", "--labels", "3:4", *papers)
-    np.testing.assert_array_equal(before["tokens"], as_before["tokens"])
     overridden = sample(copy, tmp_path / "c", "--labels", "3:4", "--top_k", 1)
-    assert (overridden["tokens"] != before["tokens"]).any()
+    assert (overridden["tokens"] != by_itself["tokens"]).any()
 
 
-@pytest.mark.parametrize("told", ["0.96", 0.96])  # as now, and as before it was of each scale
-def test_an_unfinished_run_goes_on(untrained, tmp_path, told):
+def test_an_unfinished_run_goes_on(untrained, tmp_path):
     flags = ("--labels", "3:4", "--batch_size", 2)
     whole = sample(untrained, tmp_path / "whole", *flags)
     models = load_models(str(untrained), make_mesh(1, 1, 1, devices=jax.devices()[:1]))
@@ -113,7 +106,7 @@ def test_an_unfinished_run_goes_on(untrained, tmp_path, told):
     settings |= {"weights": fingerprint(models.tokenizer) + fingerprint(models.transformer)}
     parts = tmp_path / "begun" / "parts"
     parts.mkdir(parents=True)
-    (parts / "settings.json").write_text(json.dumps(settings | {"top_p": told}))
+    (parts / "settings.json").write_text(json.dumps(settings | {"top_p": "0.96"}))
     half = {name: array[:2] for name, array in whole.items()}
     half["arr_0"] = 255 - half["arr_0"]  # so that one sees that it was not drawn again
     save_npz(parts / "00000000.npz", **half)

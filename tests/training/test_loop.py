@@ -1,6 +1,7 @@
 """The loop resumes exactly and stops on a loss that is not a number."""
 
 import dataclasses
+import functools
 import json
 import math
 import signal
@@ -23,9 +24,15 @@ from var_jax.training.tokenizer_stage import tokenizer_stage
 CONFIG = dataclasses.replace(STAGE, steps=9, log_every=1, save_every=2, sample_every=5)
 
 
+@functools.cache
+def stage_of(config):
+    """One stage, so one compiled step, for all runs of a config."""
+    return tokenizer_stage(TOKENIZER, config)
+
+
 def train(directory, config, until=None, signalled=None):
     """Runs the loop; it loses `until`, as by a second Ctrl-C, or gets a first while it looks."""
-    stage, metrics = tokenizer_stage(TOKENIZER, config), Metrics(directory)
+    stage, metrics = stage_of(config), Metrics(directory)
     source = Emoji("train", 16)
     stream = batches(source, batch_size=16, seed=0, augment=augment_items(shift=2))
 
