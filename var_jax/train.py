@@ -376,7 +376,9 @@ def plot(workdir: epath.Path) -> None:
         },
         "learning rate": {s: line(s, "learning_rate") for s in ("tokenizer", "transformer")},
     }
-    curves(workdir / "curves.png", panels)
+    drawn = {title: lines for title, lines in panels.items() if any(x for x, _ in lines.values())}
+    if drawn:  # a stage that did not run has no panels
+        curves(workdir / "curves.png", drawn)
 
 
 if __name__ == "__main__":
