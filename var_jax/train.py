@@ -136,7 +136,7 @@ class Run:
             source,
             batch_size=batch_size,
             seed=self.config.seed,
-            augment=augment_items(**augmentation) if augmentation else None,
+            augment=augment_items(source, **augmentation) if augmentation else None,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             workers=self.config.data.workers,

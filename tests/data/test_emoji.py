@@ -92,4 +92,14 @@ def test_augment_moves_and_mirrors(emoji):
 
 def test_bad_augmentation():
     with pytest.raises(BadInput, match=r"shift=-1; expected at least 0\.$"):
-        augment_items(shift=-1)
+        augment_items(Emoji("train"), shift=-1)
+
+
+def test_symbols_and_flags_are_never_mirrored(emoji):
+    source, rng = emoji["train"], np.random.default_rng(0)
+    change = augment_items(source, flip=True)
+    mirrored = dict.fromkeys(source.class_names, False)
+    for item in map(source.__getitem__, range(len(source))):
+        same = (change(item, rng)["image"] == item["image"]).all()
+        mirrored[source.class_names[item["label"]]] |= not same
+    assert [name for name, seen in mirrored.items() if not seen] == ["Symbols", "Flags"]

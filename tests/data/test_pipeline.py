@@ -98,7 +98,7 @@ def test_augmented_emoji():
     source = Emoji("validation")
     plain, moved = (
         next(batches(source, batch_size=16, seed=0, augment=augment))
-        for augment in (None, augment_items(flip=True, shift=3))
+        for augment in (None, augment_items(source, flip=True, shift=3))
     )
     assert moved["image"].shape == (16, 32, 32, 3) and moved["image"].dtype == np.uint8
     assert (moved["label"] == plain["label"]).all()

@@ -95,7 +95,9 @@ def test_it_holds_what_training_sees(cache, tokenizer, sources, mesh):
     source = opened(cache, tokenizer, sources, "train")
     assert len(source) == 18 and source.class_names == ("a", "b", "c")
     assert source[0]["tokens"].shape == (5,) and source[0]["tokens"].dtype == np.int32
-    pixels = batches(sources["train"], batch_size=12, seed=5, augment=augment_items(flip=True))
+    pixels = batches(
+        sources["train"], batch_size=12, seed=5, augment=augment_items(sources["train"], flip=True)
+    )
     codes = batches(source, batch_size=12, seed=5)
     with jax.set_mesh(mesh):
         for _ in range(3):  # two epochs
@@ -138,7 +140,12 @@ def test_training_from_it_gives_the_losses_of_pixels(cache, tokenizer, sources, 
     stage = transformer_stage(model, StageConfig(steps=4, batch_size=8, warmup_steps=1))
     source = opened(cache, tokenizer, sources, "train")
     streams = (
-        batches(sources["train"], batch_size=8, seed=5, augment=augment_items(flip=True)),
+        batches(
+            sources["train"],
+            batch_size=8,
+            seed=5,
+            augment=augment_items(sources["train"], flip=True),
+        ),
         batches(source, batch_size=8, seed=5),
     )
     losses = []

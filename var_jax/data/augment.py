@@ -1,12 +1,12 @@
 """Random changes to one picture, in NumPy, cheap enough for the threads of the input pipeline."""
 
-import functools
 from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import UInt8
 
 from var_jax import BadInput
+from var_jax.data.sources import Source
 
 Item = dict[str, np.ndarray]
 
@@ -31,16 +31,23 @@ def augment(
 
 
 def augment_items(
-    *, flip: bool = False, shift: int = 0
+    source: Source, *, flip: bool = False, shift: int = 0
 ) -> Callable[[Item, np.random.Generator], Item]:
     """`augment` with these options, as the function of a whole item that `batches` takes.
+
+    Classes that `source` names in `upright` (the emoji's symbols and flags) are never mirrored.
 
     Raises: BadInput if `shift` is negative.
     """
     if shift < 0:
         raise BadInput(f"augmentation has shift={shift}; expected at least 0.")
-    change = functools.partial(augment, flip=flip, shift=shift)
-    return lambda item, rng: item | {"image": change(item["image"], rng)}
+    upright = getattr(source, "upright", ())
+
+    def change(item: Item, rng: np.random.Generator) -> Item:
+        may_flip = flip and int(item["label"]) not in upright
+        return item | {"image": augment(item["image"], rng, flip=may_flip, shift=shift)}
+
+    return change
 
 
 def _move(image: UInt8[np.ndarray, "H W 3"], shift: int, axis: int) -> UInt8[np.ndarray, "H W 3"]:

@@ -24,7 +24,8 @@ class Source(Protocol):
     """Items are dicts of NumPy arrays: uint8 `image` (H,W,3) and int32 `label` () for pictures.
 
     `source[i]` is what evaluation sees. A source may also have `draw(i, epoch, rng)`, what training
-    sees in that epoch, with random numbers of the item's own.
+    sees in that epoch, with random numbers of the item's own, and `upright`, the labels of pictures
+    that must not be mirrored.
     """
 
     @property
@@ -39,7 +40,8 @@ class Emoji:
     """The embedded Noto emoji: 1,906 pictures on white, 9 classes, held in memory.
 
     `split` is "train", "validation" (every tenth picture of a class) or "all"; `size` is the side
-    in pixels, even and at most 64. `names` and `subgroups` hold one entry a picture.
+    in pixels, even and at most 64. `names` and `subgroups` hold one entry a picture; `upright` are
+    the classes whose mirror image says something else, or nothing: letters, arrows, flags.
 
     Raises: BadInput if `split` or `size` is anything else.
     """
@@ -57,6 +59,7 @@ class Emoji:
         chosen = np.flatnonzero(keep[split])
 
         self.class_names: tuple[str, ...] = tuple(index["groups"])
+        self.upright = {self.class_names.index(name) for name in ("Symbols", "Flags")}
         self.names: tuple[str, ...] = tuple(index["name"][i] for i in chosen)
         self.subgroups: tuple[str, ...] = tuple(
             index["subgroups"][index["subgroup"][i]] for i in chosen

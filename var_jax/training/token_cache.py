@@ -57,11 +57,12 @@ def write_cache(
     ]
     if not todo and finished(out):
         return manifest
-    changed = {"seed": seed, "augment": augment_items(**augmentation)}
     with progress(sum(len(records[split].rows(i)) for split, i in todo), 0, "tokens") as bar:
         for split, shard in todo:
-            rows, how = records[split].rows(shard), changed if split == "train" else {}
-            batches = drawn(sources[split], rows, batch_size, **how)
+            source, rows, how = sources[split], records[split].rows(shard), {}
+            if split == "train":
+                how = {"seed": seed, "augment": augment_items(source, **augmentation)}
+            batches = drawn(source, rows, batch_size, **how)
             write_shard(records[split].path(shard), packed(tokenizer, batches, mesh, bar))
     if not any(part.missing() for part in records.values()):
         finish(out, manifest)

@@ -38,7 +38,7 @@ def tokenize_ahead(
     rounds = [epoch(source, batch_size)]
     if copies:
         changed = batches(
-            source, batch_size=batch_size, seed=seed, augment=augment_items(**augmentation)
+            source, batch_size=batch_size, seed=seed, augment=augment_items(source, **augmentation)
         )
         rounds.append(itertools.islice(changed, -(-copies * len(source) // batch_size)))
     tokens, laid, labels = [], [], []
