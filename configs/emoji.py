@@ -26,13 +26,14 @@ class Variant(NamedTuple):
     tokenizer_steps: int = 1000
     transformer_steps: int = 1000
     size: int = 32
+    vocab_size: int = 1024
     latent_dim: int = 96
     depth: int = 4
     width: int = 192
     shared_adaln: bool = False
     drop_path: float = 0.0
     ema_decay: float = 0.99
-    augmented_copies: int = 9  # 45 % of the pictures are then mirrored, of 59 copies 49 %
+    augmented_copies: int = 9  # 45 % of the pictures are then mirrored, of 39 copies 49 %
     mistakes: float = 0.2
     sample_every: int = 300
     # The first scales choose the picture, the others draw it: wide for variety, then narrow.
@@ -44,9 +45,9 @@ VARIANTS = {
     "64": Variant((1, 1, 2, 2, 4, 4, 8, 8, 8), 2000, 3000, size=64),
     # Shared AdaLN buys width: the checkpoint has to stay under 12 MB.
     "large": Variant(
-        (1, 1, 1, 2, 2, 4, 4, 4, 4, 4, 4, 4), 6000, 4000, latent_dim=128, depth=6, width=256,
-        shared_adaln=True, drop_path=0.1, ema_decay=0.999, augmented_copies=59,
-        mistakes=0.3, sample_every=500,
+        (1, 1, 1, 2, 2, 4, 4, 4, 4, 4, 4, 4), 4000, 2200, vocab_size=2048, latent_dim=128,
+        depth=6, width=256, shared_adaln=True, drop_path=0.1, ema_decay=0.999,
+        augmented_copies=39, mistakes=0.3, sample_every=500,
         top_p=(0.8, 0.8, 0.6, 0.4, 0.2) + 7 * (0.1,),
     ),
 }  # fmt: skip
@@ -57,7 +58,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant not in VARIANTS:
         raise BadInput(f"configs/emoji.py has the variants 64 and large, not {variant!r}.")
     this = VARIANTS[variant]
-    sizes = dict(patch_nums=this.patch_nums, vocab_size=1024, latent_dim=this.latent_dim)
+    sizes = dict(patch_nums=this.patch_nums, vocab_size=this.vocab_size, latent_dim=this.latent_dim)
     config = defaults()
     config.seed = 0
     # Mirrored, but never moved: a picture moved against the grid of patches has other codes.
