@@ -183,11 +183,11 @@ def wait_for(path, seconds=240):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
-def test_a_killed_run_ends_as_if_never_stopped(trained, tmp_path, stage):
+@pytest.mark.parametrize("seen", ["metrics.jsonl", "tokenizer/8", "transformer/8", "checkpoint"])
+def test_a_killed_run_ends_as_if_never_stopped(trained, tmp_path, seen):
     workdir = tmp_path / "work"
     process = command("train", "--config", TINY, "--workdir", workdir)
-    wait_for(workdir / stage / "8")
+    wait_for(workdir / seen)  # before a save, between two, or while results are written
     process.send_signal(signal.SIGKILL)
     process.communicate()
     code, _, err = run("train", "--config", TINY, "--workdir", workdir)

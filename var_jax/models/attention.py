@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from var_jax import BadInput
 from var_jax.models import attention_kernel
 from var_jax.models.partition import BATCH, on_mesh, pin, platform
-from var_jax.scales import level_ids, slices
+from var_jax.scales import level_ids, num_tokens, slices
 
 
 def attention(
@@ -33,7 +33,7 @@ def attention(
     `implementation` is one of
 
     - masked: all L × L products, then a mask. The plain one that the others are compared with.
-    - blocks: each scale over its prefix, so that no hidden product is computed.
+    - blocks: each scale, or few small ones at a time, over its prefix: few products are hidden.
     - kernel: Pallas kernels for TPU that take in all of the above; elsewhere they are interpreted,
       which is slow. 128 must be a multiple of N.
     - cudnn: NVIDIA's fused attention, bfloat16 only.
@@ -50,11 +50,14 @@ def attention(
         how = {"patch_nums": patch_nums, "qk_norm": qk_norm, "interpret": platform() != "tpu"}
         return attention_kernel.attention(q, k, v, q_bias, scale, **how)
     q, k = prepare(q, k, q_bias, scale, qk_norm)
-    if implementation == "masked":
-        return dense(q, k, v, visible(patch_nums))
-    if implementation == "blocks":
-        parts = [dense(q[:, s], k[:, : s.stop], v[:, : s.stop]) for s in slices(patch_nums)]
-        return jnp.concatenate(parts, axis=1)
+    if implementation in ("masked", "blocks"):
+        whole = (slice(0, q.shape[1]),)
+        parts = whole if implementation == "masked" else blocks(patch_nums)
+        mask = visible(patch_nums)
+        mixed = [
+            dense(q[:, s], *(x[:, : s.stop] for x in (k, v)), mask[s, : s.stop]) for s in parts
+        ]
+        return jnp.concatenate(mixed, axis=1)
     if implementation == "cudnn":
         return cudnn(q, k, v, visible(patch_nums))
     raise BadInput(
@@ -95,6 +98,18 @@ def visible(patch_nums: tuple[int, ...]) -> Bool[np.ndarray, "L L"]:
     return level[:, None] >= level
 
 
+def blocks(patch_nums: tuple[int, ...], least: int = 64) -> list[slice]:
+    """The scales, small ones joined until `least` tokens are together.
+
+    Products of a few rows each cost a CPU more than a few hidden ones.
+    """
+    parts, L = [slice(0, 0)], num_tokens(patch_nums)
+    for end in (s.stop for s in slices(patch_nums)):
+        if end == L or min(end - parts[-1].stop, L - end) >= least:
+            parts.append(slice(parts[-1].stop, end))
+    return parts[1:]
+
+
 def dense(
     q: Float[Array, "B L H N"],
     k: Float[Array, "B S H N"],
@@ -102,11 +117,13 @@ def dense(
     mask: Bool[np.ndarray, "L S"] | None = None,
 ) -> Float[Array, "B L H N"]:
     """Attention over all of k, v, or those that `mask` leaves; q already scaled."""
-    logits = jnp.einsum("BLHN,BSHN->BHLS", q, k, preferred_element_type=jnp.float32)
+    # Heads ahead of tokens: from the other order XLA makes slower products on CPU.
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    logits = jnp.einsum("BHLN,BHSN->BHLS", q, k, preferred_element_type=jnp.float32)
     if mask is not None:
         logits = jnp.where(mask, logits, -jnp.inf)
     weight = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("BHLS,BSHN->BLHN", weight, v)
+    return jnp.einsum("BHLS,BHSN->BHLN", weight, v).swapaxes(1, 2)
 
 
 def cudnn(q: Array, k: Array, v: Array, mask: Bool[np.ndarray, "L L"]) -> Array:
