@@ -54,9 +54,8 @@ def attention(
         whole = (slice(0, q.shape[1]),)
         parts = whole if implementation == "masked" else blocks(patch_nums)
         mask = visible(patch_nums)
-        mixed = [
-            dense(q[:, s], *(x[:, : s.stop] for x in (k, v)), mask[s, : s.stop]) for s in parts
-        ]
+        seen = lambda x, s: x[:, : s.stop]
+        mixed = [dense(q[:, s], seen(k, s), seen(v, s), mask[s, : s.stop]) for s in parts]
         return jnp.concatenate(mixed, axis=1)
     if implementation == "cudnn":
         return cudnn(q, k, v, visible(patch_nums))
