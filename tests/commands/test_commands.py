@@ -122,6 +122,7 @@ def test_too_many_devices_for_the_batch(tmp_path, monkeypatch, flag, sentence):
     assert code == 2 and sentence in err and "over 8 devices" in err
 
 
+@pytest.mark.slow
 def test_samples_may_be_drawn_otherwise_later(trained, tmp_path):
     workdir = shutil.copytree(trained, tmp_path / "work")
     flag = "--config.sampling.top_p=0.5"

@@ -73,6 +73,7 @@ def test_the_checkpoint_holds_the_weights(converted):
     assert (config.patch_nums, config.num_heads) == (golden.patch_nums, golden.num_heads)
 
 
+@pytest.mark.slow
 def test_the_commands_draw_the_releases_tokens(converted, tmp_path):
     gold = load("base")
     labels, cfg = ",".join(map(str, gold["labels"])), json.loads(str(gold["config"]))["cfg"]
@@ -101,6 +102,7 @@ def same(found, expected):
         assert found[name].tobytes() == array.tobytes(), name
 
 
+@pytest.mark.slow
 def test_half_precision_and_a_tokenizer_alone(tmp_path):
     half = {name: array.astype(np.float16) for name, array in state("tokenizer").items()}
     write_pth(tmp_path / "t.pth", half)

@@ -58,6 +58,7 @@ def test_mask_and_class(untrained, picture, tmp_path):
     assert Image.open(out / "strip.png").width > 5 * 96
 
 
+@pytest.mark.slow
 def test_drawn_as_the_checkpoint_says(untrained, picture, tmp_path):
     copy = shutil.copytree(untrained, tmp_path / "copy")
     about = json.loads((copy / "config.json").read_text())

@@ -25,6 +25,7 @@ def sample(checkpoint, out, *flags, **kwargs):
     return load_npz(out / "samples.npz")
 
 
+@pytest.mark.slow
 def test_rejection_keeps_the_best_of_what_would_be_drawn(untrained, tmp_path):
     (tmp_path / "judge.py").write_text(SCORER)
     shared = ("--batch_size", 4, "--show_scales")
@@ -97,6 +98,7 @@ def test_the_checkpoint_says_how_to_draw(untrained, tmp_path):
     assert (overridden["tokens"] != by_itself["tokens"]).any()
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_goes_on(untrained, tmp_path):
     flags = ("--labels", "3:4", "--batch_size", 2)
     whole = sample(untrained, tmp_path / "whole", *flags)

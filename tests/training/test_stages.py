@@ -103,6 +103,7 @@ def first_step(alone, model=None, stage=None, **change):
     return np.array([metrics["loss"], metrics["grad_norm"]])
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_and_what_is_recomputed_change_nothing(alone):
     plain = first_step(alone)
     for change in (
@@ -143,6 +144,7 @@ def test_meshes_agree(alone, mesh_shape):
     chex.assert_trees_all_close(more_state, there, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_muon_updates_split_matrices_as_whole_ones():
     config = dataclasses.replace(STAGE, optimizer="muon", learning_rate=16.0)  # 1 for a batch of 16
     init, mesh = transformer_stage(TRANSFORMER, config).init, make_mesh(2, 2, 2)
@@ -179,7 +181,7 @@ def test_weights_and_moments_are_sharded_from_the_start():
     assert all(specs[name] == P(None, "fsdp", "tensor") for name in sharded)
 
 
-@pytest.mark.parametrize("at_once", [None, 2])
+@pytest.mark.parametrize("at_once", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_cached_tokens_give_the_same_loss_as_pixels(alone, at_once, monkeypatch):
     if at_once:  # images encoded in parts
         monkeypatch.setattr(TokenizerConfig, "images_at_a_time", at_once)
