@@ -1,6 +1,6 @@
 """What makes the small emoji tokenizer learn fast: one change at a time, at equal steps.
 
-    python benchmarks/emoji_tokenizer.py [--steps 500]
+    python -m benchmarks.emoji_tokenizer [--steps 500]
 
 Prints, for configs/emoji.py and for each change of it, the PSNR of the held-out pictures after so
 many steps and the time a step takes, and as a yardstick k-means on raw 8x8 patches with as many

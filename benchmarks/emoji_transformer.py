@@ -1,6 +1,6 @@
 """What the small emoji transformer gains from what: one change at a time, at equal pictures seen.
 
-    python benchmarks/emoji_transformer.py --checkpoint runs/emoji/checkpoint [--steps 300]
+    python -m benchmarks.emoji_transformer --checkpoint runs/emoji/checkpoint [--steps 300]
 
 Takes the tokenizer of a finished run of configs/emoji.py, and prints, for that config and for each
 change of it, after so many steps of 32 pictures: the loss on held-out pictures and on the last

@@ -24,7 +24,7 @@ class Variant(NamedTuple):
 
     patch_nums: tuple[int, ...] = (1, 1, 2, 2, 4, 4, 4, 4, 4)
     tokenizer_steps: int = 1000
-    transformer_steps: int = 1000
+    transformer_steps: int = 850
     size: int = 32
     vocab_size: int = 1024
     latent_dim: int = 96
