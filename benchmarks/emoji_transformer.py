@@ -23,7 +23,7 @@ from var_jax.data.pipeline import batches
 from var_jax.data.sources import open_source
 from var_jax.evaluation.report import report
 from var_jax.infra.mesh import make_mesh, put_batch
-from var_jax.train import draw
+from var_jax.train import check_tokenizer, draw
 from var_jax.training.export import Models, load_tokenizer
 from var_jax.training.loop import evaluate
 from var_jax.training.tokenizer_stage import reconstruct
@@ -31,6 +31,7 @@ from var_jax.training.tokens_ahead import tokenize_ahead
 from var_jax.training.transformer_stage import transformer_stage
 
 TRAIN, MODEL = "train_transformer", "transformer"
+RATE = get_config().train_transformer.learning_rate
 CHANGES = {
     "as configured": {},
     "AdamW instead of Muon": {TRAIN: {"optimizer": "adamw"}},
@@ -39,8 +40,8 @@ CHANGES = {
     "batches of 16": {TRAIN: {"batch_size": 16}},
     "batches of 64": {TRAIN: {"batch_size": 64}},
     "cosine": {TRAIN: {"schedule": "cos"}},
-    "twice the learning rate": {TRAIN: {"learning_rate": 3.2e-2}},
-    "half the learning rate": {TRAIN: {"learning_rate": 0.8e-2}},
+    "twice the learning rate": {TRAIN: {"learning_rate": 2 * RATE}},
+    "half the learning rate": {TRAIN: {"learning_rate": RATE / 2}},
     "width 128": {MODEL: {"width": 128, "num_heads": 2}},
     "width 256": {MODEL: {"width": 256, "num_heads": 4}},
     "2 layers": {MODEL: {"depth": 2}},
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="changes whose name has this in it")
     arguments = parser.parse_args()
     config = from_dict(Config, get_config().to_dict())
+    check_tokenizer(dataclasses.replace(config, pretrained_tokenizer=arguments.checkpoint))
     mesh = make_mesh(data=1, fsdp=1, tensor=1)
     with jax.set_mesh(mesh):
         tokenizer = load_tokenizer(arguments.checkpoint, mesh)
@@ -105,7 +107,7 @@ def row(name: str, config: Config, tokenizer, mesh) -> None:
     )
     pace = 1000 * float(np.median(times)) / how.batch_size
     print(
-        f"| {name} | {held_out:.2f} | {np.mean(losses[-len(losses) // 20 :]):.2f}"
+        f"| {name} | {held_out:.2f} | {np.mean(losses[-max(len(losses) // 20, 1) :]):.2f}"
         f" | {found['samples / real']:.2f} | {found['distance within a class, samples']:.2f}"
         f" | {pace:.1f} ms |",
         flush=True,

@@ -1,7 +1,7 @@
 """Emoji from nothing on two CPU cores: 1,906 Noto emoji, nine Unicode groups as classes.
 
     python -m var_jax.train --config configs/emoji.py        # 32x32, minutes
-    python -m var_jax.train --config configs/emoji.py:large  # 32x32, two hours
+    python -m var_jax.train --config configs/emoji.py:large  # 32x32, hours
     python -m var_jax.train --config configs/emoji.py:64     # 64x64, minutes on a GPU
 
 The second left the checkpoint that ships in the package (seed 0). The README has expected figures.
@@ -33,11 +33,11 @@ class Variant(NamedTuple):
     shared_adaln: bool = False
     drop_path: float = 0.0
     ema_decay: float = 0.99
-    augmented_copies: int = 9  # 45 % of the pictures are then mirrored, of 39 copies 49 %
+    augmented_copies: int = 9  # of what may be mirrored 45 % is, of 39 copies 49 %
     mistakes: float = 0.2
     sample_every: int = 300
     # The first scales choose the picture, the others draw it: wide for variety, then narrow.
-    top_p: tuple[float, ...] = (0.5, 0.5, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1)
+    top_p: tuple[float, ...] = (0.8, 0.6, 0.4, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1)
 
 
 VARIANTS = {

@@ -230,7 +230,7 @@ class DataConfig:
     source: str = "emoji"  # or a folder, X.npz, tfds:NAME: see data/sources.py
     size: int = 256  # side of the square images in pixels
     resize: float = 1.125  # shorter edge ahead of the random crop, in sizes
-    flip: bool = False
+    flip: bool = False  # mirror half of the pictures (of the emoji no symbols and flags)
     shift: int = 0  # random move by up to so many pixels
     workers: int = 0  # processes beside the threads that decode
     tokens: str = ""  # a token cache (var_jax.tokenize) that the transformer trains from

@@ -191,6 +191,7 @@ def test_a_killed_run_ends_as_if_never_stopped(trained, tmp_path, seen):
     wait_for(workdir / seen)  # before a save, between two, or while results are written
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (workdir / "summary.json").exists()
     code, _, err = run("train", "--config", TINY, "--workdir", workdir)
     assert code == 0, err
     assert (workdir / "metrics.jsonl").read_text() == (trained / "metrics.jsonl").read_text()

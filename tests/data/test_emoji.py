@@ -90,9 +90,9 @@ def test_augment_moves_and_mirrors(emoji):
     assert {augment(image, rng, shift=2).tobytes() for _ in range(400)} == windows
 
 
-def test_bad_augmentation():
+def test_bad_augmentation(emoji):
     with pytest.raises(BadInput, match=r"shift=-1; expected at least 0\.$"):
-        augment_items(Emoji("train"), shift=-1)
+        augment_items(emoji["train"], shift=-1)
 
 
 def test_symbols_and_flags_are_never_mirrored(emoji):

@@ -24,7 +24,7 @@ def shipped():
 
 def test_it_reconstructs_held_out_pictures(shipped):
     images = arrays(open_source("emoji", "validation", 32))[0]
-    assert psnr(images, shipped[1](images)) > 25
+    assert psnr(images, shipped[1](images)) > 26
 
 
 @pytest.mark.slow
@@ -40,5 +40,6 @@ def test_its_samples_are_of_their_class_and_vary(shipped):
         return np.concatenate([images for images, _ in made])
 
     found = report(train, validation, draw, again)
-    assert found["samples / real"] > 1.1
+    assert found["samples / real"] > 1.18
+    assert found["copies, samples"] < 0.12
     assert found["distance within a class, samples"] > 0.28

@@ -7,7 +7,7 @@ import pytest
 
 from var_jax import BadInput
 from var_jax.infra.mesh import make_mesh
-from var_jax.models.attention import attention
+from var_jax.models.attention import attention, blocks
 from var_jax.models.attention_kernel import padded_flops, tiles
 from var_jax.models.partition import BATCH, pin
 from var_jax.scales import PATCH_NUMS_256, PATCH_NUMS_512, num_tokens, slices
@@ -75,3 +75,10 @@ def test_an_unknown_implementation():
     x = jnp.zeros((1, 5, 1, 64))
     with pytest.raises(BadInput, match="'flash' is not one of auto, masked"):
         attention(x, x, x, (1, 2), implementation="flash")
+
+
+def test_small_scales_are_joined():
+    ends = lambda patch_nums: [block.stop for block in blocks(patch_nums)]
+    assert ends(PATCH_NUMS_256) == [91, 155, 255, 424, 680]
+    assert ends((1, 1, 2, 2, 4, 4, 4, 4, 4)) == [90]  # what is left after 64 is too few
+    assert ends((1,)) == [1]

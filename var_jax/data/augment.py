@@ -20,8 +20,7 @@ def augment(
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Mirror half of the time, move; what comes into view repeats the edge.
 
-    `shift` is the most pixels either way on each axis. Leave `flip` off where direction is meaning
-    (letters, arrows, flags).
+    `shift` is the most pixels either way on each axis.
     """
     if flip and rng.random() < 0.5:
         image = image[:, ::-1]

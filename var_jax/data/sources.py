@@ -41,7 +41,7 @@ class Emoji:
 
     `split` is "train", "validation" (every tenth picture of a class) or "all"; `size` is the side
     in pixels, even and at most 64. `names` and `subgroups` hold one entry a picture; `upright` are
-    the classes whose mirror image says something else, or nothing: letters, arrows, flags.
+    the labels of pictures whose mirror image means something else: letters, arrows, flags.
 
     Raises: BadInput if `split` or `size` is anything else.
     """
@@ -59,7 +59,7 @@ class Emoji:
         chosen = np.flatnonzero(keep[split])
 
         self.class_names: tuple[str, ...] = tuple(index["groups"])
-        self.upright = {self.class_names.index(name) for name in ("Symbols", "Flags")}
+        self.upright = frozenset(map(self.class_names.index, ("Symbols", "Flags")))
         self.names: tuple[str, ...] = tuple(index["name"][i] for i in chosen)
         self.subgroups: tuple[str, ...] = tuple(
             index["subgroups"][index["subgroup"][i]] for i in chosen

@@ -59,10 +59,10 @@ def write_cache(
         return manifest
     with progress(sum(len(records[split].rows(i)) for split, i in todo), 0, "tokens") as bar:
         for split, shard in todo:
-            source, rows, how = sources[split], records[split].rows(shard), {}
+            source, rows, changed = sources[split], records[split].rows(shard), {}
             if split == "train":
-                how = {"seed": seed, "augment": augment_items(source, **augmentation)}
-            batches = drawn(source, rows, batch_size, **how)
+                changed = {"seed": seed, "augment": augment_items(source, **augmentation)}
+            batches = drawn(source, rows, batch_size, **changed)
             write_shard(records[split].path(shard), packed(tokenizer, batches, mesh, bar))
     if not any(part.missing() for part in records.values()):
         finish(out, manifest)
