@@ -78,7 +78,7 @@ class Block(nnx.Module):
             self.ada, self.ada_bias = draw((D, 6, D), ada_std * std), zeros(6, D)
         self.qkv, self.q_bias, self.v_bias = draw((D, 3, H, N), std), zeros(H, N), zeros(H, N)
         if config.qk_norm:
-            self.log_scale = nnx.Param(jnp.full((H,), jnp.log(4.0)))
+            self.log_scale = nnx.Param(jnp.full((H,), math.log(4.0), jnp.float32))
         self.proj, self.proj_bias = draw((H, N, D), out_std), zeros(D)
         self.fc1, self.fc1_bias = draw((D, F), std), zeros(F)
         self.fc2, self.fc2_bias = draw((F, D), out_std), zeros(D)

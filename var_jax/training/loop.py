@@ -233,6 +233,7 @@ def deferred_interrupt():
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        say("stopping: this step ends, then it saves")
         if jax.process_count() > 1:
             signal.raise_signal(signal.SIGTERM)
 
