@@ -116,7 +116,7 @@ def dense(
     mask: Bool[np.ndarray, "L S"] | None = None,
 ) -> Float[Array, "B L H N"]:
     """Attention over all of k, v, or those that `mask` leaves; q already scaled."""
-    # Heads ahead of tokens: a CPU takes half the time, forward and backward, at the emoji's sizes.
+    # Heads ahead of tokens: from the other order XLA makes slower products on CPU.
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     logits = jnp.einsum("BHLN,BHSN->BHLS", q, k, preferred_element_type=jnp.float32)
     if mask is not None and not mask.all():

@@ -1,6 +1,7 @@
 """The loop that both stages run in: resume, step, log, save, look."""
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -233,7 +234,8 @@ def deferred_interrupt():
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        say("stopping: this step ends, then it saves")
+        if jax.process_index() == 0:  # unbuffered: a signal may come amid a print
+            os.write(2, b"stopping: this step ends, then it saves\n")
         if jax.process_count() > 1:
             signal.raise_signal(signal.SIGTERM)
 
