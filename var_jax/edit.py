@@ -25,11 +25,11 @@ from var_jax.infra.mesh import make_mesh
 from var_jax.infra.npz import save_npz
 from var_jax.infra.pictures import grid, save_png
 from var_jax.models.partition import BATCH, pin, round_up
-from var_jax.models.tokenizer import to_float
 from var_jax.sampling.decode import Forced
 from var_jax.sampling.edit import Box, box_mask, kept_tokens, pool_mask
 from var_jax.sampling.generate import generate
 from var_jax.training.export import Models, load_models
+from var_jax.training.token_cache import encode
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, 'A folder, or "emoji".', required=True)
 IMAGE = flags.DEFINE_string(
@@ -150,7 +150,6 @@ def edit(
 ) -> dict[str, np.ndarray]:
     """What edit.npz holds."""
     tokenizer, config = models.tokenizer, models.transformer.config
-    encode = jax.jit(lambda tokenizer, image: tokenizer.encode(to_float(image)))
     several = pin(jnp.asarray(np.stack([image] * round_up(1))), BATCH)
     tokens = np.asarray(encode(tokenizer, several))[0]
     keep = kept_tokens(repaint, config.patch_nums)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from absl import flags
 from etils import epath
-from jaxtyping import Int32
+from jaxtyping import Int32, Shaped, UInt8
 
 from var_jax import BadInput
 from var_jax.data.sources import open_source
@@ -97,11 +97,18 @@ def main(argv: list[str]) -> None:
     scale = max(1, 96 // images.shape[1])
     save_png(out / "grid.png", grid(images, columns=min(len(images), 10), scale=scale))
     join_npz(out / "samples.npz", paths, len(labels))
-    parts.rmtree()
+    clear(parts)
     print(
         f"{len(labels)} images are in {out / 'samples.npz'}, the first {len(images)} in"
         f" {out / 'grid.png'}"
     )
+
+
+def clear(parts: epath.Path) -> None:
+    """Removes the parts, last what tells that they are this command's: a kill may come between."""
+    for path in parts.glob("*.npz"):
+        path.unlink()
+    parts.rmtree()
 
 
 def wanted_labels(models: Models) -> Int32[np.ndarray, " N"]:
@@ -254,13 +261,13 @@ def draw(
     return list(paths.values())
 
 
-def first_rows(paths: list[epath.Path], name: str, count: int) -> np.ndarray:
+def first_rows(paths: list[epath.Path], name: str, count: int) -> Shaped[np.ndarray, "N ..."]:
     """The first `count` rows of an array that lies in parts."""
     needed = paths[: -(-count // BATCH_SIZE.value)]
     return np.concatenate([load_npz(path, name)[name] for path in needed])[:count]
 
 
-def scales(models: Models, tokens: Int32[np.ndarray, "N L"]) -> np.ndarray:
+def scales(models: Models, tokens: Int32[np.ndarray, "N L"]) -> UInt8[np.ndarray, "H W 3"]:
     """A row for each image: what it looks like after each scale."""
     rows = coarse_to_fine(models.tokenizer, tokens)
     flat = rows.reshape(-1, *rows.shape[2:])

@@ -31,9 +31,9 @@ from var_jax.infra.logs import progress
 from var_jax.infra.mesh import AXES, check_batch, make_mesh
 from var_jax.infra.npz import Images, save_npz
 from var_jax.models.partition import BATCH, pin, round_up
-from var_jax.models.tokenizer import Tokenizer, to_float
+from var_jax.models.tokenizer import Tokenizer
 from var_jax.training.export import load_tokenizer
-from var_jax.training.token_cache import write_cache
+from var_jax.training.token_cache import encode, write_cache
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, 'A folder, or "emoji".', required=True)
 IMAGES = flags.DEFINE_string("images", None, "A folder, tfds:NAME or an npz.", required=True)
@@ -84,7 +84,6 @@ def encode_npz() -> None:
 
 def tokenize(tokenizer: Tokenizer, images: Images, batch_size: int) -> Int32[np.ndarray, "N L"]:
     """The codes of all images; the last batch is padded, so that one program serves all."""
-    encode = jax.jit(lambda tokenizer, image: tokenizer.encode(to_float(image)))
     size, parts = round_up(batch_size), []
     with progress(images.shape[0], 0, "tokenizing") as bar:
         for batch in images.batches(batch_size):

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from absl import flags
 from etils import epath
-from jax.experimental.multihost_utils import sync_global_devices
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 from jaxtyping import Int32, UInt8
 from ml_collections import config_flags
 
@@ -31,7 +31,7 @@ from var_jax.data.sources import Source, open_source
 from var_jax.data.tokens import TOKENS, TokenCache, TokenSource, open_tokens
 from var_jax.evaluation.report import report
 from var_jax.infra import cli, hosts
-from var_jax.infra.files import replacing
+from var_jax.infra.files import held, replacing
 from var_jax.infra.logs import Metrics, read_metrics
 from var_jax.infra.mesh import (
     check_batch,
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
             models = Models(**stored, class_names=run.train.class_names, sampling=config.sampling)
             fresh = functools.partial(draw, models, seed=config.seed + 1)
             again = functools.partial(reconstruct, models.tokenizer, mesh=run.mesh)
-            summary = report(run.train, run.validation, fresh, again) | summary
+            summary |= report(run.train, run.validation, fresh, again)  # of what is in checkpoint/
             picture = sample_rows(models, config.seed)
             if jax.process_index() == 0:
                 save_png(run.workdir / "samples.png", picture)
@@ -272,8 +272,11 @@ def claim(workdir: epath.Path, config: Config, tokenizer: str) -> None:
 
     The mesh, the number of worker processes and how samples are drawn may differ.
 
-    Raises: BadInput if it is another's.
+    Raises: BadInput if it is another's, or another process is at work in it.
     """
+    ours = jax.process_index() > 0 or held(workdir / ".lock")
+    if not process_allgather(np.asarray(ours)).all():
+        raise BadInput(f"another run is at work in {workdir}; name another --workdir.")
     path, wanted = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
     about = wanted | {"fingerprint": tokenizer}
     if jax.process_index() == 0 and not path.exists():
@@ -312,7 +315,7 @@ def difference(section: str, found: dict, wanted: dict) -> str:
 
 def reconstructions(
     tokenizer: Tokenizer, source: Source, mesh: jax.sharding.Mesh, count: int = 12
-) -> np.ndarray:
+) -> UInt8[np.ndarray, "H W 3"]:
     """A row a picture: original, reconstruction, and the image after each scale."""
     rows = np.linspace(0, len(source) - 1, count).astype(int)
     originals = np.stack([source[int(i)]["image"] for i in rows])
@@ -324,7 +327,7 @@ def reconstructions(
     return grid(strip.reshape(-1, *originals.shape[1:]), columns=strip.shape[1], scale=scale)
 
 
-def sample_rows(models: Models, seed: int) -> np.ndarray:
+def sample_rows(models: Models, seed: int) -> UInt8[np.ndarray, "H W 3"]:
     """A row of samples a class, its name beside it; of many classes the first."""
     names = models.class_names[:ROWS]
     labels = np.repeat(np.arange(len(names), dtype=np.int32), SAMPLES_A_CLASS)

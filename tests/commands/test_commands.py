@@ -201,11 +201,16 @@ def test_a_killed_run_ends_as_if_never_stopped(trained, tmp_path, seen):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_where_it_is(tmp_path):
+def test_one_run_at_a_time_and_ctrl_c_saves_where_it_is(tmp_path):
     workdir = tmp_path / "work"
     flags = ("--config.train_tokenizer.steps=100000", "--config.train_tokenizer.save_every=90000")
     process = command("train", "--config", TINY, "--workdir", workdir, *flags)
     wait_for(workdir / "metrics.jsonl")
+    code, _, said = run("train", "--config", TINY, "--workdir", workdir, *flags)
+    assert (
+        code == 2
+        and said == f"error: another run is at work in {workdir}; name another --workdir.\n"
+    )
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "interrupted" in err

@@ -1,7 +1,10 @@
 """Metrics survive kills and resumes; progress speaks at the right rate."""
 
+import resource
+
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from var_jax.infra import logs
 
@@ -47,9 +50,22 @@ def test_tensorboard_gets_scalars_and_images(tmp_path):
     metrics = logs.Metrics(tmp_path)
     metrics.write("prior", 1, loss=2.0)
     metrics.image("prior", 1, "samples", np.zeros((8, 8, 3), np.uint8))
-    metrics.close()
     events = b"".join(p.read_bytes() for p in (tmp_path / "tensorboard").rglob("events*"))
     assert b"prior/loss" in events and b"prior/samples" in events
+
+
+def test_a_full_disk_is_heard(tmp_path):
+    """On the thread that writes, where tensorboardX has another on which nobody would."""
+    metrics = logs.Metrics(tmp_path)
+    metrics.image("prior", 1, "samples", np.zeros((8, 8, 3), np.uint8))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # of one file
+        with pytest.raises(OSError):
+            metrics.image("prior", 2, "samples", noise)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_in_a_bucket_files_are_rewritten_whole(tmp_path, monkeypatch):
@@ -64,7 +80,7 @@ def test_in_a_bucket_files_are_rewritten_whole(tmp_path, monkeypatch):
     metrics.write("prior", 2, accuracy=0.5)
     assert len(boards()) == 1 and len(logs.read_metrics(tmp_path)) == 2
     metrics.image("prior", 2, "samples", np.zeros((8, 8, 3), np.uint8))
-    metrics.close()  # tensorboardX writes on a thread of its own; now all is there
+    metrics.close()
     (board,) = boards()
     assert b"prior/loss" in board and b"prior/accuracy" in board and b"prior/samples" in board
 
@@ -91,6 +107,6 @@ def test_progress_off_a_terminal_prints_a_line_now_and_then(capsys, monkeypatch)
 def test_progress_on_a_terminal_is_a_bar(capsys, monkeypatch):
     monkeypatch.setattr(logs.sys.stderr, "isatty", lambda: True, raising=False)
     with logs.progress(4, 1, "training") as bar:
-        bar.update(3, loss=2.5)
+        bar.update(3, loss=jnp.float32(2.5000001))
     err = capsys.readouterr().err
-    assert "training" in err and "4/4" in err and "loss=2.5" in err
+    assert "training" in err and "4/4" in err and "loss=2.5]" in err

@@ -140,6 +140,15 @@ def test_dropped_layers_leave_the_mean():
     np.testing.assert_allclose(keep[-1].mean(axis=-1), 1, atol=0.03)
 
 
+def assert_moved_alike(stage, state, other):
+    """Every leaf is off by less, in the mean, than a thousandth of how far it has moved."""
+    start = jax.jit(stage.init)(jax.random.key(0))
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    for path, a, b, s in zip(paths, *map(jax.tree.leaves, (state, other, start)), strict=True):
+        off, moved = abs(a - b).mean(), abs(a - s).mean()
+        assert off <= 1e-3 * moved, path
+
+
 SLOW = [pytest.param(shape, marks=pytest.mark.slow) for shape in ((8, 1, 1), (1, 8, 1))]
 
 
@@ -148,12 +157,12 @@ def test_meshes_agree(alone, mesh_shape):
     seen, state, more_seen, more_state = alone
     here, there = train(mesh_shape, tokenizer_stage(TOKENIZER, STAGE))
     np.testing.assert_allclose(here, seen, rtol=1e-4)
-    chex.assert_trees_all_close(state, there, atol=2e-3)
+    assert_moved_alike(tokenizer_stage(TOKENIZER, STAGE), state, there)
     # Rematerialized layers are scanned, as they are on accelerators; those of `alone` are unrolled.
     scanned = dataclasses.replace(TRANSFORMER, remat="selective")
     here, there = train(mesh_shape, transformer_stage(scanned, STAGE), state.best)
     np.testing.assert_allclose(here, more_seen, rtol=1e-4)
-    chex.assert_trees_all_close(*map(jax.tree.leaves, (more_state, there)), atol=2e-3)
+    assert_moved_alike(transformer_stage(TRANSFORMER, STAGE), more_state, there)
 
 
 @pytest.mark.slow

@@ -99,7 +99,9 @@ class Pictures:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return self.draw(index)
 
-    def draw(self, index: int, epoch: int = 0, rng: np.random.Generator | None = None):
+    def draw(
+        self, index: int, epoch: int = 0, rng: np.random.Generator | None = None
+    ) -> dict[str, np.ndarray]:
         """The picture at a random place, the same whatever the epoch; without `rng` the centre."""
         name = ""
         for i in range(index, index + MOST_UNREADABLE):
@@ -133,7 +135,9 @@ class Arrays:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return self.draw(index)
 
-    def draw(self, index: int, epoch: int = 0, rng: np.random.Generator | None = None):
+    def draw(
+        self, index: int, epoch: int = 0, rng: np.random.Generator | None = None
+    ) -> dict[str, np.ndarray]:
         """As it is, or cropped at random; without `rng` the centre."""
         image = self.images[index]
         if image.shape[:2] != (self.size, self.size):

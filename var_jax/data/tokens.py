@@ -54,7 +54,9 @@ class TokenCache:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return self.draw(index)
 
-    def draw(self, index: int, epoch: int = 0, rng: np.random.Generator | None = None):
+    def draw(
+        self, index: int, epoch: int = 0, rng: np.random.Generator | None = None
+    ) -> dict[str, np.ndarray]:
         """The picture's codes as in this epoch; nothing is left to chance."""
         record = self.records[epoch % self.copies * len(self) + index]
         numbers = np.frombuffer(record, PACKED).astype(np.int32)

@@ -1,6 +1,8 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, or that one process holds."""
 
 import contextlib
+import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import PurePath
 
@@ -20,3 +22,22 @@ def replacing(path: str | PurePath) -> Iterator[epath.Path]:
         with contextlib.suppress(OSError):  # the first error is the one to tell
             beside.unlink(missing_ok=True)
         raise
+
+
+def held(path: str | PurePath) -> bool:
+    """Holds the file `path` until this process ends, however; False if another one holds it.
+
+    Where there are no locks, as in a bucket, nothing is held and the answer is True.
+    """
+    if "://" in str(path):
+        return True
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_CREAT | os.O_RDWR)  # stays open: closing it would let go
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True

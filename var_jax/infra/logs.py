@@ -7,11 +7,15 @@ import sys
 import tempfile
 import time
 from pathlib import PurePath
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
+from tensorboardX.summary import image as image_summary
 from tqdm import tqdm
 
 from var_jax.infra.files import replacing
@@ -37,7 +41,7 @@ class Metrics:
         if self._remote:
             folder = tempfile.TemporaryDirectory(prefix="tensorboard")
             self._local, self._folder = epath.Path(folder.name), folder  # removed with this object
-        self._boards: dict[str, SummaryWriter] = {}
+        self._boards: dict[str, EventsWriter] = {}
         if self._writes:
             self._workdir.mkdir(parents=True, exist_ok=True)
 
@@ -56,19 +60,21 @@ class Metrics:
         else:
             with path.open("a") as out:
                 out.write(line)
-        board = self._board(stage)
-        for name, value in numbers.items():
-            board.add_scalar(f"{stage}/{name}", value, step)
-        board.flush()
-        self._copy(SECONDS_BETWEEN_COPIES)
+        values = [
+            Summary.Value(tag=f"{stage}/{name}", simple_value=value)
+            for name, value in numbers.items()
+        ]
+        self._event(stage, step, summary=Summary(value=values))
 
     def image(self, stage: str, step: int, name: str, image: np.ndarray) -> None:
         """Shows `image` (H, W, 3), uint8, in TensorBoard."""
         if self._writes:
-            board = self._board(stage)
-            board.add_image(f"{stage}/{name}", np.asarray(image), step, dataformats="HWC")
-            board.flush()
-            self._copy(SECONDS_BETWEEN_COPIES)
+            summary = image_summary(f"{stage}/{name}", np.asarray(image), dataformats="HWC")
+            self._event(stage, step, summary=summary)
+
+    def records(self) -> list[dict]:
+        """What metrics.jsonl holds so far."""
+        return _records(self._text())
 
     def rewind(self, stage: str, step: int) -> None:
         """Forgets what `stage` wrote after `step`, and a last line that a kill cut in half.
@@ -77,16 +83,16 @@ class Metrics:
         """
         if not self._writes:
             return
-        kept = [r for r in _records(self._text()) if r["stage"] != stage or r["step"] <= step]
+        kept = [r for r in self.records() if r["stage"] != stage or r["step"] <= step]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         if text != self._text():
             with replacing(self._path) as beside:
                 beside.write_text(text)
         self.close()
-        self._board(stage, purge_step=step + 1)
+        self._event(stage, step + 1, session_log=SessionLog(status=SessionLog.START))  # hides those
 
     def close(self) -> None:
-        """Writes out what TensorBoard still holds in memory."""
+        """Closes TensorBoard's files."""
         for board in self._boards.values():
             board.close()
         self._boards.clear()
@@ -105,11 +111,18 @@ class Metrics:
     def _text(self) -> str:
         return self._path.read_text() if self._path.exists() else ""
 
-    def _board(self, stage: str, purge_step: int | None = None) -> SummaryWriter:
+    def _event(self, stage: str, step: int, **content: Any) -> None:
+        """Adds to TensorBoard's file, and has it on disk before it returns.
+
+        tensorboardX's SummaryWriter does so on a thread, where nobody hears that the disk is full.
+        """
         if stage not in self._boards:
-            folder = str(self._local / "tensorboard" / stage)
-            self._boards[stage] = SummaryWriter(folder, purge_step=purge_step)
-        return self._boards[stage]
+            folder = self._local / "tensorboard" / stage
+            folder.mkdir(parents=True, exist_ok=True)
+            self._boards[stage] = EventsWriter(str(folder / "events"))
+        self._boards[stage].write_event(Event(wall_time=time.time(), step=step, **content))
+        self._boards[stage].flush()
+        self._copy(SECONDS_BETWEEN_COPIES)
 
 
 def in_bucket(path: str | PurePath) -> bool:
@@ -141,6 +154,11 @@ def progress(total: int, initial: int = 0, description: str = ""):
         bar.close()
 
 
+def _short(metrics: dict[str, Any]) -> dict[str, str]:
+    """Numbers, or arrays of one number, in four digits."""
+    return {name: f"{float(value):.4g}" for name, value in metrics.items()}
+
+
 class _Bar:
     def __init__(self, total: int, initial: int, description: str):
         columns, rows = shutil.get_terminal_size()  # 80 x 24 where a terminal says 0
@@ -149,7 +167,7 @@ class _Bar:
     def update(self, n: int = 1, **metrics: float) -> None:
         """Counts `n` more steps and shows `metrics`."""
         if metrics:
-            self._bar.set_postfix(metrics, refresh=False)
+            self._bar.set_postfix(_short(metrics), refresh=False)
         self._bar.update(n)
 
     def close(self) -> None:
@@ -172,7 +190,7 @@ class _Lines:
         if now - self._printed < SECONDS_BETWEEN_LINES:
             return
         self._printed = now
-        values = "".join(f", {name} {float(value):.4g}" for name, value in self._metrics.items())
+        values = "".join(f", {name} {value}" for name, value in _short(self._metrics).items())
         if self._done > before:
             rate = (self._done - before) / (now - start)
             left = tqdm.format_interval((self._total - self._done) / rate)

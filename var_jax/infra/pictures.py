@@ -4,6 +4,7 @@ import io
 from pathlib import PurePath
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from var_jax.infra.files import replacing
@@ -12,15 +13,17 @@ GAP = 2
 PAPER = 255
 
 
-def save_png(path: str | PurePath, image: np.ndarray) -> None:
-    """Writes `image` (H, W, 3), uint8, as PNG; beside first, then renamed into place."""
+def save_png(path: str | PurePath, image: UInt8[np.ndarray, "H W 3"]) -> None:
+    """Writes `image` as PNG; beside first, then renamed into place."""
     data = io.BytesIO()
     Image.fromarray(np.asarray(image)).save(data, format="PNG")
     _write(path, data.getvalue())
 
 
-def grid(images: np.ndarray, columns: int, pad: int = GAP, scale: int = 1) -> np.ndarray:
-    """`images` (N, H, W, 3), uint8, row by row as one (H', W', 3), each pixel `scale` wide."""
+def grid(
+    images: UInt8[np.ndarray, "N h w 3"], columns: int, pad: int = GAP, scale: int = 1
+) -> UInt8[np.ndarray, "H W 3"]:
+    """`images` row by row as one, each pixel `scale` wide."""
     images = _enlarge(images, scale)
     n, height, width, _ = images.shape
     rows = -(-n // columns)
@@ -32,8 +35,10 @@ def grid(images: np.ndarray, columns: int, pad: int = GAP, scale: int = 1) -> np
     return sheet
 
 
-def labelled_rows(rows: dict[str, np.ndarray], scale: int = 1) -> np.ndarray:
-    """One row of images (n, H, W, 3), uint8, for each name, which stands left of it; uint8 HWC."""
+def labelled_rows(
+    rows: dict[str, UInt8[np.ndarray, "N h w 3"]], scale: int = 1
+) -> UInt8[np.ndarray, "H W 3"]:
+    """One row of images for each name, which stands left of it."""
     strips = {name: grid(images, len(images), GAP * scale, scale) for name, images in rows.items()}
     height = max(strip.shape[0] for strip in strips.values())
     letters = min(max(height // 4, 12), 24)

@@ -125,7 +125,12 @@ def dense(
     return jnp.einsum("BHLS,BHSN->BHLN", weight, v).swapaxes(1, 2)
 
 
-def cudnn(q: Array, k: Array, v: Array, mask: Bool[np.ndarray, "L L"]) -> Array:
+def cudnn(
+    q: Float[Array, "B L H N"],
+    k: Float[Array, "B L H N"],
+    v: Float[Array, "B L H N"],
+    mask: Bool[np.ndarray, "L L"],
+) -> Float[Array, "B L H N"]:
     """cuDNN wants lengths that are even: one hidden token is added where L is odd."""
     L = q.shape[1]
     pad = L % 2

@@ -95,7 +95,9 @@ class Block(nnx.Module):
             ada = modulate(cond, self.ada, self.ada_bias, dtype)
         return [ada[:, i, None].astype(dtype) for i in range(6)]
 
-    def project_qkv(self, x: Array, scale: Array, shift: Array) -> list[Float[Array, "M HN"]]:
+    def project_qkv(
+        self, x: Float[Array, "B L D"], scale: Float[Array, "B 1 D"], shift: Float[Array, "B 1 D"]
+    ) -> list[Float[Array, "M HN"]]:
         """q, k, v of all tokens, without biases."""
         x = rows(layer_norm(x) * (1 + scale) + shift)
         qkv = self.qkv[...].astype(x.dtype)
@@ -121,7 +123,14 @@ class Block(nnx.Module):
         bias = self.proj_bias + einsum("F,FD->D", v_bias, whole(proj))
         return project(mixed, proj) + bias.astype(mixed.dtype)
 
-    def widen(self, x: Array, gate: Array, out: Array, scale: Array, shift: Array):
+    def widen(
+        self,
+        x: Float[Array, "B L D"],
+        gate: Float[Array, "B 1 D"],
+        out: Float[Array, "M D"],
+        scale: Float[Array, "B 1 D"],
+        shift: Float[Array, "B 1 D"],
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "M F"]]:
         """The residual stream (B,L,D) after attention, and the MLP's first product (M,F)."""
         x = self.add(x, gate, out)
         h = rows(layer_norm(x) * (1 + scale) + shift)
@@ -132,7 +141,9 @@ class Block(nnx.Module):
         h = jax.nn.gelu(h + self.fc1_bias.astype(h.dtype))
         return project(h, self.fc2[...].astype(h.dtype)) + self.fc2_bias.astype(h.dtype)
 
-    def add(self, x: Array, gate: Array, out: Float[Array, "M D"]) -> Float[Array, "B L D"]:
+    def add(
+        self, x: Float[Array, "B L D"], gate: Float[Array, "B #L D"], out: Float[Array, "M D"]
+    ) -> Float[Array, "B L D"]:
         """A gated branch joins the residual stream."""
         return x + gate * images(out, x.shape[0])
 
@@ -313,7 +324,11 @@ def modulate(
 
 
 def layer_norm(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-    """LayerNorm without gain or bias, in float32."""
+    """LayerNorm without gain or bias, in float32.
+
+    Both means in one pass over x. They cancel only where the mean is far above the deviation, which
+    it is not in a residual stream.
+    """
     x32 = x.astype(jnp.float32)
     mean, square = x32.mean(-1, keepdims=True), (x32**2).mean(-1, keepdims=True)
     variance = jnp.maximum(square - mean**2, 0.0)  # a difference: rounding may take it below

@@ -46,7 +46,7 @@ def winograd(
     return jax.shard_map(by_rows, in_specs=(spec, P()), out_specs=spec, check_vma=False)(x, kernel)
 
 
-def plain(x: Array, kernel: Array) -> Array:
+def plain(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C F"]) -> Float[Array, "B H W F"]:
     """The same by XLA."""
     layout = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
@@ -58,7 +58,7 @@ winograd.defvjp(
 )
 
 
-def by_rows(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C F"]) -> Array:
+def by_rows(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C F"]) -> Float[Array, "B H W F"]:
     """`winograd` on one device."""
     B, H, W, C = x.shape
     F, strips = kernel.shape[-1], H // ROWS

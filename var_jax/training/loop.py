@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Key
 
 from var_jax import BadInput
+from var_jax.config import StageConfig
 from var_jax.data.pipeline import epoch
 from var_jax.data.sources import Source
 from var_jax.infra.checkpoint import Checkpoints
@@ -36,8 +37,8 @@ def run(
     seed: int,
     directory: str | PurePath,
     metrics: Metrics,
+    look: Look,
     constants: dict[str, Any] | None = None,
-    look: Look | None = None,
     profile: int = 0,
 ) -> TrainState:
     """Trains `stage` to its last step and returns the state; call it under `jax.set_mesh(mesh)`.
@@ -45,9 +46,8 @@ def run(
     Starts from the newest checkpoint under `directory`, with the data where it was, so that a run
     stopped anywhere ends with the numbers of one never stopped. `constants` join every batch (the
     frozen tokenizer). `look` makes pictures and validation figures every `sample_every` steps and
-    at the end. Ctrl-C, SIGTERM and a preemption notice on any host save, then raise
-    KeyboardInterrupt (of several hosts not where it comes while the last pictures are made).
-    `profile` many steps are traced, from the tenth of this start on.
+    at the end, once that step is saved. Ctrl-C, SIGTERM and a preemption notice on any host save,
+    then raise KeyboardInterrupt. `profile` many steps are traced, from the tenth of this start on.
 
     Raises: BadInput if the checkpoints are another config's, or the loss is no longer finite.
     """
@@ -75,6 +75,8 @@ def run(
         deferred_interrupt() as interrupted,
         Trace(directory, start + 10, profile) as trace,
     ):
+        if due(start, config) and not looked(metrics, stage.name, start):
+            metrics.write(stage.name, start, **look(start, state))
         for step in range(start + 1, config.steps + 1):
             trace(step)
             with speed.waiting():
@@ -87,19 +89,17 @@ def run(
                 pace = speed.since(step - start)
                 metrics.write(stage.name, step, file="speed.jsonl", **pace)
                 pending = (step, values)
-            saves = step % config.save_every == 0 or last or stop
-            looks = last or (config.sample_every and step % config.sample_every == 0)
-            if saves or looks:
+            if step % config.save_every == 0 or due(step, config) or stop:
                 flush()
                 pending = None
                 check(stage.name, step, values)
-            if look and looks:
-                metrics.write(stage.name, step, **look(step, state))
-            if saves:
                 checkpoints.save(step, state, batches.get_state(), wait=last or stop)
+            if due(step, config):
+                metrics.write(stage.name, step, **look(step, state))
             if stopped := stop:
                 break
-        stopped = stopped or (bool(interrupted) and jax.process_count() == 1)  # by the last look
+        # During the last look. Several hosts do not ask each other again: their stage is saved.
+        stopped = stopped or (bool(interrupted) and jax.process_count() == 1)
     if stopped:
         say(f"{stage.name}: saved; the same command goes on from step {step}")
         raise KeyboardInterrupt
@@ -128,6 +128,18 @@ def restore_or_init(
         return state, step
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(stage.init, out_shardings=shardings)(key), 0
+
+
+def due(step: int, config: StageConfig) -> bool:
+    """Whether pictures and validation figures are, after this step."""
+    regular = config.sample_every and step % config.sample_every == 0
+    return step > 0 and bool(regular or step == config.steps)
+
+
+def looked(metrics: Metrics, name: str, step: int) -> bool:
+    """Whether the look after a saved step was logged, or the run stopped in between."""
+    at = [r for r in metrics.records() if (r["stage"], r["step"]) == (name, step)]
+    return bool(multihost_utils.broadcast_one_to_all(any("loss" not in r for r in at)))
 
 
 def write(metrics: Metrics, name: str, step: int, values: dict) -> None:

@@ -32,10 +32,10 @@ def learning_rate(config: StageConfig) -> optax.Schedule:
         rest = 1 - done
         if name == "cos":
             return final + (1 - final) * (0.5 + 0.5 * jnp.cos(jnp.pi * done))
+        hold = SCHEDULES.get(name, 0.0)
         if name == "exp":
-            return jnp.exp(jnp.maximum(done - 0.15, 0) / 0.85 * jnp.log(final))
+            return jnp.exp(jnp.maximum(done - hold, 0) / (1 - hold) * jnp.log(final))
         if name in SCHEDULES:
-            hold = SCHEDULES[name]
             falling = final + (1 - final) * rest / (1 - hold)
             return jnp.where(done < hold, 1.0, falling)
         knee = float(name[3:])  # slower until here, steeper after

@@ -45,7 +45,9 @@ class Stage(NamedTuple):
     image_flops: float = 0.0  # the model's operations for one image of a step
 
 
-def init_state(model: Any, optimizer: optax.GradientTransformation, config: StageConfig):
+def init_state(
+    model: Any, optimizer: optax.GradientTransformation, config: StageConfig
+) -> TrainState:
     """The state at step 0."""
     ema = jax.tree.map(jnp.copy, model) if config.ema_decay else None
     return TrainState(jnp.zeros((), jnp.int32), model, ema, optimizer.init(model))

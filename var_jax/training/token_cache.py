@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 from flax import nnx
+from jaxtyping import Array, Int32, UInt8
 
 from var_jax import BadInput
 from var_jax.data.augment import augment_items
@@ -79,7 +80,10 @@ def packed(tokenizer: Tokenizer, batches: Iterator[dict], mesh, bar) -> Iterator
         bar.update(int(mask.sum()))
 
 
-encode = jax.jit(lambda tokenizer, image: tokenizer.encode(to_float(image)))
+@jax.jit
+def encode(tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"]) -> Int32[Array, "B L"]:
+    """The codes of a batch of images."""
+    return tokenizer.encode(to_float(image))
 
 
 def fingerprint(model: nnx.Module) -> str:

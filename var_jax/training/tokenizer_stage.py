@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from var_jax.config import StageConfig, TokenizerConfig
 from var_jax.infra.mesh import put_whole, to_host
-from var_jax.models.partition import round_up
+from var_jax.models.partition import path_name, round_up
 from var_jax.models.quantizer import Quantized
 from var_jax.models.tokenizer import Tokenizer, to_bytes, to_float
 from var_jax.training.codebook import codes_by_scale, init_stats, update_codebook
@@ -40,7 +40,9 @@ def tokenizer_stage(model_config: TokenizerConfig, config: StageConfig) -> Stage
             state.model, image
         )
         if config.codebook_decay:  # then the codebook is not the optimizer's
-            gradients.quantizer.codebook[...] = jnp.zeros_like(gradients.quantizer.codebook[...])
+            gradients = with_codebook(
+                gradients, jnp.zeros_like(state.model.quantizer.codebook[...])
+            )
         norm = optax.tree.norm(gradients)
         key = jax.random.fold_in(key, state.step)
         old = state.model.quantizer.codebook[...]
@@ -51,10 +53,10 @@ def tokenizer_stage(model_config: TokenizerConfig, config: StageConfig) -> Stage
         codebook, stats, restarted = update_codebook(
             trained, state.codebook, code.idx, code.residual, key, config
         )
-        state.model.quantizer.codebook[...] = codebook
+        state = state._replace(model=with_codebook(state.model, codebook), codebook=stats)
         share = stats.hits / stats.hits.sum()
         used = codes_by_scale(code.idx, len(codebook), model_config.patch_nums)
-        return average(state._replace(codebook=stats), config), {
+        return average(state, config), {
             "loss": loss,
             "psnr": jnp.mean(psnr(error)),
             "vq_loss": code.loss,
@@ -86,6 +88,12 @@ def loss_fn(
     beyond = extreme & (made * image > 1)
     error = squared_error(jnp.where(beyond, image, made), image)
     return jnp.mean(error) + code.loss, (error, code)
+
+
+def with_codebook(tokenizer: Tokenizer, codebook: Float[Array, "V C"]) -> Tokenizer:
+    """`tokenizer`, or a tree like it, with other codes."""
+    place = lambda path, leaf: codebook if path_name(path) == "quantizer.codebook" else leaf
+    return jax.tree_util.tree_map_with_path(place, tokenizer)
 
 
 def squared_error(a: Float[Array, "B H W 3"], b: Float[Array, "B H W 3"]) -> Float[Array, " B"]:
