@@ -4,7 +4,7 @@
     python -m var_jax.train --config configs/emoji.py:large  # 32x32, hours
     python -m var_jax.train --config configs/emoji.py:64     # 64x64, minutes on a GPU
 
-The second left the checkpoint that ships in the package (seed 0). The README has expected figures.
+The second left the checkpoint that ships in the package (seed 0). Figures: benchmarks/emoji.md.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The checkpoint in the package is as good as the README says."""
+"""The checkpoint in the package is as good as benchmarks/emoji.md says."""
 
 import functools
 
