@@ -25,7 +25,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11",
         "scikit-learn>=1.5",
-        "tensorboardX>=2.6.2",
+        "tensorboardX>=2.6.2,<2.7",
         "tqdm>=4.66",
     ],
     extras_require={

@@ -187,7 +187,7 @@ class StageConfig:
     log_every: int = 50
     save_every: int = 1000
     keep_every: int = 0  # checkpoints that stay for good, besides the newest three
-    sample_every: int = 0  # pictures during training; 0: only at the end
+    sample_every: int = 0  # save, and make pictures; 0: only at the end
 
     def __post_init__(self):
         check_ranges(

@@ -276,7 +276,10 @@ def claim(workdir: epath.Path, config: Config, tokenizer: str) -> None:
     """
     ours = jax.process_index() > 0 or held(workdir / ".lock")
     if not process_allgather(np.asarray(ours)).all():
-        raise BadInput(f"another run is at work in {workdir}; name another --workdir.")
+        raise BadInput(
+            f"another run is at work in {workdir}; name another --workdir (or, if its machine is"
+            " gone, remove .lock there)."
+        )
     path, wanted = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
     about = wanted | {"fingerprint": tokenizer}
     if jax.process_index() == 0 and not path.exists():

@@ -1,10 +1,12 @@
 """Metrics survive kills and resumes; progress speaks at the right rate."""
 
 import resource
+import struct
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from var_jax.infra import logs
 
@@ -12,6 +14,14 @@ from var_jax.infra import logs
 def _run(metrics, first, last):
     for step in range(first, last + 1):
         metrics.write("tokenizer", step, loss=jnp.float32(1 / step), codes=np.int32(step))
+
+
+def frames(data):
+    """What a TFRecord file holds: length, its checksum, so many bytes, their checksum."""
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        yield data[12 : 12 + length]
+        data = data[16 + length :]
 
 
 def test_a_resumed_run_leaves_the_file_of_a_run_never_stopped(tmp_path):
@@ -29,6 +39,11 @@ def test_a_resumed_run_leaves_the_file_of_a_run_never_stopped(tmp_path):
     _run(resumed, 4, 6)
 
     assert path.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    boards = (tmp_path / "stopped" / "tensorboard" / "tokenizer").iterdir()
+    newest = max(boards, key=lambda path: path.stat().st_mtime_ns)
+    events = [Event.FromString(data) for data in frames(newest.read_bytes())]
+    starts = [event.step for event in events if event.session_log.status == SessionLog.START]
+    assert starts == [4]  # TensorBoard is told to forget the same
     records = logs.read_metrics(tmp_path / "stopped")
     assert records[0] == {"stage": "warmup", "step": 9, "loss": 3.5}
     assert [r["step"] for r in records[1:]] == [1, 2, 3, 4, 5, 6]

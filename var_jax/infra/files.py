@@ -33,7 +33,7 @@ def held(path: str | PurePath) -> bool:
         return True
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_CREAT | os.O_RDWR)  # stays open: closing it would let go
+    file = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)  # stays open: closing it would let go
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

@@ -93,9 +93,9 @@ class Metrics:
 
     def close(self) -> None:
         """Closes TensorBoard's files."""
-        for board in self._boards.values():
+        boards, self._boards = self._boards, {}
+        for board in boards.values():
             board.close()
-        self._boards.clear()
         self._copy()
 
     def _copy(self, seconds: float = 0.0) -> None:

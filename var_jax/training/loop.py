@@ -61,7 +61,6 @@ def run(
         say(f"{stage.name}: going on from step {start}")
     train_step = jax.jit(stage.train_step, donate_argnums=0)
     step, pending = start, None  # metrics of the step before, read while this one runs
-    stopped = False
 
     def flush():
         if pending is not None:
@@ -75,9 +74,10 @@ def run(
         deferred_interrupt() as interrupted,
         Trace(directory, start + 10, profile) as trace,
     ):
+        stopped = agree(start, interrupted)  # also tells the other hosts where this one is
         if due(start, config) and not looked(metrics, stage.name, start):
             metrics.write(stage.name, start, **look(start, state))
-        for step in range(start + 1, config.steps + 1):
+        for step in () if stopped else range(start + 1, config.steps + 1):
             trace(step)
             with speed.waiting():
                 batch = put_batch(next(batches), mesh) | (constants or {})
@@ -98,8 +98,7 @@ def run(
                 metrics.write(stage.name, step, **look(step, state))
             if stopped := stop:
                 break
-        # During the last look. Several hosts do not ask each other again: their stage is saved.
-        stopped = stopped or (bool(interrupted) and jax.process_count() == 1)
+        stopped = stopped or agree(config.steps + 1, interrupted)  # during the last look
     if stopped:
         say(f"{stage.name}: saved; the same command goes on from step {step}")
         raise KeyboardInterrupt
@@ -138,7 +137,8 @@ def due(step: int, config: StageConfig) -> bool:
 
 def looked(metrics: Metrics, name: str, step: int) -> bool:
     """Whether the look after a saved step was logged, or the run stopped in between."""
-    at = [r for r in metrics.records() if (r["stage"], r["step"]) == (name, step)]
+    records = metrics.records() if jax.process_index() == 0 else []
+    at = [r for r in records if (r["stage"], r["step"]) == (name, step)]
     return bool(multihost_utils.broadcast_one_to_all(any("loss" not in r for r in at)))
 
 
