@@ -84,6 +84,7 @@ def test_settings_bind_once_there_are_images(untrained, tmp_path):
     assert made["labels"].tolist() == [3, 3] and not parts.exists()
 
 
+@pytest.mark.slow
 def test_the_checkpoint_says_how_to_draw(untrained, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(untrained, copy)

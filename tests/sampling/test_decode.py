@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from golden_cases import models
 
 from var_jax.infra.mesh import make_mesh
@@ -29,6 +30,7 @@ def test_cached_decoding_equals_teacher_forcing():
     np.testing.assert_array_equal(logits.argmax(-1), tokens)
 
 
+@pytest.mark.slow
 def test_an_image_does_not_depend_on_batch_size_or_devices():
     images, tokens = draw(batch_size=4, seed=3)
     assert images.shape == (7, 64, 64, 3) and tokens.shape == (7, 30)

@@ -27,6 +27,8 @@ TOKENIZER = TokenizerConfig(
 )  # fmt: skip
 TRANSFORMER = TransformerConfig(**SIZES, depth=2, width=64, num_heads=4, num_classes=9)
 STAGE = StageConfig(steps=10, batch_size=16, learning_rate=1e-2, ema_decay=0.9)
+TOKENIZER_STAGE = tokenizer_stage(TOKENIZER, STAGE)  # one each, so that jit knows them again
+TRANSFORMER_STAGE = transformer_stage(TRANSFORMER, STAGE)
 
 
 def data():
@@ -59,8 +61,8 @@ def train(mesh_shape, stage, tokenizer=None, steps=5):
 @pytest.fixture(scope="module")
 def alone():
     """Both stages without a mesh."""
-    seen, state = train(None, tokenizer_stage(TOKENIZER, STAGE))
-    return seen, state, *train(None, transformer_stage(TRANSFORMER, STAGE), state.best)
+    seen, state = train(None, TOKENIZER_STAGE)
+    return seen, state, *train(None, TRANSFORMER_STAGE, state.best)
 
 
 def test_both_stages_learn(alone):
@@ -75,7 +77,7 @@ def test_a_step_keeps_types(alone):
     types = lambda tree: [(leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(tree)]
     key, batch = jax.random.key(0), data() | {"tokenizer": alone[1].best}
     config = dataclasses.replace(STAGE, optimizer="muon")
-    for stage in (tokenizer_stage(TOKENIZER, STAGE), transformer_stage(TRANSFORMER, config)):
+    for stage in (TOKENIZER_STAGE, transformer_stage(TRANSFORMER, config)):
         state = jax.eval_shape(stage.init, key)
         after, _ = jax.eval_shape(stage.train_step, state, batch, key)
         assert types(after) == types(state)
@@ -142,7 +144,7 @@ def test_dropped_layers_leave_the_mean():
 
 def assert_moved_alike(stage, state, other):
     """Every leaf is off by less, in the mean, than a thousandth of how far it has moved."""
-    start = jax.jit(stage.init)(jax.random.key(0))
+    start = jax.device_get(jax.jit(stage.init)(jax.random.key(0)))
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     for path, a, b, s in zip(paths, *map(jax.tree.leaves, (state, other, start)), strict=True):
         off, moved = abs(a - b).mean(), abs(a - s).mean()
@@ -155,14 +157,14 @@ SLOW = [pytest.param(shape, marks=pytest.mark.slow) for shape in ((8, 1, 1), (1,
 @pytest.mark.parametrize("mesh_shape", [(2, 2, 2), *SLOW])
 def test_meshes_agree(alone, mesh_shape):
     seen, state, more_seen, more_state = alone
-    here, there = train(mesh_shape, tokenizer_stage(TOKENIZER, STAGE))
+    here, there = train(mesh_shape, TOKENIZER_STAGE)
     np.testing.assert_allclose(here, seen, rtol=1e-4)
-    assert_moved_alike(tokenizer_stage(TOKENIZER, STAGE), state, there)
+    assert_moved_alike(TOKENIZER_STAGE, state, there)
     # Rematerialized layers are scanned, as they are on accelerators; those of `alone` are unrolled.
     scanned = dataclasses.replace(TRANSFORMER, remat="selective")
     here, there = train(mesh_shape, transformer_stage(scanned, STAGE), state.best)
     np.testing.assert_allclose(here, more_seen, rtol=1e-4)
-    assert_moved_alike(transformer_stage(TRANSFORMER, STAGE), more_state, there)
+    assert_moved_alike(TRANSFORMER_STAGE, more_state, there)
 
 
 @pytest.mark.slow
@@ -191,7 +193,7 @@ def test_muon_updates_split_matrices_as_whole_ones():
 
 def test_weights_and_moments_are_sharded_from_the_start():
     mesh = make_mesh(2, 2, 2)
-    stage = transformer_stage(TRANSFORMER, STAGE)
+    stage = TRANSFORMER_STAGE
     abstract = shard(jax.eval_shape(stage.init, jax.random.key(0)), mesh, layout)
     specs = {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf.sharding.spec
@@ -207,7 +209,7 @@ def test_cached_tokens_give_the_same_loss_as_pixels(alone, at_once, monkeypatch)
     if at_once:  # images encoded in parts
         monkeypatch.setattr(TokenizerConfig, "images_at_a_time", at_once)
     tokenizer = alone[1].best
-    stage = transformer_stage(TRANSFORMER, STAGE)
+    stage = TRANSFORMER_STAGE
     state = jax.jit(stage.init)(jax.random.key(0))
     frozen = jax.tree.map(jax.numpy.asarray, tokenizer)
     pixels = data() | {"tokenizer": frozen}
