@@ -45,10 +45,10 @@ VARIANTS = {
     "64": Variant((1, 1, 2, 2, 4, 4, 8, 8, 8), 2000, 3000, size=64),
     # Shared AdaLN buys width: the checkpoint has to stay under 12 MB.
     "large": Variant(
-        (1, 1, 1, 2, 2, 4, 4, 4, 4, 4, 4, 4), 4000, 2200, vocab_size=2048, latent_dim=128,
+        (1, 1, 1, 2, 2, 4, 4, 4, 4, 4, 4, 4), 4000, 4000, vocab_size=2048, latent_dim=128,
         depth=6, width=256, shared_adaln=True, drop_path=0.1, ema_decay=0.999,
         augmented_copies=39, mistakes=0.3, sample_every=500,
-        top_p=(0.8, 0.8, 0.6, 0.4, 0.2) + 7 * (0.1,),
+        top_p=(0.9, 0.8, 0.7, 0.5, 0.3) + 7 * (0.1,),
     ),
 }  # fmt: skip
 

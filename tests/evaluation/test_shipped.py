@@ -40,6 +40,6 @@ def test_its_samples_are_of_their_class_and_vary(shipped):
         return np.concatenate([images for images, _ in made])
 
     found = report(train, validation, draw, again)
-    assert found["samples / real"] > 1.18
-    assert found["copies, samples"] < 0.12
-    assert found["distance within a class, samples"] > 0.28
+    assert found["samples / real"] > 1.2
+    assert found["copies, samples"] < 0.29
+    assert found["distance within a class, samples"] > 0.29
