@@ -4,7 +4,7 @@ An independent classifier, trained on real pictures, says how often a sample is 
 class; its rate on held-out real pictures is the yardstick. Distances to the nearest training
 picture or mirror image of one, beside those of held-out pictures, tell copies from new pictures:
 all of them as the tokenizer reconstructs them, so that a copy is near and has no error of the
-tokenizer between. Distances between pictures of one class say how much they vary.
+tokenizer between. Distances between pictures of one class, as they are, say how much they vary.
 """
 
 from collections.abc import Callable
