@@ -127,6 +127,7 @@ def test_a_batch_in_parts_and_what_is_recomputed_change_nothing(alone):
         np.testing.assert_allclose(first_step(alone, **change), plain, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_withheld_class_is_no_class(alone):
     nobody = np.full(16, TRANSFORMER.num_classes, np.int32)
     withheld = first_step(alone, stage={"label_dropout": 1.0})
