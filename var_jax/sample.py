@@ -98,10 +98,8 @@ def main(argv: list[str]) -> None:
     save_png(out / "grid.png", grid(images, columns=min(len(images), 10), scale=scale))
     join_npz(out / "samples.npz", paths, len(labels))
     clear(parts)
-    print(
-        f"{len(labels)} images are in {out / 'samples.npz'}, the first {len(images)} in"
-        f" {out / 'grid.png'}"
-    )
+    are = "1 image is" if len(labels) == 1 else f"{len(labels)} images are"
+    print(f"{are} in {out / 'samples.npz'}, the first {len(images)} in {out / 'grid.png'}")
 
 
 def clear(parts: epath.Path) -> None:

@@ -36,13 +36,14 @@ def tokenize_ahead(
     encode = jax.jit(encode_with_mistakes, static_argnums=3)
     key = jax.random.fold_in(jax.random.key(seed), 2)  # the loop splits it into the first two
     rounds = [epoch(source, batch_size)]
-    if copies:
+    more = -(-copies * len(source) // batch_size)  # batches
+    if more:
         changed = batches(
             source, batch_size=batch_size, seed=seed, augment=augment_items(source, **augmentation)
         )
-        rounds.append(itertools.islice(changed, -(-copies * len(source) // batch_size)))
+        rounds.append(itertools.islice(changed, more))
     tokens, laid, labels = [], [], []
-    with progress(len(source) * (1 + copies), 0, "tokens") as bar:
+    with progress(len(source) + more * batch_size, 0, "tokens") as bar:
         for i, batch in enumerate(itertools.chain(*rounds)):
             mask = batch.pop("mask", np.ones(batch_size, bool))
             image = put_whole({"image": batch["image"]}, mesh)["image"]
