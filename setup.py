@@ -8,7 +8,7 @@ setup(
     description="VAR, image generation by next-scale prediction, in JAX",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["var_jax", "var_jax.*"]),
-    package_data={"var_jax": ["data/assets/*", "checkpoints/**/*"]},
+    package_data={"var_jax": ["assets/*", "assets/emoji/**/*"]},
     # Above the highest version tried: what comes next may move what is used of it.
     install_requires=[
         "absl-py>=2.1",

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from var_jax.data.pictures import crop, decode
+from var_jax.data.decoding import crop, decode
 from var_jax.data.pipeline import drawn
 from var_jax.data.sources import Pictures
 

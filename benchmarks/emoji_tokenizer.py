@@ -17,13 +17,13 @@ from sklearn.cluster import MiniBatchKMeans
 
 from configs.emoji import get_config
 from var_jax.config import Config, TokenizerConfig, from_dict
-from var_jax.data.augment import augment_items
+from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import batches
 from var_jax.data.sources import open_source
-from var_jax.evaluation.report import arrays
-from var_jax.infra.mesh import make_mesh, put_batch
+from var_jax.evaluation.pixel_report import arrays
+from var_jax.sharding.mesh import make_mesh, put_batch
 from var_jax.training.loop import evaluate
-from var_jax.training.tokenizer_stage import tokenizer_stage
+from var_jax.training.tokenizer import tokenizer_stage
 
 CHANGES = {
     "as configured": {},

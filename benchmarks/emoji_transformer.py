@@ -18,17 +18,17 @@ import jax
 import numpy as np
 
 from configs.emoji import get_config
+from var_jax.checkpoints.export import Models, load_tokenizer
 from var_jax.config import Config, from_dict
 from var_jax.data.pipeline import batches
 from var_jax.data.sources import open_source
-from var_jax.evaluation.report import report
-from var_jax.infra.mesh import make_mesh, put_batch
+from var_jax.evaluation.pixel_report import report
+from var_jax.sharding.mesh import make_mesh, put_batch
 from var_jax.train import check_tokenizer, draw
-from var_jax.training.export import Models, load_tokenizer
+from var_jax.training.autoregressive import transformer_stage
 from var_jax.training.loop import evaluate
-from var_jax.training.tokenizer_stage import reconstruct
+from var_jax.training.tokenizer import reconstruct
 from var_jax.training.tokens_ahead import tokenize_ahead
-from var_jax.training.transformer_stage import transformer_stage
 
 TRAIN, MODEL = "train_transformer", "transformer"
 RATE = get_config().train_transformer.learning_rate

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from var_jax.checkpoints.export import slim
 from var_jax.config import TokenizerConfig, TransformerConfig
 from var_jax.models.tokenizer import Tokenizer
-from var_jax.models.transformer import Transformer
-from var_jax.sampling.decode import image_keys, sample
-from var_jax.training.export import slim
+from var_jax.models.var import Transformer
+from var_jax.sampling.autoregressive import image_keys, sample
 
 GB = 1e9
 

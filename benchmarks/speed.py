@@ -25,9 +25,9 @@ from flax import nnx
 
 from var_jax.config import TokenizerConfig, TransformerConfig
 from var_jax.models.tokenizer import Tokenizer
-from var_jax.models.transformer import Transformer
-from var_jax.sampling.decode import image_keys, sample
-from var_jax.scales import num_tokens
+from var_jax.models.var import Transformer
+from var_jax.sampling.autoregressive import image_keys, sample
+from var_jax.schedule import num_tokens
 
 Task = Callable[[], object]
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from var_jax import BadInput
 from var_jax.config import defaults
-from var_jax.scales import PATCH_NUMS_256, PATCH_NUMS_512
+from var_jax.schedule import PATCH_NUMS_256, PATCH_NUMS_512
 
 IMAGES = 1_281_167
 # depth: batch size, epochs, learning rate for 256 images, gates at the start, final learning rate

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from var_jax import BadInput
 from var_jax.config import defaults
-from var_jax.scales import PATCH_NUMS_256, PATCH_NUMS_512
+from var_jax.schedule import PATCH_NUMS_256, PATCH_NUMS_512
 
 
 def get_config(variant: str = "256") -> ConfigDict:

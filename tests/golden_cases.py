@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from var_jax.checkpoints.torch.names import from_torch
 from var_jax.config import TokenizerConfig, TransformerConfig
 from var_jax.models.tokenizer import Tokenizer
-from var_jax.models.torch_names import from_torch
-from var_jax.models.transformer import Transformer
+from var_jax.models.var import Transformer
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 CASES = ("base", "shared_adaln_no_l2", "znorm_nonshared_phi")

@@ -103,7 +103,7 @@ def test_the_shipped_checkpoint_is_of_the_large_emoji_config():
     path = root / "configs" / "emoji.py"
     config = from_dict(Config, runpy.run_path(str(path))["get_config"]("large").to_dict())
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))
-    shipped = root / "var_jax" / "checkpoints" / "emoji"
+    shipped = root / "var_jax" / "assets" / "emoji"
     found = json.loads((shipped / "config.json").read_text())
     for part in ("tokenizer", "transformer", "sampling"):
         assert found[part] == wanted[part]

@@ -27,16 +27,16 @@ from ml_collections import config_flags
 
 from var_jax import BadInput
 from var_jax.config import Config, TokenizerConfig, from_dict
-from var_jax.infra import cli, hlo
-from var_jax.infra.flops import transformer_flops
-from var_jax.infra.mesh import BATCH, check_batch, check_hosts, check_model, make_mesh, shard
-from var_jax.models.attention_kernel import padded_flops
+from var_jax.models.attention_tpu import padded_flops
 from var_jax.models.tokenizer import Tokenizer
-from var_jax.models.transformer import Transformer
-from var_jax.sampling.decode import sample
+from var_jax.models.var import Transformer
+from var_jax.sampling.autoregressive import sample
+from var_jax.sharding.mesh import BATCH, check_batch, check_hosts, check_model, make_mesh, shard
+from var_jax.tools import cli, tpu_cost
+from var_jax.tools.flops import transformer_flops
+from var_jax.training.autoregressive import transformer_stage
 from var_jax.training.state import layout
-from var_jax.training.tokenizer_stage import tokenizer_stage
-from var_jax.training.transformer_stage import transformer_stage
+from var_jax.training.tokenizer import tokenizer_stage
 
 CONFIG = config_flags.DEFINE_config_file("config")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Like v5e:8x16, v5p:4x4x4 or v6e:8x8.")
@@ -154,11 +154,11 @@ def measure(
     compiled: Any, config: Config, mesh: Mesh, chip: Chip, batch_size: int, yardstick: int
 ) -> dict[str, Any]:
     """What the compiled program says of itself."""
-    memory, program = compiled.memory_analysis(), hlo.Program(compiled.as_text())
+    memory, program = compiled.memory_analysis(), tpu_cost.Program(compiled.as_text())
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    cycles, sent = hlo.cycles(program), hlo.collective_bytes(program)
+    cycles, sent = tpu_cost.cycles(program), tpu_cost.collective_bytes(program)
     images = batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
-    calls = hlo.kernels(program)
+    calls = tpu_cost.kernels(program)
     charged, unknown = kernel_cycles(calls, config, images, mesh, chip)
     total = cycles.total() + charged
     return {

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from var_jax import BadInput
-from var_jax.scales import PATCH_NUMS_256, PATCH_NUMS_512, num_tokens
+from var_jax.schedule import PATCH_NUMS_256, PATCH_NUMS_512, num_tokens
 
 T = TypeVar("T")
 
@@ -233,7 +233,7 @@ class DataConfig:
     flip: bool = False  # mirror half of the pictures (of the emoji no symbols and flags)
     shift: int = 0  # random move by up to so many pixels
     workers: int = 0  # processes beside the threads that decode
-    tokens: str = ""  # a token cache (var_jax.tokenize) that the transformer trains from
+    tokens: str = ""  # a token cache (var_jax.encode) that the transformer trains from
 
     def __post_init__(self):
         check_ranges(self, size=SOME, resize=SOME, shift=ANY, workers=ANY)

@@ -20,14 +20,9 @@ from absl import flags
 from flax import nnx
 
 from var_jax import BadInput
-from var_jax.config import SamplingConfig, TokenizerConfig, TransformerConfig
-from var_jax.data.imagenet import class_names
-from var_jax.infra import cli
-from var_jax.infra.logs import progress
-from var_jax.infra.torch_files import open_tensors, write_pth, write_safetensors
-from var_jax.models.tokenizer import Tokenizer
-from var_jax.models.torch_config import tokenizer_config, transformer_config
-from var_jax.models.torch_names import (
+from var_jax.checkpoints.export import load_parts, save_parts
+from var_jax.checkpoints.torch.files import open_tensors, write_pth, write_safetensors
+from var_jax.checkpoints.torch.names import (
     CODE_USAGE,
     Tensors,
     buffers,
@@ -36,8 +31,13 @@ from var_jax.models.torch_names import (
     leaves,
     to_torch,
 )
-from var_jax.models.transformer import Transformer
-from var_jax.training.export import load_parts, save_parts
+from var_jax.checkpoints.torch.sizes import tokenizer_config, transformer_config
+from var_jax.config import SamplingConfig, TokenizerConfig, TransformerConfig
+from var_jax.data.imagenet import class_names
+from var_jax.models.tokenizer import Tokenizer
+from var_jax.models.var import Transformer
+from var_jax.tools import cli
+from var_jax.tools.logs import progress
 
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "PyTorch file of the tokenizer.")
 TRANSFORMER = flags.DEFINE_string("transformer", None, "PyTorch file of the transformer.")

@@ -19,17 +19,17 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from var_jax import BadInput
-from var_jax.data.pictures import Unreadable, crop, decode
-from var_jax.infra import cli
-from var_jax.infra.mesh import make_mesh
-from var_jax.infra.npz import save_npz
-from var_jax.infra.pictures import grid, save_png
-from var_jax.models.partition import BATCH, pin, round_up
-from var_jax.sampling.decode import Forced
-from var_jax.sampling.edit import Box, box_mask, kept_tokens, pool_mask
+from var_jax.checkpoints.export import Models, load_models
+from var_jax.data.decoding import Unreadable, crop, decode
+from var_jax.data.write_tokens import encode
+from var_jax.sampling.autoregressive import Forced
 from var_jax.sampling.generate import generate
-from var_jax.training.export import Models, load_models
-from var_jax.training.token_cache import encode
+from var_jax.sampling.masks import Box, box_mask, kept_tokens, pool_mask
+from var_jax.sharding.mesh import make_mesh
+from var_jax.sharding.ops import BATCH, pin, round_up
+from var_jax.tools import cli
+from var_jax.tools.images import grid, save_png
+from var_jax.tools.npz import save_npz
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, 'A folder, or "emoji".', required=True)
 IMAGE = flags.DEFINE_string(

@@ -21,18 +21,18 @@ from etils import epath
 from jaxtyping import Int32, Shaped, UInt8
 
 from var_jax import BadInput
+from var_jax.checkpoints.export import Models, load_models
 from var_jax.data.sources import open_source
-from var_jax.evaluation.report import scorer
-from var_jax.infra import cli
-from var_jax.infra.files import replacing
-from var_jax.infra.logs import progress
-from var_jax.infra.mesh import make_mesh
-from var_jax.infra.npz import join_npz, load_npz, save_npz
-from var_jax.infra.pictures import grid, save_png
+from var_jax.data.write_tokens import fingerprint
+from var_jax.evaluation.pixel_report import scorer
 from var_jax.sampling.generate import coarse_to_fine, generate
 from var_jax.sampling.reject import best, candidates
-from var_jax.training.export import Models, load_models
-from var_jax.training.token_cache import fingerprint
+from var_jax.sharding.mesh import make_mesh
+from var_jax.tools import cli
+from var_jax.tools.files import replacing
+from var_jax.tools.images import grid, save_png
+from var_jax.tools.logs import progress
+from var_jax.tools.npz import join_npz, load_npz, save_npz
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, 'A folder, or "emoji".', required=True)
 LABELS = flags.DEFINE_list(

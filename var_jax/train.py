@@ -23,17 +23,20 @@ from jaxtyping import Int32, UInt8
 from ml_collections import config_flags
 
 from var_jax import BadInput
+from var_jax.checkpoints.export import Models, describe, load_tokenizer, rounded, save_models
 from var_jax.config import Config, StageConfig, from_dict
-from var_jax.data.augment import augment_items
+from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import batches
 from var_jax.data.records import read_json, read_manifest
 from var_jax.data.sources import Source, open_source
-from var_jax.data.tokens import TOKENS, TokenCache, TokenSource, open_tokens
-from var_jax.evaluation.report import report
-from var_jax.infra import cli, hosts
-from var_jax.infra.files import held, replacing
-from var_jax.infra.logs import Metrics, read_metrics
-from var_jax.infra.mesh import (
+from var_jax.data.token_cache import TOKENS, TokenCache, TokenSource, open_tokens
+from var_jax.data.write_tokens import encode, fingerprint
+from var_jax.evaluation.pixel_report import report
+from var_jax.models.tokenizer import Tokenizer
+from var_jax.models.var import Transformer
+from var_jax.sampling.generate import coarse_to_fine, generate
+from var_jax.sharding import hosts
+from var_jax.sharding.mesh import (
     check_batch,
     check_hosts,
     check_model,
@@ -41,18 +44,16 @@ from var_jax.infra.mesh import (
     put_whole,
     to_host,
 )
-from var_jax.infra.pictures import curves, grid, labelled_rows, save_png
-from var_jax.models.partition import round_up
-from var_jax.models.tokenizer import Tokenizer
-from var_jax.models.transformer import Transformer
-from var_jax.sampling.generate import coarse_to_fine, generate
+from var_jax.sharding.ops import round_up
+from var_jax.tools import cli
+from var_jax.tools.files import held, replacing
+from var_jax.tools.images import curves, grid, labelled_rows, save_png
+from var_jax.tools.logs import Metrics, read_metrics
 from var_jax.training import loop
-from var_jax.training.export import Models, describe, load_tokenizer, rounded, save_models
+from var_jax.training.autoregressive import transformer_stage
 from var_jax.training.state import TrainState
-from var_jax.training.token_cache import encode, fingerprint
-from var_jax.training.tokenizer_stage import reconstruct, tokenizer_stage
+from var_jax.training.tokenizer import reconstruct, tokenizer_stage
 from var_jax.training.tokens_ahead import tokenize_ahead
-from var_jax.training.transformer_stage import transformer_stage
 
 CONFIG = config_flags.DEFINE_config_file("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/NAME for configs/NAME.py.")

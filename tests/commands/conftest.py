@@ -12,11 +12,11 @@ import pytest
 from flax import nnx
 from tiny import get_config
 
+from var_jax.checkpoints.export import save_models
 from var_jax.config import Config, from_dict
 from var_jax.data.sources import open_source
 from var_jax.models.tokenizer import Tokenizer
-from var_jax.models.transformer import Transformer
-from var_jax.training.export import save_models
+from var_jax.models.var import Transformer
 
 
 @pytest.fixture(scope="session")

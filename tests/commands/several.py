@@ -6,7 +6,7 @@ import sys
 
 from absl import flags
 
-from var_jax.infra import cli
+from var_jax.tools import cli
 
 command, runs = importlib.import_module(f"var_jax.{sys.argv[1]}"), json.loads(sys.argv[2])
 for argv in runs:

@@ -154,7 +154,7 @@ def test_each_stage_alone(untrained, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (60, 20, 20, 3), np.uint8)
     np.savez(tmp_path / "own.npz", arr_0=images, labels=np.arange(60) % 2)
     own = ("--images", tmp_path / "own.npz", "--cache", "--copies", 2, "--shift", 1)
-    code, out, err = run("tokenize", "--checkpoint", checkpoint, *own, "--out", cache)
+    code, out, err = run("encode", "--checkpoint", checkpoint, *own, "--out", cache)
     assert code == 0 and "codes of 114 crops of 60 pictures" in out, err
     there = (
         f"--config.pretrained_tokenizer={checkpoint}", f"--config.data.tokens={cache}",

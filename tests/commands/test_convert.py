@@ -1,4 +1,4 @@
-"""`convert` and `tokenize` from outside, on the golden weights as PyTorch files."""
+"""`convert` and `encode` from outside, on the golden weights as PyTorch files."""
 
 import json
 import os
@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from golden_cases import load, models, state_dict
 
-from var_jax.infra.mesh import make_mesh
-from var_jax.infra.torch_files import open_tensors, write_pth, write_safetensors
+from var_jax.checkpoints.export import load_models
+from var_jax.checkpoints.torch.files import open_tensors, write_pth, write_safetensors
+from var_jax.checkpoints.torch.names import buffers
 from var_jax.models.tokenizer import Tokenizer, to_float
-from var_jax.models.torch_names import buffers
-from var_jax.training.export import load_models
+from var_jax.sharding.mesh import make_mesh
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -154,16 +154,16 @@ def test_wrong_flags(files, tmp_path, flags, sentence):
     assert not list(tmp_path.iterdir())
 
 
-def test_tokenize(converted, tmp_path):
+def test_encode(converted, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     np.savez_compressed(tmp_path / "images.npz", arr_0=images)
     flags = ("--checkpoint", converted, "--out", tmp_path / "tokens", "--batch_size", 2)
-    code, _, err = run("tokenize", "--images", tmp_path / "images.npz", *flags)
+    code, _, err = run("encode", "--images", tmp_path / "images.npz", *flags)
     assert code == 0, err
     with np.load(tmp_path / "tokens" / "tokens.npz") as made:
         assert made["tokens"].dtype == np.int32
         expected = jax.jit(Tokenizer.encode)(models("base")[0], to_float(images))
         np.testing.assert_array_equal(made["tokens"], expected)
     np.savez(tmp_path / "images.npz", arr_0=images[:, :32])
-    code, _, err = run("tokenize", "--images", tmp_path / "images.npz", *flags)
+    code, _, err = run("encode", "--images", tmp_path / "images.npz", *flags)
     assert code == 2 and "holds images of 32 x 64 pixels; the tokenizer of" in err

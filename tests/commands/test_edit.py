@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from test_commands import run
 
-from var_jax.data.pictures import crop
-from var_jax.infra.npz import load_npz
-from var_jax.sampling.edit import box_mask, kept_tokens
+from var_jax.data.decoding import crop
+from var_jax.sampling.masks import box_mask, kept_tokens
+from var_jax.tools.npz import load_npz
 
 SCALES = (1, 2, 4)
 

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 from test_commands import command, run, wait_for
 
-from var_jax.infra.mesh import make_mesh
-from var_jax.infra.npz import load_npz, save_npz
-from var_jax.training.export import load_models
-from var_jax.training.token_cache import fingerprint
+from var_jax.checkpoints.export import load_models
+from var_jax.data.write_tokens import fingerprint
+from var_jax.sharding.mesh import make_mesh
+from var_jax.tools.npz import load_npz, save_npz
 
 SCORER = "def brightness(images, labels):\n    return images.mean((1, 2, 3))\n"
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from var_jax.data import pictures
-from var_jax.data.pictures import Unreadable, crop, decode
+from var_jax.data import decoding as pictures
+from var_jax.data.decoding import Unreadable, crop, decode
 
 
 def scene(width=60, height=40):

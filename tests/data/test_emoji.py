@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from var_jax import BadInput
-from var_jax.data.augment import augment, augment_items
-from var_jax.data.build_emoji import build
+from var_jax.assets.build_emoji import build
+from var_jax.data.augmentation import augment, augment_items
 from var_jax.data.sources import Emoji, open_source
 
 

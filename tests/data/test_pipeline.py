@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from var_jax import BadInput
-from var_jax.data.augment import augment_items
+from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import batches, drawn, epoch
 from var_jax.data.sources import Emoji
 

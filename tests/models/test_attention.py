@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from var_jax import BadInput
-from var_jax.infra.mesh import make_mesh
 from var_jax.models.attention import attention, blocks
-from var_jax.models.attention_kernel import padded_flops, tiles
-from var_jax.models.partition import BATCH, pin
-from var_jax.scales import PATCH_NUMS_256, PATCH_NUMS_512, num_tokens, slices
+from var_jax.models.attention_tpu import padded_flops, tiles
+from var_jax.schedule import PATCH_NUMS_256, PATCH_NUMS_512, num_tokens, slices
+from var_jax.sharding.mesh import make_mesh
+from var_jax.sharding.ops import BATCH, pin
 
 SIDES = (1, 2, 4, 7, 15)  # 295 tokens: two tiles, the second of them unaligned to the scales
 HEADS, WIDTH = 3, 64  # an odd number: the last block of lanes is half empty

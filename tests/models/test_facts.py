@@ -8,12 +8,12 @@ import pytest
 from flax import nnx
 from golden_cases import facts, load
 
+from var_jax.checkpoints.torch.names import to_torch
 from var_jax.config import TokenizerConfig, TransformerConfig
 from var_jax.models.resize import area_matrix, bicubic_matrix
 from var_jax.models.tokenizer import Tokenizer
-from var_jax.models.torch_names import to_torch
-from var_jax.models.transformer import Transformer
-from var_jax.scales import PATCH_NUMS_256, PATCH_NUMS_512, num_tokens, phi_indices
+from var_jax.models.var import Transformer
+from var_jax.schedule import PATCH_NUMS_256, PATCH_NUMS_512, num_tokens, phi_indices
 
 
 def count(build):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from golden_cases import CASES, models
 
+from var_jax.checkpoints.torch.names import to_torch
 from var_jax.models.tokenizer import Tokenizer
-from var_jax.models.torch_names import to_torch
-from var_jax.sampling.decode import image_keys, sample
-from var_jax.training.transformer_stage import judge
+from var_jax.sampling.autoregressive import image_keys, sample
+from var_jax.training.autoregressive import judge
 
 pytestmark = pytest.mark.parametrize("case", CASES)
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from var_jax.infra.mesh import make_mesh
 from var_jax.models import winograd
-from var_jax.models.partition import pin
 from var_jax.models.tokenizer import conv
+from var_jax.sharding.mesh import make_mesh
+from var_jax.sharding.ops import pin
 
 
 def example(shape=(8, 32, 40), channels=(5, 7), key=0):

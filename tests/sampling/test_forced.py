@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 from golden_cases import load, models
-from test_decode import LABELS, draw
+from test_autoregressive import LABELS, draw
 
 from var_jax.models.tokenizer import Tokenizer
-from var_jax.sampling.decode import Forced
-from var_jax.sampling.edit import box_mask, kept_tokens, pool_mask
-from var_jax.scales import PATCH_NUMS_256, PATCH_NUMS_512
+from var_jax.sampling.autoregressive import Forced
+from var_jax.sampling.masks import box_mask, kept_tokens, pool_mask
+from var_jax.schedule import PATCH_NUMS_256, PATCH_NUMS_512
 
 BOXES = {"inpaint": (0.25, 0.25, 0.75, 0.75), "outpaint": (0.1, 0.2, 0.8, 0.6)}
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from var_jax.config import StageConfig
-from var_jax.infra.mesh import make_mesh, put_batch
+from var_jax.sharding.mesh import make_mesh, put_batch
 from var_jax.training.codebook import batch_stats, codes_by_scale, init_stats, update_codebook
 
 

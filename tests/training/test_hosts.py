@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 
 from var_jax.data.records import read_manifest
-from var_jax.data.tokens import PACKED, TOKENS, records_of
+from var_jax.data.token_cache import PACKED, TOKENS, records_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ROOT / "tests" / "commands" / "tiny.py"
@@ -83,8 +83,8 @@ def test_hosts_share_the_work_of_a_token_cache(tmp_path):
             image = PIL.Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
             image.save(tmp_path / "images" / label / f"{i}.png")
     flags = ("--checkpoint", "emoji", "--images", tmp_path / "images", "--out")
-    together(1, "tokenize", *flags, tmp_path / "alone")
-    said = together(2, "tokenize", *flags, tmp_path / "shared")
+    together(1, "encode", *flags, tmp_path / "alone")
+    said = together(2, "encode", *flags, tmp_path / "shared")
     assert any("codes of 600 crops of 600 pictures" in out for out in said)
     names = [path.name for path in sorted((tmp_path / "alone").iterdir())]
     assert len(names) == 5  # four shards and the manifest

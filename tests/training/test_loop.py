@@ -13,13 +13,13 @@ from jax.sharding import AxisType
 from test_stages import STAGE, TOKENIZER
 
 from var_jax import BadInput
-from var_jax.data.augment import augment_items
+from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import batches
 from var_jax.data.sources import Emoji
-from var_jax.infra.logs import Metrics
-from var_jax.infra.mesh import AXES
+from var_jax.sharding.mesh import AXES
+from var_jax.tools.logs import Metrics
 from var_jax.training import loop
-from var_jax.training.tokenizer_stage import tokenizer_stage
+from var_jax.training.tokenizer import tokenizer_stage
 
 CONFIG = dataclasses.replace(STAGE, steps=9, log_every=1, save_every=2, sample_every=5)
 

@@ -8,9 +8,9 @@ from flax import nnx
 from golden_cases import facts, load
 
 from var_jax import BadInput
+from var_jax.checkpoints.torch.names import leaves
 from var_jax.config import StageConfig, TransformerConfig
-from var_jax.models.torch_names import leaves
-from var_jax.models.transformer import Transformer
+from var_jax.models.var import Transformer
 from var_jax.training.optimizer import decays, learning_rate, make_optimizer, weight_decay
 
 GOLD = load("schedules")

@@ -12,13 +12,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from var_jax.config import StageConfig, TokenizerConfig, TransformerConfig
-from var_jax.infra.mesh import make_mesh, put_batch, shard
 from var_jax.models.tokenizer import to_float
-from var_jax.models.transformer import Transformer
+from var_jax.models.var import Transformer
+from var_jax.sharding.mesh import make_mesh, put_batch, shard
+from var_jax.training.autoregressive import transformer_stage
 from var_jax.training.optimizer import make_optimizer
 from var_jax.training.state import apply_gradients, layout
-from var_jax.training.tokenizer_stage import loss_fn, tokenizer_stage
-from var_jax.training.transformer_stage import transformer_stage
+from var_jax.training.tokenizer import loss_fn, tokenizer_stage
 
 SIZES = dict(patch_nums=(1, 2, 4), vocab_size=64, latent_dim=16)
 TOKENIZER = TokenizerConfig(

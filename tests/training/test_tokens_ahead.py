@@ -6,11 +6,11 @@ import pytest
 from flax import nnx
 
 from var_jax.config import TokenizerConfig
-from var_jax.infra.mesh import make_mesh, put_whole
 from var_jax.models.tokenizer import Tokenizer, to_float
-from var_jax.scales import slices
+from var_jax.schedule import slices
+from var_jax.sharding.mesh import make_mesh, put_whole
+from var_jax.training.autoregressive import teacher
 from var_jax.training.tokens_ahead import encode_with_mistakes
-from var_jax.training.transformer_stage import teacher
 
 PATCH_NUMS = (1, 2, 4, 4)
 

@@ -20,9 +20,9 @@ from jaxtyping import Bool, Int
 
 from var_jax import BadInput
 from var_jax.data import imagenet
-from var_jax.data.pictures import is_picture
+from var_jax.data.decoding import is_picture
 from var_jax.data.records import MANIFEST, UNFINISHED, Records, read_manifest
-from var_jax.infra.logs import progress
+from var_jax.tools.logs import progress
 
 PICTURES = "encoded pictures"  # the kind of array_record folder
 SUFFIXES = (

@@ -8,7 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-FILE = Path(__file__).parent / "assets" / "imagenet_classes.txt"
+FILE = Path(__file__).parents[1] / "assets" / "imagenet_classes.txt"
 SAME_WORD = {  # first words that two classes share
     "n02012849": "crane (bird)",
     "n02113186": "Cardigan Welsh corgi",

@@ -24,8 +24,8 @@ from var_jax.data.records import (
     shard_size,
     write_shard,
 )  # fmt: skip
-from var_jax.infra import cli
-from var_jax.infra.logs import progress
+from var_jax.tools import cli
+from var_jax.tools.logs import progress
 
 SOURCE = flags.DEFINE_string("source", None, "Tars, class folders or tfds:NAME.", required=True)
 OUT = flags.DEFINE_string("out", None, "Folder to write, local or gs://.", required=True)

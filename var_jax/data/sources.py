@@ -11,10 +11,10 @@ from jaxtyping import Int32, UInt8
 from PIL import Image
 
 from var_jax import BadInput
-from var_jax.data.build_emoji import CELL, COLUMNS
+from var_jax.assets.build_emoji import CELL, COLUMNS
+from var_jax.data.decoding import Skipped, Unreadable, crop, decode
 from var_jax.data.encoded import Encoded, every_tenth, open_encoded, part_of
-from var_jax.data.pictures import Skipped, Unreadable, crop, decode
-from var_jax.infra.npz import DAMAGED
+from var_jax.tools.npz import DAMAGED
 
 SPLITS = ("train", "validation", "all")
 MOST_UNREADABLE = 100  # in a row
@@ -51,7 +51,7 @@ class Emoji:
             raise BadInput(f"split is {split!r}; the emoji have {', '.join(SPLITS)}.")
         if size % 2 or not 2 <= size <= CELL:
             raise BadInput(f"image size is {size}; the emoji come in even sizes from 2 to {CELL}.")
-        assets = resources.files("var_jax") / "data" / "assets"
+        assets = resources.files("var_jax") / "assets"
         index = json.loads((assets / "emoji.json").read_text())
         labels = np.array(index["group"], np.int32)
         held_out = every_tenth(index["name"], labels)

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from var_jax import BadInput
-from var_jax.models import attention_kernel
-from var_jax.models.partition import BATCH, on_mesh, pin, platform
-from var_jax.scales import level_ids, num_tokens, slices
+from var_jax.models import attention_tpu as attention_kernel
+from var_jax.schedule import level_ids, num_tokens, slices
+from var_jax.sharding.ops import BATCH, on_mesh, pin, platform
 
 JOINED = 64  # tokens: products of fewer rows cost a CPU more than the hidden ones beside them
 

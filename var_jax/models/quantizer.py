@@ -16,7 +16,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from var_jax.config import TokenizerConfig
-from var_jax.models.partition import BATCH, einsum, pin, reshape, take
 from var_jax.models.resize import (
     area_matrix,
     bicubic_matrix,
@@ -24,7 +23,8 @@ from var_jax.models.resize import (
     resize_all,
     upsample,
 )
-from var_jax.scales import phi_indices, slices
+from var_jax.schedule import phi_indices, slices
+from var_jax.sharding.ops import BATCH, einsum, pin, reshape, take
 
 HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -14,9 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32, UInt8
 
 from var_jax.config import TokenizerConfig
-from var_jax.models.partition import reshape
 from var_jax.models.quantizer import Quantized, Quantizer
 from var_jax.models.winograd import convolve
+from var_jax.sharding.ops import reshape
 
 HIGH = jax.lax.Precision.HIGH
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from var_jax.models.partition import on_mesh, platform
+from var_jax.sharding.ops import on_mesh, platform
 
 ROWS = 16  # of the image at a time
 # Below these the additions cost more than the products that they save.

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from var_jax.infra.mesh import put_whole, to_host
-from var_jax.models.partition import on_mesh, round_up
 from var_jax.models.tokenizer import Tokenizer, to_bytes
-from var_jax.models.transformer import Transformer
-from var_jax.sampling.decode import Forced, image_keys, sample
+from var_jax.models.var import Transformer
+from var_jax.sampling.autoregressive import Forced, image_keys, sample
+from var_jax.sharding.mesh import put_whole, to_host
+from var_jax.sharding.ops import on_mesh, round_up
 
 
 def generate(

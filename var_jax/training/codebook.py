@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32, Key
 
 from var_jax.config import StageConfig
-from var_jax.models.partition import BATCH, on_mesh
-from var_jax.scales import level_ids
+from var_jax.schedule import level_ids
+from var_jax.sharding.ops import BATCH, on_mesh
 
 
 class CodebookStats(NamedTuple):

@@ -17,13 +17,13 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Key
 
 from var_jax import BadInput
+from var_jax.checkpoints.training import Checkpoints
 from var_jax.config import StageConfig
 from var_jax.data.pipeline import epoch
 from var_jax.data.sources import Source
-from var_jax.infra.checkpoint import Checkpoints
-from var_jax.infra.flops import peak_flops
-from var_jax.infra.logs import Metrics, progress
-from var_jax.infra.mesh import put_batch, put_whole, shard, to_host
+from var_jax.sharding.mesh import put_batch, put_whole, shard, to_host
+from var_jax.tools.flops import peak_flops
+from var_jax.tools.logs import Metrics, progress
 from var_jax.training.state import Stage, TrainState, layout
 
 Look = Callable[[int, TrainState], dict[str, Any]]

@@ -9,7 +9,7 @@ import optax.contrib
 from jaxtyping import Array, Float
 
 from var_jax.config import SCHEDULES, StageConfig
-from var_jax.models.partition import path_name, pin
+from var_jax.sharding.ops import path_name, pin
 
 # Positions, and what only shifts or scales, keep their size; biases and 1-D tensors do too.
 NO_DECAY = ("start", "pos_embed", "level_embed", "log_scale", "ada_offset")

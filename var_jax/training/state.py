@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
 from var_jax.config import StageConfig
-from var_jax.models.partition import path_name, split_rows
-from var_jax.models.transformer import LAYOUT
+from var_jax.models.var import LAYOUT
+from var_jax.sharding.ops import path_name, split_rows
 from var_jax.training.codebook import CodebookStats
 
 

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, Key, UInt8
 
-from var_jax.data.augment import augment_items
+from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import batches, epoch
 from var_jax.data.sources import Source
-from var_jax.data.tokens import TokenSource
-from var_jax.infra.logs import progress
-from var_jax.infra.mesh import put_whole, to_host
-from var_jax.models.partition import BATCH, pin
+from var_jax.data.token_cache import TokenSource
 from var_jax.models.tokenizer import Tokenizer, to_float
+from var_jax.sharding.mesh import put_whole, to_host
+from var_jax.sharding.ops import BATCH, pin
+from var_jax.tools.logs import progress
 
 
 def tokenize_ahead(

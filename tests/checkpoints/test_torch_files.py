@@ -1,0 +1,277 @@
+"""PyTorch's files without PyTorch: what it writes is read, what would do harm is refused.
+
+The pickles here come from Python's own pickler and stand-ins for torch's classes, not from our
+writer, so that the two do not share a mistake.
+"""
+
+import io
+import json
+import pickle
+import struct
+import sys
+import types
+import zipfile
+from collections import OrderedDict
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from var_jax import BadInput
+from var_jax.checkpoints.torch.files import open_tensors, write_pth, write_safetensors
+
+
+class Storage(NamedTuple):
+    key: str
+    count: int
+    kind: str = "FloatStorage"
+
+
+class Tensor:
+    """Pickles as a torch tensor does: a view of a storage."""
+
+    def __init__(self, storage, shape, strides, offset=0):
+        self.about = (storage, offset, shape, strides, False, OrderedDict())
+
+
+class Call:
+    """Pickles as a call, as any class may."""
+
+    def __init__(self, function, *arguments):
+        self.reduced = (function, arguments)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+@pytest.fixture
+def torch_pickle(monkeypatch):
+    """`pickle.dumps` in the way of torch.save."""
+    torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
+    for name in ("FloatStorage", "HalfStorage", "LongStorage"):
+        setattr(torch, name, type(name, (), {"__module__": "torch"}))
+
+    def _rebuild_tensor_v2():
+        pass
+
+    _rebuild_tensor_v2.__module__, _rebuild_tensor_v2.__qualname__ = (
+        "torch._utils",
+        "_rebuild_tensor_v2",
+    )
+    utils._rebuild_tensor_v2 = _rebuild_tensor_v2
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(sys.modules, "torch._utils", utils)
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj):
+            if isinstance(obj, Storage):
+                return ("storage", getattr(torch, obj.kind), obj.key, "cpu", obj.count)
+
+        def reducer_override(self, obj):
+            return (_rebuild_tensor_v2, obj.about) if isinstance(obj, Tensor) else NotImplemented
+
+    def dumps(obj, protocol=2):
+        data = io.BytesIO()
+        Pickler(data, protocol).dump(obj)
+        return data.getvalue()
+
+    return dumps
+
+
+def archive(path, pickled, *storages, compress=zipfile.ZIP_STORED, order=b"little"):
+    with zipfile.ZipFile(path, "w", compress) as file:
+        file.writestr("model/data.pkl", pickled)
+        file.writestr("model/byteorder", order)
+        for key, storage in enumerate(storages):
+            file.writestr(f"model/data/{key}", np.asarray(storage).tobytes())
+        file.writestr("model/version", "3\n")
+    return path
+
+
+def read(path, *keys):
+    return {name: np.asarray(tensor) for name, tensor in open_tensors(path, *keys).items()}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_views_of_storages_are_read(torch_pickle, tmp_path, protocol):
+    values, half = np.arange(24, dtype=np.float32), np.arange(4, dtype=np.float16)
+    state = OrderedDict(
+        whole=Tensor(Storage("0", 24), (4, 6), (6, 1)),
+        part=Tensor(Storage("0", 24), (2, 3), (6, 1), 8),
+        transposed=Tensor(Storage("0", 24), (6, 4), (1, 6)),
+        half=Tensor(Storage("1", 4, "HalfStorage"), (4,), (1,)),
+        number=Tensor(Storage("0", 24), (), (), 5),
+    )
+    state._metadata = OrderedDict({"": {"version": 1}})
+    path = archive(tmp_path / "t.pth", torch_pickle(state, protocol), values, half)
+    tensors = read(path)
+    grid = values.reshape(4, 6)
+    np.testing.assert_array_equal(tensors["whole"], grid)
+    np.testing.assert_array_equal(tensors["part"], grid[1:3, 2:5])
+    np.testing.assert_array_equal(tensors["transposed"], grid.T)
+    np.testing.assert_array_equal(tensors["half"], half)
+    assert tensors["half"].dtype == np.float16 and tensors["number"] == 5
+
+
+def test_a_state_dict_inside_a_training_checkpoint(torch_pickle, tmp_path):
+    weights = OrderedDict(w=Tensor(Storage("0", 3), (3,), (1,)))
+    args = {"depth": 16, "name": "a", "lr": 1e-4, "big": 1 << 40, "none": None, "shape": (1, [2])}
+    state = {"args": args, "trainer": {"vae": weights, "groups": [{"params": [0, 1]}]}}
+    path = archive(tmp_path / "t.pth", torch_pickle(state), np.float32([1, 2, 3]))
+    np.testing.assert_array_equal(read(path, "trainer", "vae")["w"], [1, 2, 3])
+    with pytest.raises(BadInput, match="holds 'args' of type dict, where a state dict has tensors"):
+        open_tensors(path)
+
+
+@pytest.mark.parametrize("write", [write_pth, write_safetensors])
+def test_what_is_written_is_read(tmp_path, write):
+    rng = np.random.default_rng(0)
+    tensors = {
+        "a.weight": rng.standard_normal((3, 4), np.float32).T,
+        "b": np.arange(5),
+        "c": rng.standard_normal(3).astype(np.float16),
+        "d": rng.standard_normal(7).astype(jnp.bfloat16),
+        "e": np.float32(2).reshape(()),
+        "f": np.zeros((0, 2), np.float32),
+        "g": np.array([True, False]),
+    }
+    path = tmp_path / "weights"
+    write(path, tensors)
+    found = read(path)
+    assert sorted(found) == sorted(tensors)
+    for name, array in tensors.items():
+        assert found[name].dtype == array.dtype and found[name].shape == array.shape
+        assert found[name].tobytes() == array.tobytes()
+
+
+def refused(path, sentence):
+    with pytest.raises(BadInput, match=sentence) as raised:
+        read(path)
+    assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "is empty"),
+        (b"<!DOCTYPE html><html><body>404", "is a web page"),
+        (b"\n<html>Not Found</html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a git-lfs pointer"),
+        (pickle.dumps(0x1950A86A20F9469CFC6C, 2) + b"legacy", "PyTorch before 1.6"),
+        (b"PK\x03\x04" + bytes(100), "its table of contents cannot be read"),
+        (b"just text", "no file of weights"),
+        (struct.pack("<Q", 1 << 60) + b"{}", "its header would have"),
+        (struct.pack("<Q", 5) + b"{]]]]", "its header cannot be read"),
+    ],
+)
+def test_other_files(tmp_path, content, sentence):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    refused(path, sentence)
+
+
+def test_no_file(tmp_path):
+    refused(tmp_path / "no.pth", "cannot be read: No such file")
+    refused(tmp_path, "cannot be read: Is a directory")
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        pickle.dumps({"w": Call(exec, "raise SystemExit('it ran')")}, 2),
+        pickle.dumps({"w": Call(exec, "raise SystemExit('it ran')")}, 4),
+        b"\x80\x02cposix\nsystem\nX\x02\x00\x00\x00id\x85R.",
+        b"(S'id'\nios\nsystem\n.",
+        b"\x80\x02ccollections\nOrderedDict\n)\x81.",  # NEWOBJ
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}\x85R.",
+        pickle.dumps({((1,),): 2}, 2),
+        b"\x80\x02}r\xff\xff\xff\xff.",  # memo index 2³²-1, 64 GB in Python's own unpickler
+        b"\x80\x02" + b"]" * 10 + b"a" * 20 + b".",
+        b"\x80\x02}(X\x01\x00\x00\x00au.",
+        b"\x80\x02h\x05.",
+        b"\x80\x02",
+    ],
+)
+def test_pickles_are_never_run(tmp_path, pickled):
+    refused(archive(tmp_path / "t.pth", pickled), "holds more than weights|is damaged|no tensors")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "sentence"),
+    [
+        (Tensor(Storage("0", 4), (5,), (1,)), "reaches beyond its 16 bytes"),
+        (Tensor(Storage("0", 4), (2, 2), (3, 1)), "reaches beyond"),
+        (Tensor(Storage("0", 4), (2,), (1,), 3), "reaches beyond"),
+        (Tensor(Storage("0", 4), (-2,), (1,)), "has shape"),
+        (Tensor(Storage("0", 4), (2,), (-1,), 3), "has shape"),
+        (Tensor(Storage("0", 4), (2,), (1,), -1), "has shape"),
+        (Tensor(Storage("0", 4), ("2",), (1,)), "has shape"),
+        (Tensor(Storage("0", 4), (2,), (1, 1)), "no readable shape"),
+        (Tensor(Storage("0", 4), (1 << 40, 1 << 40), (0, 0)), "bytes of tensors but has only"),
+        (Tensor(Storage("0", 5), (4,), (1,)), "has 16 bytes, not 5 values"),
+        (Tensor(Storage("7", 4), (4,), (1,)), "'data/7' is missing"),
+        (Tensor(Storage("../data.pkl", 4), (4,), (1,)), "is missing"),
+        (3.5, "'w' of type float, where a state dict has tensors"),
+    ],
+)
+def test_impossible_tensors(torch_pickle, tmp_path, tensor, sentence):
+    path = archive(tmp_path / "t.pth", torch_pickle({"w": tensor}), np.zeros(4, np.float32))
+    refused(path, sentence)
+
+
+def test_damaged_archives(torch_pickle, tmp_path):
+    values = np.arange(1000, dtype=np.float32)
+    pickled = torch_pickle({"w": Tensor(Storage("0", 1000), (1000,), (1,))})
+    good = archive(tmp_path / "t.pth", pickled, values)
+    whole = good.read_bytes()
+    bad = tmp_path / "bad.pth"
+    for end in (len(whole) // 2, len(whole) - 10):
+        bad.write_bytes(whole[:end])
+        refused(bad, "its table of contents cannot be read")
+    bad.write_bytes(whole.replace(values[500].tobytes(), b"\0\0\0\0"))
+    refused(bad, "'w' fails its checksum")
+    start = whole.index(b"PK\x01\x02")  # the table: point its entries beyond the end
+    entry = whole.index(b"PK\x01\x02", start + 1)
+    bad.write_bytes(whole[: start + 42] + struct.pack("<I", 1 << 30) + whole[start + 46 :])
+    assert entry > start
+    refused(bad, "reaches beyond the file")
+    refused(archive(bad, pickled, values, compress=zipfile.ZIP_DEFLATED), "compressed")
+    refused(archive(bad, pickled, values, order=b"big"), "big-endian")
+    with zipfile.ZipFile(good, "a") as file, pytest.warns(UserWarning, match="Duplicate name"):
+        file.writestr("model/data/0", bytes(4000))
+    refused(good, "two of its entries have the same name")
+    with zipfile.ZipFile(bad, "w") as file:
+        file.writestr("readme.txt", "hello")
+    refused(bad, "a zip archive without weights")
+
+
+@pytest.mark.parametrize(
+    ("header", "sentence"),
+    [
+        ({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 400]}}, "beyond its end"),
+        ({"w": {"dtype": "F32", "shape": [5], "data_offsets": [0, 16]}}, "reaches beyond"),
+        ({"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 16]}}, "has 16 bytes"),
+        ({"w": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}}, "has shape"),
+        ({"w": {"dtype": "F32", "shape": [4.0], "data_offsets": [0, 16]}}, "header cannot be"),
+        ({"w": {"dtype": "F4", "shape": [4], "data_offsets": [0, 16]}}, "a type that is not read"),
+        ({"w": {"shape": [4]}}, "header cannot be read"),
+        ({"w": 3}, "header cannot be read"),
+        ({}, "no tensors by name"),
+        ('{"w": 1, "w": 2}', "header cannot be read"),
+        ('{"w": ' + "[" * 100_000, "header cannot be read"),
+    ],
+)
+def test_bad_safetensors(tmp_path, header, sentence):
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+    refused(path, sentence)
+
+
+def test_many_views_of_the_same_bytes(tmp_path):
+    about = {"dtype": "U8", "shape": [1 << 20], "data_offsets": [0, 1 << 20]}
+    text = json.dumps({f"w{i}": about for i in range(3)}).encode()
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(1 << 20))
+    refused(path, "describes 3145728 bytes of tensors but has only")

@@ -1,0 +1,33 @@
+"""Files appear whole, and what failed leaves nothing; one process at a time holds one."""
+
+import subprocess
+import sys
+
+import pytest
+
+from var_jax.tools.files import held, replacing
+
+
+def test_a_file_is_whole_or_as_before(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    with replacing(path) as beside:
+        beside.write_text("whole")
+        assert not path.exists()
+    with pytest.raises(OSError, match="full"), replacing(path) as beside:
+        beside.write_text("ha")
+        raise OSError("the disk is full")
+    assert path.read_text() == "whole"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_is_held_until_its_process_ends(tmp_path):
+    path = tmp_path / "new" / ".lock"
+    code = "import sys; from var_jax.tools.files import held; print(held(sys.argv[1]), flush=True)"
+    ask = [sys.executable, "-c", code + "; sys.stdin.read()", path]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(ask, **pipes) as other:
+        assert other.stdout.readline() == b"True\n"
+        assert not held(path)
+        other.kill()
+    assert held(path) and held(path)  # again in the same process
+    assert subprocess.run(ask, input=b"", capture_output=True).stdout == b"False\n"

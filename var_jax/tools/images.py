@@ -1,0 +1,99 @@
+"""Pictures for people: PNG files, grids of samples, labelled rows, line charts."""
+
+import io
+from pathlib import PurePath
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from var_jax.tools.files import replacing
+
+GAP = 2
+PAPER = 255
+
+
+def save_png(path: str | PurePath, image: UInt8[np.ndarray, "H W 3"]) -> None:
+    """Writes `image` as PNG; beside first, then renamed into place."""
+    data = io.BytesIO()
+    Image.fromarray(np.asarray(image)).save(data, format="PNG")
+    _write(path, data.getvalue())
+
+
+def grid(
+    images: UInt8[np.ndarray, "N h w 3"], columns: int, pad: int = GAP, scale: int = 1
+) -> UInt8[np.ndarray, "H W 3"]:
+    """`images` row by row as one, each pixel `scale` wide."""
+    images = _enlarge(images, scale)
+    n, height, width, _ = images.shape
+    rows = -(-n // columns)
+    shape = (rows * (height + pad) - pad, columns * (width + pad) - pad, 3)
+    sheet = np.full(shape, PAPER, np.uint8)
+    for i, image in enumerate(images):
+        y, x = (i // columns) * (height + pad), (i % columns) * (width + pad)
+        sheet[y : y + height, x : x + width] = image
+    return sheet
+
+
+def labelled_rows(
+    rows: dict[str, UInt8[np.ndarray, "N h w 3"]], scale: int = 1
+) -> UInt8[np.ndarray, "H W 3"]:
+    """One row of images for each name, which stands left of it."""
+    strips = {name: grid(images, len(images), GAP * scale, scale) for name, images in rows.items()}
+    height = max(strip.shape[0] for strip in strips.values())
+    letters = min(max(height // 4, 12), 24)
+    font = ImageFont.load_default(size=letters)
+    margin = letters // 2
+    text = max(round(font.getlength(name)) for name in strips) + 2 * margin
+    width = text + max(strip.shape[1] for strip in strips.values())
+    pitch = max(height, round(1.4 * letters)) + 2 * GAP * scale
+    sheet = Image.new("RGB", (width, pitch * len(strips) - 2 * GAP * scale), (PAPER,) * 3)
+    draw = ImageDraw.Draw(sheet)
+    for i, (name, strip) in enumerate(strips.items()):
+        middle = i * pitch + (pitch - 2 * GAP * scale) // 2
+        draw.text((text - margin, middle), name, fill=(40, 40, 40), font=font, anchor="rm")
+        sheet.paste(Image.fromarray(strip), (text, middle - strip.shape[0] // 2))
+    return np.asarray(sheet)
+
+
+def curves(path: str | PurePath, series: dict[str, dict[str, tuple]]) -> None:
+    """Writes a PNG with one small line chart for each title: {title: {label: (steps, y)}}."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(len(series), 3)
+    rows = -(-len(series) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(series) :]:
+        axis.set_visible(False)
+    for axis, (title, lines) in zip(axes.flat, series.items(), strict=False):
+        if len(lines) > 5:  # a series, such as scales: from dark to light
+            axis.set_prop_cycle(color=pyplot.colormaps["viridis"](np.linspace(0, 0.9, len(lines))))
+        for label, (x, y) in lines.items():
+            axis.plot(x, y, label=label, linewidth=1.6, marker="o" if len(x) < 12 else None, ms=3.5)
+        axis.set_title(title, fontsize=11, loc="left")
+        axis.set_xlabel("step", fontsize=9)
+        axis.tick_params(labelsize=8, length=0)
+        axis.grid(color="0.9", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color("0.7")
+        if len(lines) > 1:
+            axis.legend(frameon=False, fontsize=8, ncols=1 + len(lines) // 8)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=150)
+    pyplot.close(figure)
+    _write(path, data.getvalue())
+
+
+def _enlarge(images: np.ndarray, scale: int) -> np.ndarray:
+    return np.asarray(images).repeat(scale, axis=1).repeat(scale, axis=2)
+
+
+def _write(path: str | PurePath, data: bytes) -> None:
+    with replacing(path) as beside:
+        beside.write_bytes(data)

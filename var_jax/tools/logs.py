@@ -1,0 +1,203 @@
+"""What a run writes down: metrics (JSON lines and TensorBoard) and progress on the terminal."""
+
+import contextlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import PurePath
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
+from tensorboardX.summary import image as image_summary
+from tqdm import tqdm
+
+from var_jax.tools.files import replacing
+
+SECONDS_BETWEEN_LINES = 30.0
+SECONDS_BETWEEN_COPIES = 60.0
+
+
+class Metrics:
+    """Appends to `workdir`/metrics.jsonl and TensorBoard's `workdir`/tensorboard/STAGE.
+
+    Only process 0 writes. In a bucket there is no appending: metrics.jsonl is rewritten each time,
+    TensorBoard's files are kept on local disk and copied there once a minute.
+    """
+
+    def __init__(self, workdir: str | PurePath):
+        self._workdir = epath.Path(workdir)
+        self._path = self._workdir / "metrics.jsonl"
+        self._writes = jax.process_index() == 0
+        self._remote = in_bucket(workdir)
+        self._local = self._workdir
+        self._copied = time.monotonic()
+        if self._remote:
+            folder = tempfile.TemporaryDirectory(prefix="tensorboard")
+            self._local, self._folder = epath.Path(folder.name), folder  # removed with this object
+        self._boards: dict[str, EventsWriter] = {}
+        if self._writes:
+            self._workdir.mkdir(parents=True, exist_ok=True)
+
+    def write(self, stage: str, step: int, *, file: str = "metrics.jsonl", **scalars) -> None:
+        """One record {"stage", "step", scalars…}; values are numbers or arrays of one number.
+
+        Figures that no two runs share, of time and speed, go to another `file`.
+        """
+        if not self._writes:
+            return
+        numbers = {name: np.asarray(value).item() for name, value in scalars.items()}
+        line = json.dumps({"stage": stage, "step": int(step), **numbers}) + "\n"
+        path = self._workdir / file
+        if self._remote:
+            path.write_text((path.read_text() if path.exists() else "") + line)
+        else:
+            with path.open("a") as out:
+                out.write(line)
+        values = [
+            Summary.Value(tag=f"{stage}/{name}", simple_value=value)
+            for name, value in numbers.items()
+        ]
+        self._event(stage, step, summary=Summary(value=values))
+
+    def image(self, stage: str, step: int, name: str, image: np.ndarray) -> None:
+        """Shows `image` (H, W, 3), uint8, in TensorBoard."""
+        if self._writes:
+            summary = image_summary(f"{stage}/{name}", np.asarray(image), dataformats="HWC")
+            self._event(stage, step, summary=summary)
+
+    def records(self) -> list[dict]:
+        """What metrics.jsonl holds so far."""
+        return _records(self._text())
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forgets what `stage` wrote after `step`, and a last line that a kill cut in half.
+
+        After it, a run resumed from `step` writes the file that a run never stopped would have.
+        """
+        if not self._writes:
+            return
+        kept = [r for r in self.records() if r["stage"] != stage or r["step"] <= step]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        if text != self._text():
+            with replacing(self._path) as beside:
+                beside.write_text(text)
+        self.close()
+        self._event(stage, step + 1, session_log=SessionLog(status=SessionLog.START))  # hides those
+
+    def close(self) -> None:
+        """Closes TensorBoard's files."""
+        boards, self._boards = self._boards, {}
+        for board in boards.values():
+            board.close()
+        self._copy()
+
+    def _copy(self, seconds: float = 0.0) -> None:
+        """Copies TensorBoard's files to a bucket, if the last time was so long ago."""
+        if not self._remote or time.monotonic() - self._copied < seconds:
+            return
+        self._copied = time.monotonic()
+        for path in self._local.glob("tensorboard/*/*"):
+            target = self._workdir / path.relative_to(self._local)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+
+    def _text(self) -> str:
+        return self._path.read_text() if self._path.exists() else ""
+
+    def _event(self, stage: str, step: int, **content: Any) -> None:
+        """Adds to TensorBoard's file, and has it on disk before it returns.
+
+        tensorboardX's SummaryWriter does so on a thread, where nobody hears that the disk is full.
+        """
+        if stage not in self._boards:
+            folder = self._local / "tensorboard" / stage
+            folder.mkdir(parents=True, exist_ok=True)
+            self._boards[stage] = EventsWriter(str(folder / "events"))
+        self._boards[stage].write_event(Event(wall_time=time.time(), step=step, **content))
+        self._boards[stage].flush()
+        self._copy(SECONDS_BETWEEN_COPIES)
+
+
+def in_bucket(path: str | PurePath) -> bool:
+    """Whether a path is an address such as gs://..."""
+    return "://" in str(path)
+
+
+def read_metrics(workdir: str | PurePath) -> list[dict]:
+    """The records of `workdir`/metrics.jsonl in the order written; [] if there is no such file."""
+    path = epath.Path(workdir) / "metrics.jsonl"
+    return _records(path.read_text()) if path.exists() else []
+
+
+def _records(text: str) -> list[dict]:
+    # A line without its newline was cut by a kill, even where the part left is valid JSON.
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+@contextlib.contextmanager
+def progress(total: int, initial: int = 0, description: str = ""):
+    """Progress on stderr: a bar with rate and time left, or off a terminal a line every 30 s.
+
+    `with progress(1000, 0, "training") as bar: bar.update(1, loss=2.31)`.
+    """
+    bar = (_Bar if sys.stderr.isatty() else _Lines)(total, initial, description)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+def _short(metrics: dict[str, Any]) -> dict[str, str]:
+    """Numbers, or arrays of one number, in four digits."""
+    return {name: f"{float(value):.4g}" for name, value in metrics.items()}
+
+
+class _Bar:
+    def __init__(self, total: int, initial: int, description: str):
+        columns, rows = shutil.get_terminal_size()  # 80 x 24 where a terminal says 0
+        self._bar = tqdm(total=total, initial=initial, desc=description, ncols=columns, nrows=rows)
+
+    def update(self, n: int = 1, **metrics: float) -> None:
+        """Counts `n` more steps and shows `metrics`."""
+        if metrics:
+            self._bar.set_postfix(_short(metrics), refresh=False)
+        self._bar.update(n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class _Lines:
+    def __init__(self, total: int, initial: int, description: str):
+        self._total, self._description = total, description
+        self._done, self._metrics = initial, {}
+        self._first: tuple[float, int] | None = None  # after the first step, which compiles
+        self._printed = time.monotonic()
+
+    def update(self, n: int = 1, **metrics: float) -> None:
+        """Counts `n` more steps; prints a line if the last one is old enough."""
+        self._done += n
+        self._metrics = metrics or self._metrics
+        now = time.monotonic()
+        start, before = self._first = self._first or (now, self._done)
+        if now - self._printed < SECONDS_BETWEEN_LINES:
+            return
+        self._printed = now
+        values = "".join(f", {name} {value}" for name, value in _short(self._metrics).items())
+        if self._done > before:
+            rate = (self._done - before) / (now - start)
+            left = tqdm.format_interval((self._total - self._done) / rate)
+            values += f", {rate:.3g}/s, {left} left"
+        print(
+            f"{self._description} {self._done}/{self._total}{values}", file=sys.stderr, flush=True
+        )
+
+    def close(self) -> None:
+        pass

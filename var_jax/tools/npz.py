@@ -1,0 +1,104 @@
+"""npz files: images read a few at a time, arrays written whole or not at all."""
+
+import contextlib
+import io
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import PurePath
+from typing import BinaryIO
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+
+from var_jax import BadInput
+from var_jax.tools.files import replacing
+
+# What NumPy and zipfile raise for a file that is damaged or no npz.
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError)
+
+
+class Images:
+    """`arr_0` of an npz, uint8 (N,H,W,3), of which only one batch is in memory.
+
+    Raises: BadInput if the file cannot be read or holds something else.
+    """
+
+    def __init__(self, path: str | PurePath):
+        self.path = epath.Path(path)
+        with self._open() as file:
+            self.shape = self._header(file)
+
+    def batches(self, size: int) -> Iterator[UInt8[np.ndarray, "b H W 3"]]:
+        """All images in order, `size` at a time, the last batch maybe smaller."""
+        with self._open() as file:
+            left, *image = self._header(file)
+            while left:
+                count = min(size, left)
+                data = file.read(count * int(np.prod(image)))
+                yield np.frombuffer(data, np.uint8).reshape(count, *image)
+                left -= count
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[BinaryIO]:
+        try:
+            with self.path.open("rb") as whole, zipfile.ZipFile(whole) as archive:
+                if "arr_0.npy" not in archive.namelist():
+                    names = ", ".join(n.removesuffix(".npy") for n in archive.namelist())
+                    raise BadInput(f"{self.path} holds {names or 'nothing'}, expected 'arr_0'.")
+                with archive.open("arr_0.npy") as file:
+                    yield file  # type: ignore[misc]
+        except OSError as error:
+            raise BadInput(f"{self.path} cannot be read: {error.strerror or error}.") from error
+        except DAMAGED as error:
+            if isinstance(error, BadInput):
+                raise
+            raise BadInput(f"{self.path} is no npz file, or a damaged one ({error}).") from error
+
+    def _header(self, file: BinaryIO) -> tuple[int, ...]:
+        version = np.lib.format.read_magic(file)
+        read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+        shape, by_column, dtype = read[min(version[0], 2)](file)
+        if dtype != np.uint8 or by_column or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+            order = ", stored by columns" if by_column else ""
+            raise BadInput(
+                f"{self.path} holds 'arr_0' as {dtype} of shape {shape}{order}; expected uint8"
+                " images (N, H, W, 3)."
+            )
+        return shape
+
+
+def save_npz(path: str | PurePath, **arrays: np.ndarray) -> None:
+    """Writes an npz; beside first, then renamed into place."""
+    data = io.BytesIO()
+    np.savez(data, allow_pickle=False, **arrays)
+    with replacing(path) as beside:
+        beside.write_bytes(data.getvalue())
+
+
+def join_npz(path: str | PurePath, parts: Sequence[str | PurePath], length: int) -> None:
+    """Writes the arrays of several npz files, joined to `length` rows, as one npz.
+
+    Part by part, so that memory holds one of them; beside first, then renamed into place.
+    """
+    with (
+        replacing(path) as beside,
+        beside.open("wb") as whole,
+        zipfile.ZipFile(whole, "w") as archive,
+    ):
+        for name in load_npz(parts[0]):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                for number, part in enumerate(parts):
+                    array = load_npz(part, name)[name]
+                    if number == 0:
+                        about = np.lib.format.header_data_from_array_1_0(array)
+                        about["shape"] = (length, *array.shape[1:])
+                        np.lib.format.write_array_header_1_0(member, about)  # type: ignore
+                    member.write(np.ascontiguousarray(array).data)
+
+
+def load_npz(path: str | PurePath, *names: str) -> dict[str, np.ndarray]:
+    """The named arrays of an npz, all of them by default."""
+    with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in names or arrays}
