@@ -1,30 +1,18 @@
 """`convert` and `encode` from outside, on the golden weights as PyTorch files."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from golden_cases import load, models, state_dict
+from running import run
 
 from var_jax.checkpoints.export import load_models
 from var_jax.checkpoints.torch.files import open_tensors, write_pth, write_safetensors
 from var_jax.checkpoints.torch.names import buffers
 from var_jax.models.tokenizer import Tokenizer, to_float
 from var_jax.sharding.mesh import make_mesh
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def run(name, *flags):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    argv = [sys.executable, "-m", f"var_jax.{name}", *map(str, flags)]
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=500)
-    return done.returncode, done.stdout, done.stderr
 
 
 def read(path):

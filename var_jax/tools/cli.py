@@ -113,7 +113,7 @@ def _help(main: Main, names: list[str]) -> str:
     ours = flags.FlagValues()
     for name in names:
         ours[name] = flags.FLAGS[name]
-    return f"{sys.modules[main.__module__].__doc__}\n{ours.get_help()}"
+    return f"{sys.modules[main.__module__].__doc__}\n{ours.get_help(include_special_flags=False)}"
 
 
 def _say(sentence: str, code: int) -> int:

@@ -6,8 +6,9 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, SupportsFloat
 
 import jax
 import numpy as np
@@ -140,7 +141,7 @@ def progress(total: int, initial: int = 0, description: str = ""):
         bar.close()
 
 
-def _short(metrics: dict[str, Any]) -> dict[str, str]:
+def _short(metrics: Mapping[str, SupportsFloat]) -> dict[str, str]:
     """Numbers, or arrays of one number, in four digits."""
     return {name: f"{float(value):.4g}" for name, value in metrics.items()}
 
@@ -150,7 +151,7 @@ class _Bar:
         columns, rows = shutil.get_terminal_size()  # 80 x 24 where a terminal says 0
         self._bar = tqdm(total=total, initial=initial, desc=description, ncols=columns, nrows=rows)
 
-    def update(self, n: int = 1, **metrics: float) -> None:
+    def update(self, n: int = 1, **metrics: SupportsFloat) -> None:
         """Counts `n` more steps and shows `metrics`."""
         if metrics:
             self._bar.set_postfix(_short(metrics), refresh=False)
@@ -167,7 +168,7 @@ class _Lines:
         self._first: tuple[float, int] | None = None  # after the first step, which compiles
         self._printed = time.monotonic()
 
-    def update(self, n: int = 1, **metrics: float) -> None:
+    def update(self, n: int = 1, **metrics: SupportsFloat) -> None:
         """Counts `n` more steps; prints a line if the last one is old enough."""
         self._done += n
         self._metrics = metrics or self._metrics
