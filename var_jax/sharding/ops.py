@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Shaped
 
+from var_jax.tools.trees import path_name as path_name
+
 BATCH = ("data", "fsdp")  # the batch is split over both
 Axes = str | tuple[str, ...] | None
 
@@ -186,8 +188,3 @@ def take(table_VC: Float[Array, "V C"], idx: Int[Array, "B *rest"]) -> Float[Arr
         return table_VC[idx]
     spec = P(BATCH, *[None] * idx.ndim)
     return pin(table_VC, None, None).at[idx].get(out_sharding=spec)
-
-
-def path_name(path: tuple) -> str:
-    """A leaf's place in a model as text, like "blocks.qkv"."""
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
