@@ -20,7 +20,6 @@ from absl import flags
 from flax import nnx
 
 from var_jax import BadInput
-from var_jax.checkpoints.export import load_parts, save_parts
 from var_jax.checkpoints.torch.files import open_tensors, write_pth, write_safetensors
 from var_jax.checkpoints.torch.names import (
     CODE_USAGE,
@@ -34,6 +33,7 @@ from var_jax.checkpoints.torch.names import (
 from var_jax.checkpoints.torch.sizes import tokenizer_config, transformer_config
 from var_jax.config import SamplingConfig, TokenizerConfig, TransformerConfig
 from var_jax.data.imagenet import class_names
+from var_jax.models.load import load_parts, save_parts
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.var import Transformer
 from var_jax.tools import cli

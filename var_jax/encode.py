@@ -24,10 +24,10 @@ from jax.sharding import AxisType, Mesh
 from jaxtyping import Int32
 
 from var_jax import BadInput
-from var_jax.checkpoints.export import load_tokenizer
 from var_jax.data.sources import Pictures, open_source
 from var_jax.data.token_cache import records_of
 from var_jax.data.write_tokens import encode, write_cache
+from var_jax.models.load import load_tokenizer
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.sharding import hosts
 from var_jax.sharding.mesh import AXES, check_batch, make_mesh

@@ -21,10 +21,10 @@ from etils import epath
 from jaxtyping import Int32, Shaped, UInt8
 
 from var_jax import BadInput
-from var_jax.checkpoints.export import Models, load_models
 from var_jax.data.sources import open_source
 from var_jax.data.write_tokens import fingerprint
 from var_jax.evaluation.pixel_report import scorer
+from var_jax.models.load import Models, load_models
 from var_jax.sampling.generate import coarse_to_fine, generate
 from var_jax.sampling.reject import best, candidates
 from var_jax.sharding.mesh import make_mesh

@@ -23,7 +23,6 @@ from jaxtyping import Int32, UInt8
 from ml_collections import config_flags
 
 from var_jax import BadInput
-from var_jax.checkpoints.export import Models, describe, load_tokenizer, rounded, save_models
 from var_jax.config import Config, StageConfig, from_dict
 from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import batches
@@ -32,6 +31,7 @@ from var_jax.data.sources import Source, open_source
 from var_jax.data.token_cache import TOKENS, TokenCache, TokenSource, open_tokens
 from var_jax.data.write_tokens import encode, fingerprint
 from var_jax.evaluation.pixel_report import report
+from var_jax.models.load import Models, describe, load_tokenizer, rounded, save_models
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.var import Transformer
 from var_jax.sampling.generate import coarse_to_fine, generate

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from var_jax.checkpoints.torch.files import open_tensors, write_pth, write_safetensors
 
 from var_jax import BadInput
-from var_jax.checkpoints.torch.files import open_tensors, write_pth, write_safetensors
 
 
 class Storage(NamedTuple):

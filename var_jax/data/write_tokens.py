@@ -1,18 +1,15 @@
 """Writes token caches: the frozen tokenizer over what training will see, once for many epochs."""
 
-import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from flax import nnx
 from jaxtyping import Array, Int32, UInt8
 
 from var_jax import BadInput
+from var_jax.checkpoints.export import fingerprint
 from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import drawn
 from var_jax.data.records import claim, finish, finished, write_shard
@@ -20,7 +17,6 @@ from var_jax.data.sources import Source
 from var_jax.data.token_cache import PACKED, describe, pack, records_of
 from var_jax.models.tokenizer import Tokenizer, to_float
 from var_jax.sharding.mesh import put_batch
-from var_jax.sharding.ops import path_name
 from var_jax.tools.logs import progress
 
 
@@ -84,22 +80,6 @@ def packed(tokenizer: Tokenizer, batches: Iterator[dict], mesh, bar) -> Iterator
 def encode(tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"]) -> Int32[Array, "B L"]:
     """The codes of a batch of images."""
     return tokenizer.encode(to_float(image))
-
-
-def fingerprint(model: nnx.Module) -> str:
-    """16 hex digits that tell a model's config and weights from any other's."""
-    config = model.config  # type: ignore[attr-defined]
-    # Fields at their default are left out, so that a new one changes no fingerprint.
-    told = {
-        f.name: value
-        for f in dataclasses.fields(config)
-        if (value := getattr(config, f.name)) != f.default
-    }
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
-        digest.update(path_name(path).encode())
-        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def check_counts(codes: int, classes: int) -> None:

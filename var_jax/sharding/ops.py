@@ -193,8 +193,3 @@ def take(table_VC: Float[Array, "V C"], idx: Int[Array, "B *rest"]) -> Float[Arr
         return table_VC[idx]
     spec = P(BATCH, *[None] * idx.ndim)
     return reshard(table_VC, None, None).at[idx].get(out_sharding=spec)
-
-
-def path_name(path: tuple) -> str:
-    """A leaf's place in a model as text, like "blocks.qkv"."""
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
