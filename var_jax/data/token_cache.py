@@ -17,31 +17,11 @@ PACKED = np.dtype("<u2")  # codes and classes below 65,536; array_record compres
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenSource:
-    """Items `tokens` and `laid`, int32 (L,), and `label`, int32 (); one a picture or copy.
-
-    The codes to predict, and those that finer scales are predicted from, mistakes included.
-    """
-
-    tokens: Int32[np.ndarray, "N L"]
-    laid: Int32[np.ndarray, "N L"]
-    labels: Int32[np.ndarray, " N"]
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        tokens, laid, label = (x[index] for x in (self.tokens, self.laid, self.labels))
-        return {"tokens": tokens, "laid": laid, "label": label}
-
-
-@dataclasses.dataclass(frozen=True)
 class TokenCache:
     """What `var_jax.encode` writes: record c·N + i holds label and codes of picture i in epoch c.
 
     So training sees in its first `copies` epochs what it would see from the pictures, then those
-    crops again in other orders. Items are as `TokenSource`'s, but for `laid`: nothing is wrong.
+    crops again in other orders. Items are `tokens`, int32 (L,), and `label`, int32 ().
     """
 
     records: Records
