@@ -84,7 +84,7 @@ def row(name: str, config: Config, tokenizer, mesh) -> None:
     )
     how = config.train_transformer
     stage = transformer_stage(config.transformer, how)
-    augment = augment_items(train, flip=config.data.flip, shift=config.data.shift)
+    augment = augment_items(flip=config.data.flip, shift=config.data.shift)
     stream = batches(train, batch_size=how.batch_size, seed=config.seed, augment=augment)
     init_key, key = jax.random.split(jax.random.key(config.seed))
     step, frozen = jax.jit(stage.train_step, donate_argnums=0), {"tokenizer": tokenizer}

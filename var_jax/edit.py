@@ -21,7 +21,7 @@ from PIL import Image
 from var_jax import BadInput
 from var_jax.checkpoints.export import Models, load_models
 from var_jax.data.decoding import Unreadable, crop, decode
-from var_jax.data.write_tokens import encode
+from var_jax.data.token_cache import encode
 from var_jax.sampling.autoregressive import Forced
 from var_jax.sampling.generate import generate
 from var_jax.sampling.masks import Box, box_mask, kept_tokens, pool_mask

@@ -25,9 +25,8 @@ from jaxtyping import Int32
 
 from var_jax import BadInput
 from var_jax.checkpoints.export import load_tokenizer
-from var_jax.data.sources import Pictures, open_source
-from var_jax.data.token_cache import records_of
-from var_jax.data.write_tokens import encode, write_cache
+from var_jax.data.sources import ImageSource, open_source
+from var_jax.data.token_cache import encode, records_of, write_cache
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.sharding import hosts
 from var_jax.sharding.mesh import AXES, check_batch, make_mesh
@@ -121,7 +120,7 @@ def cache() -> None:
     size = sum(path.stat().length for path in out.iterdir())
     crops, pictures = sum(map(len, parts.values())), sum(map(len, sources.values()))
     print(f"codes of {crops} crops of {pictures} pictures, {size / 1e6:.1f} MB, are in {out}")
-    skipped = sum(len(s.skipped) for s in sources.values() if isinstance(s, Pictures))
+    skipped = sum(len(s.skipped) for s in sources.values() if isinstance(s, ImageSource))
     if skipped:
         print(f"{skipped} pictures could not be read; the next one stands in for each")
 

@@ -29,8 +29,8 @@ from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import batches
 from var_jax.data.records import read_json, read_manifest
 from var_jax.data.sources import Source, open_source
-from var_jax.data.token_cache import TOKENS, TokenCache, open_tokens
-from var_jax.data.write_tokens import encode, fingerprint
+from var_jax.data.token_cache import KIND, TokenCache, encode, open_tokens
+from var_jax.data.write_tokens import fingerprint
 from var_jax.evaluation.pixel_report import report
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.var import Transformer
@@ -136,7 +136,7 @@ class Run:
             source,
             batch_size=batch_size,
             seed=self.config.seed,
-            augment=augment_items(source, **augmentation) if augmentation else None,
+            augment=augment_items(**augmentation) if augmentation else None,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             workers=self.config.data.workers,
@@ -204,7 +204,7 @@ class Run:
     def stored_tokens(self, tokenizer: Tokenizer) -> tuple[TokenCache, TokenCache]:
         """The token cache on disk, both splits. Raises: BadInput if it does not fit this run."""
         data, schedule = self.config.data, self.config.tokenizer.patch_nums
-        read_manifest(epath.Path(data.tokens), TOKENS)  # ahead of a fingerprint, which takes long
+        read_manifest(epath.Path(data.tokens), KIND)  # ahead of a fingerprint, which takes long
         ours = fingerprint(tokenizer)
         how = {name: getattr(data, name) for name in ("size", "resize", "flip", "shift")}
         return (

@@ -7,7 +7,7 @@ import pytest
 
 from var_jax import BadInput
 from var_jax.data.augmentation import augment_items
-from var_jax.data.pipeline import batches, drawn, epoch
+from var_jax.data.pipeline import batches, epoch, ordered
 from var_jax.data.sources import Emoji
 
 
@@ -25,6 +25,9 @@ class Numbers:
     def __getitem__(self, index):
         assert 0 <= index < self.count
         return {"tokens": np.full(3, index, np.int32), "label": np.int32(index % 7)}
+
+    def train_item(self, index, epoch, rng):
+        return self[index]
 
 
 def add_noise(item, rng):
@@ -98,7 +101,7 @@ def test_augmented_emoji():
     source = Emoji("validation")
     plain, moved = (
         next(batches(source, batch_size=16, seed=0, augment=augment))
-        for augment in (None, augment_items(source, flip=True, shift=3))
+        for augment in (None, augment_items(flip=True, shift=3))
     )
     assert moved["image"].shape == (16, 32, 32, 3) and moved["image"].dtype == np.uint8
     assert (moved["label"] == plain["label"]).all()
@@ -154,11 +157,11 @@ def test_worker_processes_resume_anywhere():
     assert (next(one)["noise"] == next(threads)["noise"]).all()
 
 
-def test_drawn_is_what_training_sees():
+def test_ordered_is_what_training_sees():
     stream = take(batches(Numbers(10), batch_size=10, seed=1, augment=add_noise), 3, "noise")
     order = take(batches(Numbers(10), batch_size=10, seed=1), 3)[:, 0].reshape(3, 10)
     rows = range(7, 25)
-    found = list(drawn(Numbers(10), rows, 4, seed=1, augment=add_noise))
+    found = list(ordered(Numbers(10), rows, 4, seed=1, augment=add_noise))
     mask = np.concatenate([batch["mask"] for batch in found])
     assert mask.sum() == len(rows) and mask[: len(rows)].all()
     noise = np.concatenate([batch["noise"] for batch in found])[mask]

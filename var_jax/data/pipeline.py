@@ -40,7 +40,7 @@ def batches(
     exactly, with another `process_count` or number of `workers` too.
 
     Threads make the batches: decoding leaves Python's lock to others, so they suffice for about
-    2,000 pictures a second. Beyond, `workers` processes with as many threads each do.
+    2,000 images a second. Beyond, `workers` processes with as many threads each do.
 
     Raises: BadInput if the source is empty or the sizes or the seed make no sense.
     """
@@ -63,7 +63,7 @@ def epoch(source: Source, batch_size: int) -> Iterator[Batch]:
     return _padded(source.__getitem__, range(len(source)), batch_size)
 
 
-def drawn(
+def ordered(
     source: Source,
     rows: range,
     batch_size: int,
@@ -145,7 +145,7 @@ class _Stream:
     """Random access to the batches of an endless shuffled stream; grain adds threads and state.
 
     grain's own shuffle, repeat, random_map and batch cost 60 to 150 µs an item in Python, several
-    times what a small picture costs, because its shuffle is slow on sets of a few thousand.
+    times what a small image costs, because its shuffle is slow on sets of a few thousand.
     """
 
     def __init__(self, source: Source, size: int, seed: int, augment: Augment | None):
@@ -163,7 +163,7 @@ class _Stream:
         return _stack(self._items(range(index * self._size, (index + 1) * self._size)))
 
     def of_row(self, row: int) -> Batch:
-        """The item that `drawn` calls so."""
+        """The item that `ordered` calls so."""
         epoch, index = divmod(row, len(self._source))
         (item,) = self._items([row - index + int(self._places(epoch)[index])])
         return item
@@ -176,8 +176,7 @@ class _Stream:
     def _item(self, position: int, rng: np.random.Generator) -> Batch:
         epoch, offset = divmod(position, len(self._source))
         index = int(self._order(epoch)[offset])
-        draw = getattr(self._source, "draw", None)
-        item = draw(index, epoch, rng) if draw else self._source[index]
+        item = self._source.train_item(index, epoch, rng)
         return self._augment(item, rng) if self._augment else item
 
     def _permutation(self, epoch: int) -> Int64[np.ndarray, " n"]:
