@@ -1,6 +1,7 @@
 """The token cache on disk: what it holds, that it resumes, what it refuses, that losses agree."""
 
 import dataclasses
+import tracemalloc
 
 import jax
 import numpy as np
@@ -178,6 +179,8 @@ def test_other_crops_and_images_are_refused(cache, tokenizer, sources):
     assert opened(cache, tokenizer, sources, "train", flip=True)
     with pytest.raises(BadInput, match="crops made with flip=True, but this run has flip=False"):
         opened(cache, tokenizer, sources, "train", flip=False)
+    with pytest.raises(BadInput, match="crops made with seed=5, but this run has seed=0"):
+        opened(cache, tokenizer, sources, "train", flip=True, seed=0)
     with pytest.raises(BadInput, match=r"the manifest of .* lacks resize"):
         opened(cache, tokenizer, sources, "train", resize=1.0)
     train = sources["train"]
@@ -219,6 +222,14 @@ def test_missing_shards_and_other_folders(cache, tokenizer, sources, tmp_path):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(BadInput, match=r"manifest\.json is not JSON"):
         opened(tmp_path, tokenizer, sources, "train")
+
+
+def test_checksum_reads_only_the_images_it_needs():
+    images, labels = np.zeros((2000, 32, 32, 3), np.uint8), np.zeros(2000, np.int32)
+    tracemalloc.start()
+    token_cache.checksum_of(ArraySource(images, labels, ("a",), size=32))
+    assert tracemalloc.get_traced_memory()[1] < images.nbytes / 20
+    tracemalloc.stop()
 
 
 def test_too_many_codes():

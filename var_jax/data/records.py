@@ -11,7 +11,7 @@ import os
 import secrets
 import tempfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -108,12 +108,15 @@ def write_shard(path: epath.Path, records: Iterable[bytes]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def checksum(images: Any) -> str:
-    """8 hex digits that tell a sequence of (bytes, label, ...) from others: of 64 spread evenly."""
+def checksum(count: int, read: Callable[[int], tuple]) -> str:
+    """8 hex digits that tell `count` images from others, of 64 that are spread evenly.
+
+    `read` maps an index to (bytes, label, ...).
+    """
     value = 0
-    for index in np.linspace(0, len(images) - 1, min(64, len(images))).astype(int):
+    for index in np.linspace(0, count - 1, min(64, count)).astype(int):
         try:
-            data, label, *_ = images[int(index)]
+            data, label, *_ = read(int(index))
         except OSError:
             continue  # an image that cannot be read
         value = zlib.crc32(data + str(int(label)).encode(), value)

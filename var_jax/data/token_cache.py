@@ -185,12 +185,9 @@ def records_of(manifest: Mapping[str, Any], folder: str, split: str) -> Records:
 def checksum_of(source: Source) -> str:
     """The checksum of a source's images as they are stored, whatever their size later."""
     if isinstance(source, ImageSource):
-        return checksum(source.encoded)
-    if isinstance(source, ArraySource):
-        pairs = zip(source.images, source.labels, strict=True)
-        return checksum([(image.tobytes(), label) for image, label in pairs])
-    items = map(source.__getitem__, range(len(source)))
-    return checksum([(item["image"].tobytes(), item["label"]) for item in items])
+        return checksum(len(source), source.encoded.__getitem__)
+    assert isinstance(source, ArraySource)
+    return checksum(len(source), lambda i: (source.images[i].tobytes(), source.labels[i]))
 
 
 @jax.jit
