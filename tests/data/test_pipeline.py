@@ -1,11 +1,13 @@
 """The input pipeline on a source of numbered items, so that every row can be told apart."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from var_jax import BadInput
+from var_jax.data import pipeline
 from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import batches, epoch, ordered
 from var_jax.data.sources import Emoji
@@ -17,13 +19,14 @@ class Numbers:
     class_names = ("number",)
 
     def __init__(self, count: int):
-        self.count = count
+        self.count, self.read = count, []
 
     def __len__(self):
         return self.count
 
     def __getitem__(self, index):
         assert 0 <= index < self.count
+        self.read.append(index)
         return {"tokens": np.full(3, index, np.int32), "label": np.int32(index % 7)}
 
     def train_item(self, index, epoch, rng):
@@ -136,6 +139,34 @@ def test_epoch_pads_the_last_batch():
     assert all(batch["tokens"].shape == (4, 3) for batch in seen)
     valid = np.concatenate([batch["tokens"][batch["mask"], 0] for batch in seen])
     assert (valid == np.arange(10)).all()
+
+
+@pytest.mark.parametrize("count", [5, 10, 12, 13])
+def test_epoch_shares_batches_among_processes(count):
+    whole = list(epoch(Numbers(count), batch_size=6))
+    read = [[], [], []]
+
+    def share(process):
+        source = Numbers(count)
+        source.read = read[process]
+        return list(epoch(source, batch_size=6, process_index=process, process_count=3))
+
+    parts = [share(process) for process in range(3)]
+    assert [len(part) for part in parts] == [len(whole)] * 3
+    for want, *got in zip(whole, *parts, strict=True):
+        assert all((np.concatenate([part[key] for part in got]) == want[key]).all() for key in want)
+    for process in range(3):  # an entirely padded part reads the last item
+        own = {row for row in range(count) if row % 6 // 2 == process}
+        assert own <= set(read[process]) <= own | {count - 1}
+
+
+def test_one_thread_permutes_an_epoch():
+    pipeline._permutation.cache_clear()
+    source = Numbers(200_000)
+    stream = pipeline._Stream(source, 1, 0, None)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(stream.__getitem__, range(8)))
+    assert pipeline._permutation.cache_info().misses == 1
 
 
 @pytest.mark.slow
