@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from var_jax.data.decoding import crop, decode
-from var_jax.data.pipeline import drawn
-from var_jax.data.sources import Pictures
+from var_jax.data.pipeline import ordered
+from var_jax.data.sources import ImageSource
 
 SIZE, RESIZE = 256, 1.125
 SHORT = round(SIZE * RESIZE)
@@ -126,10 +126,10 @@ class Memory:
 
 def stream_rate(files: list[bytes], count: int = 1280) -> float:
     """Pictures per CPU second of all threads."""
-    source, rates = Pictures(Memory(files, count), SIZE, RESIZE), []
+    source, rates = ImageSource(Memory(files, count), SIZE, RESIZE), []
     for _ in range(3):
         started = time.process_time()
-        for _ in drawn(source, range(count), 64, seed=0):
+        for _ in ordered(source, range(count), 64, seed=0):
             pass
         rates.append(count / (time.process_time() - started))
     return statistics.median(rates)

@@ -32,7 +32,7 @@ from var_jax.checkpoints.torch.names import (
 )
 from var_jax.checkpoints.torch.sizes import tokenizer_config, transformer_config
 from var_jax.config import SamplingConfig, TokenizerConfig, TransformerConfig
-from var_jax.data.imagenet import class_names
+from var_jax.data.sources.imagenet import class_names
 from var_jax.models.load import load_parts, save_parts
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.var import Transformer

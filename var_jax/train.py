@@ -28,8 +28,8 @@ from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import batches
 from var_jax.data.records import read_json, read_manifest
 from var_jax.data.sources import Source, open_source
-from var_jax.data.token_cache import TOKENS, TokenCache, TokenSource, open_tokens
-from var_jax.data.write_tokens import encode, fingerprint
+from var_jax.data.token_cache import KIND, TokenCache, encode, open_tokens
+from var_jax.data.write_tokens import fingerprint
 from var_jax.evaluation.pixel_report import report
 from var_jax.models.load import Models, describe, load_tokenizer, rounded, save_models
 from var_jax.models.tokenizer import Tokenizer
@@ -53,7 +53,6 @@ from var_jax.training import loop
 from var_jax.training.autoregressive import transformer_stage
 from var_jax.training.state import TrainState
 from var_jax.training.tokenizer import reconstruct, tokenizer_stage
-from var_jax.training.tokens_ahead import tokenize_ahead
 
 CONFIG = config_flags.DEFINE_config_file("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/NAME for configs/NAME.py.")
@@ -137,7 +136,7 @@ class Run:
             source,
             batch_size=batch_size,
             seed=self.config.seed,
-            augment=augment_items(source, **augmentation) if augmentation else None,
+            augment=augment_items(**augmentation) if augmentation else None,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             workers=self.config.data.workers,
@@ -178,8 +177,6 @@ class Run:
         if self.stored:
             source, validation = self.stored
             augmentation = {}
-        elif config.augmented_copies:
-            source, augmentation = self.tokens_ahead(tokenizer), {}
 
         def look(step: int, state: TrainState) -> dict[str, float]:
             models = Models(tokenizer, state.best, self.train.class_names, self.config.sampling)
@@ -207,25 +204,12 @@ class Run:
     def stored_tokens(self, tokenizer: Tokenizer) -> tuple[TokenCache, TokenCache]:
         """The token cache on disk, both splits. Raises: BadInput if it does not fit this run."""
         data, schedule = self.config.data, self.config.tokenizer.patch_nums
-        read_manifest(epath.Path(data.tokens), TOKENS)  # ahead of a fingerprint, which takes long
+        read_manifest(epath.Path(data.tokens), KIND)  # ahead of a fingerprint, which takes long
         ours = fingerprint(tokenizer)
         how = {name: getattr(data, name) for name in ("size", "resize", "flip", "shift")}
         return (
             open_tokens(data.tokens, "train", ours, schedule, self.train, **how),
             open_tokens(data.tokens, "validation", ours, schedule, self.validation, **how),
-        )
-
-    def tokens_ahead(self, tokenizer: Tokenizer) -> TokenSource:
-        """Codes of the training pictures and of augmented copies of them."""
-        return tokenize_ahead(
-            tokenizer,
-            self.train,
-            mesh=self.mesh,
-            batch_size=self.config.train_transformer.batch_size,
-            copies=self.config.train_transformer.augmented_copies,
-            seed=self.config.seed,
-            mistakes=self.config.train_transformer.mistakes,
-            **self.augmentation,
         )
 
 
