@@ -278,11 +278,6 @@ class SamplingConfig:
         """top_p as the flag takes it."""
         return ",".join(map(str, self.top_p))
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """For `sampling.autoregressive.sample`, where no guidance is None: half of the work."""
-        return {"cfg": self.cfg or None, "top_k": self.top_k, "top_p": self.top_p}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int32, UInt8
 
 from var_jax.config import TokenizerConfig
 from var_jax.models.quantizer import Quantized, Quantizer
+from var_jax.sharding.ops import data_parallel, in_parts
 from var_jax.models import backend
 
 HIGH = jax.lax.Precision.HIGH
@@ -200,3 +201,25 @@ def to_float(image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
 def to_bytes(image: Float[Array, "*B H W 3"]) -> UInt8[Array, "*B H W 3"]:
     """[-1, 1] → 0..255, rounded."""
     return jnp.rint((image + 1) * 127.5).clip(0, 255).astype(jnp.uint8)
+
+
+def encode(
+    tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"], noise: Int32[Array, "B L"] | None = None
+) -> tuple[Int32[Array, "B L"], Int32[Array, "B L"]]:
+    """Nearest and used codes of images, as `Quantizer.encode`, a few images at a time."""
+
+    def run(batch):
+        image, noise = batch
+        code = tokenizer.quantizer.encode(tokenizer.latent(to_float(image)), noise)
+        return code.idx, code.used
+
+    most = tokenizer.config.images_at_a_time
+    return in_parts(run, (image, noise), most, backend.fewest_encoder_parts())
+
+
+@jax.jit
+def encode_images(
+    tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"]
+) -> Int32[Array, "B L"]:
+    """The codes of images, on every device of a mesh."""
+    return data_parallel(encode)(tokenizer, image)[0]

@@ -16,7 +16,7 @@ from var_jax.models import backend, blocks
 from var_jax.models.attention import Pattern, attention, dense, prepare
 from var_jax.models.blocks import drop_path, layer_norm, modulate, run_blocks, stack_blocks
 from var_jax.schedule import level_ids, slices
-from var_jax.sharding.mesh import BATCH
+from var_jax.sharding.mesh import BATCH, layout_of
 from var_jax.sharding.ops import (
     flatten_tokens,
     gather_fsdp,
@@ -32,6 +32,7 @@ LAYOUT = blocks.LAYOUT | {
     "class_embed": (None, "fsdp"),
     "pos_embed": (None, "fsdp"),
 }
+layout = layout_of(LAYOUT)
 
 
 class Cache(NamedTuple):

@@ -1,13 +1,15 @@
 """Sampling from VAR: class labels → tokens, scale by scale → images. One jitted program (VAR §3.2)."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Key, UInt8
 
+from var_jax.config import SamplingConfig
 from var_jax.models.tokenizer import Tokenizer, to_bytes
 from var_jax.models.var import Transformer
 from var_jax.sampling import filters
@@ -136,3 +138,10 @@ def decode_latent(
         tokenizer.config.images_at_a_time,
     )
     return data_parallel(to_images)(tokenizer, f_hat)
+
+
+def sampler(settings: SamplingConfig, smooth: bool = False) -> Callable[..., Any]:
+    """`sample` with these settings, as `generate` takes it; no guidance is half of the work."""
+    return functools.partial(
+        sample, cfg=settings.cfg or None, top_k=settings.top_k, top_p=settings.top_p, smooth=smooth
+    )

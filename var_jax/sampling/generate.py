@@ -14,7 +14,7 @@ from jaxtyping import Array, Int32, Key, UInt8
 
 from var_jax.models.tokenizer import Tokenizer, to_bytes
 from var_jax.sharding.mesh import local_rows, put_global_batch
-from var_jax.sharding.ops import data_parallel, on_mesh, round_up
+from var_jax.sharding.ops import data_parallel, in_parts, on_mesh, round_up
 
 Sampler = Callable[..., tuple[Array, Array | None]]
 
@@ -81,16 +81,16 @@ def collect(parts: Iterator[Generated]) -> Generated:
 
 def coarse_to_fine(
     tokenizer: Tokenizer, tokens: Int32[np.ndarray, "N L"]
-) -> UInt8[np.ndarray, "n K H W 3"]:
-    """What an image looks like after each scale: the running sums of its codes, decoded.
+) -> tuple[Int32[np.ndarray, " n"], UInt8[np.ndarray, "n K H W 3"]]:
+    """What images look like after each scale: the running sums of their codes, decoded.
 
-    Of several processes each gets the rows of its own devices.
+    Of several processes each gets some rows: which they are comes first.
     """
     count = len(tokens)
     sums = running_sums(tokenizer, put(np.resize(tokens, (round_up(count), tokens.shape[1]))))
     steps = [local_rows(decode_sum(tokenizer, f_hat)) for f_hat in sums]
-    here = steps[0][0]
-    return np.stack([images[here < count] for _, images in steps], axis=1)
+    rows = steps[0][0]
+    return rows[rows < count], np.stack([images[rows < count] for _, images in steps], axis=1)
 
 
 @jax.jit
@@ -103,6 +103,33 @@ def running_sums(tokenizer: Tokenizer, tokens: Int32[Array, "N L"]) -> list[Arra
 def decode_sum(tokenizer: Tokenizer, f_hat: Array) -> UInt8[Array, "N H W 3"]:
     """Quantized latents as images."""
     return data_parallel(lambda t, f_hat: to_bytes(t.decode_latent(f_hat)))(tokenizer, f_hat)
+
+
+@jax.jit
+def decode_tokens(tokenizer: Tokenizer, tokens: Int32[Array, "N L"]) -> UInt8[Array, "N H W 3"]:
+    """Tokens as images."""
+    decode = lambda tokenizer, tokens: in_parts(
+        lambda tokens: to_bytes(tokenizer.decode(tokens)),
+        tokens,
+        tokenizer.config.images_at_a_time,
+    )
+    return data_parallel(decode)(tokenizer, tokens)
+
+
+def in_batches(
+    f: Callable[[Any, Array], Array], weights: Any, rows: np.ndarray, batch_size: int
+) -> np.ndarray:
+    """`f(weights, rows)` of any number of rows, a batch at a time; the last one is padded.
+
+    Of several processes each gets the rows of its own devices.
+    """
+    size, made = round_up(min(batch_size, len(rows))), []
+    for start in range(0, len(rows), size):
+        count = min(size, len(rows) - start)
+        batch = put(np.resize(rows[start : start + count], (size, *rows.shape[1:])))
+        here, values = local_rows(f(weights, batch))
+        made.append(values[here < count])
+    return np.concatenate(made)
 
 
 def put(array: np.ndarray) -> jax.Array:

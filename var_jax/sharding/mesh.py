@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from var_jax import BadInput
+from var_jax.tools.trees import path_name
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the batch is split over both
@@ -99,10 +100,10 @@ def put_global_batch(batch: Any, mesh: Mesh) -> Any:
 def local_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     """(row numbers, rows) of a batch that this process's devices hold, in order."""
     if x.is_fully_addressable:
-        return np.arange(x.shape[0]), np.asarray(x)
+        return np.arange(x.shape[0], dtype=np.int32), np.asarray(x)
     shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
     starts = sorted(shards)
-    numbers = [start + np.arange(shards[start].shape[0]) for start in starts]
+    numbers = [np.arange(s, s + len(shards[s]), dtype=np.int32) for s in starts]
     return np.concatenate(numbers), np.concatenate([np.asarray(shards[s]) for s in starts])
 
 
@@ -117,6 +118,20 @@ def to_host(tree: Any) -> Any:
 def replicated(path: tuple, leaf: Any) -> P:
     """The layout of a tree that every device holds whole."""
     return P()
+
+
+def layout_of(table: dict[str, tuple]) -> Callable[[tuple, Any], P]:
+    """(path, leaf) → PartitionSpec by the last name in the path; what is not in `table` is whole.
+
+    Moments and averages lie as their weights do. Weights of stacked blocks have one axis more.
+    """
+
+    def layout(path: tuple, leaf: Any) -> P:
+        names = path_name(path).split(".")
+        spec = table.get(names[-1], ()) if leaf.ndim > 1 else ()
+        return P(None, *spec) if spec and "blocks" in names else P(*spec)
+
+    return layout
 
 
 def shard(tree: Any, mesh: Mesh, spec: Callable[[tuple, Any], P] = replicated) -> Any:

@@ -9,11 +9,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32, Key
 
 from var_jax.config import TrainTransformerConfig, TransformerConfig
-from var_jax.models import backend, var
-from var_jax.models.tokenizer import Tokenizer, to_float
+from var_jax.models import var
+from var_jax.models.tokenizer import Tokenizer, encode
 from var_jax.models.var import Transformer
 from var_jax.sharding.mesh import BATCH
-from var_jax.sharding.ops import data_parallel, in_parts, reshard
+from var_jax.sharding.ops import data_parallel, reshard
 from var_jax.tools.flops import transformer_flops
 from var_jax.training.losses import cross_entropy_metrics
 from var_jax.training.optimizer import learning_rate, make_optimizer
@@ -22,7 +22,6 @@ from var_jax.training.state import (
     Learner,
     accumulated,
     apply_gradients,
-    layout_of,
     start_learner,
     update_ema,
 )
@@ -85,8 +84,7 @@ def autoregressive_task(model_config: TransformerConfig, config: TrainTransforme
         return {"loss": loss, **metrics}
 
     flops, parts = transformer_flops(model_config), config.accumulate
-    layout = layout_of(var.LAYOUT)
-    return Task("transformer", config, init, train_step, eval_step, layout, flops, parts)
+    return Task("transformer", config, init, train_step, eval_step, var.layout, flops, parts)
 
 
 def targets_and_inputs(
@@ -95,22 +93,10 @@ def targets_and_inputs(
     """The tokens to predict, and what the transformer reads to predict them (teacher forcing)."""
     tokenizer: Tokenizer = frozen["tokenizer"]
     tokens = used = batch.get("tokens")
-    if tokens is None or used is None:
-        tokens, used = data_parallel(encode)(tokenizer, (batch["image"], noise))
+    if tokens is None:
+        tokens, used = data_parallel(encode)(tokenizer, batch["image"], noise)
     inputs = data_parallel(lambda quantizer, tokens: quantizer.teacher_forcing_inputs(tokens))
     return tokens, inputs(tokenizer.quantizer, used)
-
-
-def encode(tokenizer: Tokenizer, batch: Any) -> tuple[Int32[Array, "B L"], Int32[Array, "B L"]]:
-    """Nearest and used codes of (images uint8, noise or None), a few images at a time."""
-
-    def run(batch):
-        image, noise = batch
-        code = tokenizer.quantizer.encode(tokenizer.latent(to_float(image)), noise)
-        return code.idx, code.used
-
-    most = tokenizer.config.images_at_a_time
-    return in_parts(run, batch, most, backend.fewest_encoder_parts())
 
 
 def token_noise(

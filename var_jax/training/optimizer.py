@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from var_jax.checkpoints.trees import path_name
+from var_jax.tools.trees import path_name
 from var_jax.config import TrainConfig, parse_lr_scale
 
 # Positions, and what only shifts or scales, keep their size; biases and 1-D tensors do too.

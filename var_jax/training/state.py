@@ -1,19 +1,16 @@
 """What training carries from step to step: a learner for each network that is trained."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int32
 
-from var_jax.checkpoints.trees import path_name
 from var_jax.sharding.ops import split_rows
 
 Batch = dict[str, Array]
-T = TypeVar("T")
 
 
 class Learner(NamedTuple):
@@ -76,17 +73,3 @@ def accumulated(
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, params, first, key))
     total, _ = jax.lax.scan(step, zeros, jnp.arange(parts))
     return jax.tree.map(lambda x: x / parts, total)
-
-
-def layout_of(table: dict[str, tuple]) -> Callable[[tuple, Any], P]:
-    """(path, leaf) → PartitionSpec by the last name in the path; what is not in `table` is whole.
-
-    Moments and averages lie as their weights do. Weights of stacked blocks have one axis more.
-    """
-
-    def layout(path: tuple, leaf: Any) -> P:
-        names = path_name(path).split(".")
-        spec = table.get(names[-1], ()) if leaf.ndim > 1 else ()
-        return P(None, *spec) if spec and "blocks" in names else P(*spec)
-
-    return layout

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int32, Key, UInt8
 
-from var_jax.checkpoints.trees import path_name
+from var_jax.tools.trees import path_name
 from var_jax.config import TokenizerConfig, TrainTokenizerConfig
 from var_jax.models.patch_codec import make_tokenizer
 from var_jax.models.tokenizer import Tokenizer, to_bytes, to_float
