@@ -3,12 +3,13 @@
 import io
 import json
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from var_jax import BadInput
+from var_jax import BadInput, prepare
 from var_jax.data import records
 from var_jax.data.pipeline import batches, epoch
 from var_jax.data.sources import ArraySource, imagenet, open_encoded, open_source
@@ -93,7 +94,7 @@ def test_missing_and_empty_folders(tmp_path):
         open_source(str(tmp_path), "train", 16, 0.5)
 
 
-def test_prepared_set_is_the_tree(tree, tmp_path, monkeypatch):
+def test_prepared_set_is_the_tree(tree, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("var_jax.data.sources.packed.shard_size", lambda count: 4)
     splits = {split: open_encoded(str(tree), split) for split in ("train", "validation")}
     written = []
@@ -116,6 +117,8 @@ def test_prepared_set_is_the_tree(tree, tmp_path, monkeypatch):
     pack(splits, tmp_path / "out")
     shards = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert shards[0] == "manifest.json" and len(shards) == 1 + 4 + 2 and written[0] in shards
+    prepare.main(SimpleNamespace(source=str(tree), out=str(tmp_path / "out")))  # nothing is left
+    assert capsys.readouterr().out.startswith("15 train and 6 validation images of 3 classes")
     for split, source in splits.items():
         prepared = open_encoded(str(tmp_path / "out"), split)
         assert contents(prepared) == contents(source)

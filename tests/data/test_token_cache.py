@@ -169,25 +169,28 @@ def test_another_tokenizer_or_schedule_is_refused(cache, tokenizer, sources):
     other = make(1)
     ours, theirs = fingerprint(tokenizer), fingerprint(other)
     assert ours == fingerprint(make(0)) != theirs
-    with pytest.raises(BadInput, match=rf"tokens of tokenizer {ours} .* has tokenizer {theirs}"):
+    with pytest.raises(BadInput, match=f'with tokenizer="{ours}", .* has tokenizer="{theirs}"'):
         opened(cache, other, sources, "train")
-    with pytest.raises(BadInput, match=r"patch_nums=\(1, 2\), but .* patch_nums=\(1, 2, 3\)"):
+    with pytest.raises(BadInput, match=r"patch_nums=\[1, 2\], but .* patch_nums=\[1, 2, 3\]"):
         opened(cache, tokenizer, sources, "train", (1, 2, 3))
 
 
 def test_other_crops_and_images_are_refused(cache, tokenizer, sources):
     assert opened(cache, tokenizer, sources, "train", flip=True)
-    with pytest.raises(BadInput, match="crops made with flip=True, but this run has flip=False"):
+    with pytest.raises(BadInput, match="made with flip=true, but this run has flip=false"):
         opened(cache, tokenizer, sources, "train", flip=False)
-    with pytest.raises(BadInput, match="crops made with seed=5, but this run has seed=0"):
+    with pytest.raises(BadInput, match="made with seed=5, but this run has seed=0"):
         opened(cache, tokenizer, sources, "train", flip=True, seed=0)
-    with pytest.raises(BadInput, match=r"the manifest of .* lacks resize"):
+    with pytest.raises(BadInput, match=r"made with resize=null, but this run has resize=1\.0"):
         opened(cache, tokenizer, sources, "train", resize=1.0)
     train = sources["train"]
     for change, sentence in (
-        ({"images": 255 - train.images}, "tokens of other train images"),
-        ({"labels": 2 - train.labels}, "tokens of other train images"),
-        ({"labels": train.labels[:-1]}, r"tokens of 18 train images, but data\.source has 17"),
+        ({"images": 255 - train.images}, "made with checksum_of_train_images="),
+        ({"labels": 2 - train.labels}, "made with checksum_of_train_images="),
+        (
+            {"labels": train.labels[:-1]},
+            "train_images=18, but this run has train_images=17",
+        ),
         ({"class_names": ("a", "b", "d")}, "different classes"),
     ):
         other = {"train": dataclasses.replace(train, **change)}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -34,33 +34,19 @@ class Source(Protocol):
         ...
 
 
-class EncodedImages(Protocol):
-    """Random access to (encoded image, label, its name in warnings)."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[bytes, int, str]: ...
-
-
 @dataclasses.dataclass(frozen=True)
-class Subset:
-    """The images of a set at some indices."""
+class EncodedImages:
+    """Random access to `count` image files; `read` gives (bytes, label, name in warnings)."""
 
-    images: EncodedImages
-    indices: Int[np.ndarray, " n"]
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.images.class_names
+    count: int
+    read: Callable[[int], tuple[bytes, int, str]]
+    class_names: tuple[str, ...]
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return self.count
 
     def __getitem__(self, index: int) -> tuple[bytes, int, str]:
-        return self.images[int(self.indices[index])]
+        return self.read(index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +80,7 @@ class ImageSource:
         name = ""
         for i in range(index, index + MOST_UNREADABLE):
             try:
-                data, label, name = self.encoded[i % len(self)]
+                data, label, name = self.encoded.read(i % len(self))
                 image = decode(data, round(self.resize * self.size))
             except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
                 name = str(error.filename)
