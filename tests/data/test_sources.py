@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from var_jax import BadInput, prepare
@@ -108,13 +109,13 @@ def test_prepared_set_is_the_tree(tree, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("var_jax.data.sources.packed.write_shard", dies_after_two)
     with pytest.raises(KeyboardInterrupt):
-        pack(splits, tmp_path / "out")
+        pack(splits, epath.Path(tmp_path) / "out")
     with pytest.raises(BadInput, match="out is unfinished"):
         open_source(str(tmp_path / "out"), "train", 16)
     with pytest.raises(BadInput, match="begun with counts="):
-        pack({split: splits["validation"] for split in splits}, tmp_path / "out")
+        pack({split: splits["validation"] for split in splits}, epath.Path(tmp_path) / "out")
     monkeypatch.setattr("var_jax.data.sources.packed.write_shard", write_shard)
-    pack(splits, tmp_path / "out")
+    pack(splits, epath.Path(tmp_path) / "out")
     shards = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert shards[0] == "manifest.json" and len(shards) == 1 + 4 + 2 and written[0] in shards
     prepare.main(SimpleNamespace(source=str(tree), out=str(tmp_path / "out")))  # nothing is left

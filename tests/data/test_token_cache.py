@@ -6,6 +6,7 @@ import tracemalloc
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 
 from var_jax import BadInput
@@ -59,7 +60,7 @@ HOW = dict(batch_size=8, copies=2, seed=5, flip=True)
 @pytest.fixture(scope="module")
 def cache(tokenizer, sources, mesh, tmp_path_factory):
     """A cache in shards of four images, written in two goes."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = epath.Path(tmp_path_factory.mktemp("cache"))
     patch = pytest.MonkeyPatch()
     patch.setattr("var_jax.data.token_cache.shard_size", lambda count: 4)
     written = []
@@ -118,7 +119,7 @@ def test_hosts_write_every_other_shard(cache, tokenizer, sources, mesh, tmp_path
     for host in (1, 0):
         monkeypatch.setattr(jax, "process_index", lambda host=host: host)
         with jax.set_mesh(mesh):
-            write_cache(tokenizer, sources, tmp_path / "shared", mesh=mesh, **HOW)
+            write_cache(tokenizer, sources, epath.Path(tmp_path) / "shared", mesh=mesh, **HOW)
         written.append({path.name for path in (tmp_path / "shared").glob("*.array_record*")})
     assert len(written[0]) == len(written[1]) // 2
     assert written[1] == {path.name for path in cache.glob("*.array_record*")}

@@ -3,7 +3,7 @@
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt8
@@ -17,6 +17,7 @@ MOST_UNREADABLE = 100  # in a row
 Item = dict[str, np.ndarray]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to items of `image`, uint8 (H,W,3), or `tokens`, int32 (L,), and `label`."""
 
