@@ -3,12 +3,14 @@
 import io
 import json
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
-from var_jax import BadInput
+from var_jax import BadInput, prepare
 from var_jax.data import records
 from var_jax.data.pipeline import batches, epoch
 from var_jax.data.sources import ArraySource, imagenet, open_encoded, open_source
@@ -93,7 +95,7 @@ def test_missing_and_empty_folders(tmp_path):
         open_source(str(tmp_path), "train", 16, 0.5)
 
 
-def test_prepared_set_is_the_tree(tree, tmp_path, monkeypatch):
+def test_prepared_set_is_the_tree(tree, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("var_jax.data.sources.packed.shard_size", lambda count: 4)
     splits = {split: open_encoded(str(tree), split) for split in ("train", "validation")}
     written = []
@@ -107,15 +109,17 @@ def test_prepared_set_is_the_tree(tree, tmp_path, monkeypatch):
 
     monkeypatch.setattr("var_jax.data.sources.packed.write_shard", dies_after_two)
     with pytest.raises(KeyboardInterrupt):
-        pack(splits, tmp_path / "out")
+        pack(splits, epath.Path(tmp_path) / "out")
     with pytest.raises(BadInput, match="out is unfinished"):
         open_source(str(tmp_path / "out"), "train", 16)
     with pytest.raises(BadInput, match="begun with counts="):
-        pack({split: splits["validation"] for split in splits}, tmp_path / "out")
+        pack({split: splits["validation"] for split in splits}, epath.Path(tmp_path) / "out")
     monkeypatch.setattr("var_jax.data.sources.packed.write_shard", write_shard)
-    pack(splits, tmp_path / "out")
+    pack(splits, epath.Path(tmp_path) / "out")
     shards = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert shards[0] == "manifest.json" and len(shards) == 1 + 4 + 2 and written[0] in shards
+    prepare.main(SimpleNamespace(source=str(tree), out=str(tmp_path / "out")))  # nothing is left
+    assert capsys.readouterr().out.startswith("15 train and 6 validation images of 3 classes")
     for split, source in splits.items():
         prepared = open_encoded(str(tmp_path / "out"), split)
         assert contents(prepared) == contents(source)

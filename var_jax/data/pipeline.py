@@ -98,8 +98,16 @@ def _padded(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    parts = _Padded(read, rows, batch_size // process_count, process_count)
-    dataset = grain.MapDataset.source(parts)[process_index::process_count]
+    size = batch_size // process_count
+
+    def batch(index: int) -> Batch:
+        own = rows[index * size : (index + 1) * size]
+        items = [read(row) for row in own or rows[-1:]]
+        items += items[-1:] * (size - len(items))
+        return _stack(items) | {"mask": np.arange(size) < len(own)}
+
+    count = -(-len(rows) // batch_size) * process_count
+    dataset = grain.MapDataset.range(count).map(batch)[process_index::process_count]
     return iter(dataset.to_iter_dataset(_threads()))
 
 
@@ -107,22 +115,6 @@ def _threads() -> grain.ReadOptions:
     # One thread makes one batch, so as many batches wait in memory as there are threads.
     threads = min(16, os.cpu_count() or 1)
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-
-
-class _Padded:
-    """Random access to the batches of a finite sequence of rows; a multiple of `times` batches."""
-
-    def __init__(self, read: Callable[[int], Batch], rows: range, size: int, times: int):
-        self._read, self._rows, self._size, self._times = read, rows, size, times
-
-    def __len__(self) -> int:
-        return -(-len(self._rows) // (self._size * self._times)) * self._times
-
-    def __getitem__(self, index: int) -> Batch:
-        rows = self._rows[index * self._size : (index + 1) * self._size]
-        items = [self._read(row) for row in rows or self._rows[-1:]]
-        items += items[-1:] * (self._size - len(items))
-        return _stack(items) | {"mask": np.arange(self._size) < len(rows)}
 
 
 class _Workers(grain.DatasetIterator):

@@ -140,8 +140,8 @@ def begin(folder: epath.Path, manifest: dict[str, Any]) -> None:
             for key in wanted:
                 if found.get(key) != wanted[key]:
                     raise BadInput(
-                        f"{folder} was begun with {key}={_short(found.get(key))}, not"
-                        f" {_short(wanted[key])}; name another folder or remove it."
+                        f"{folder} was begun with {key}={short(found.get(key))}, not"
+                        f" {short(wanted[key])}; name another folder or remove it."
                     )
             return
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
@@ -195,6 +195,7 @@ def _write_json(path: epath.Path, value: dict[str, Any]) -> None:
     beside.replace(path)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value of a manifest as text of at most 61 characters."""
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:60] + "…"

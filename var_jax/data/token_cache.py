@@ -23,6 +23,7 @@ from var_jax.data.records import (
     finished,
     read_manifest,
     shard_size,
+    short,
     write_shard,
 )
 from var_jax.data.sources import ArraySource, ImageSource, Source
@@ -78,30 +79,25 @@ def open_tokens(
     Raises: BadInput if it is of another tokenizer, images or crops, unfinished or no cache.
     """
     manifest = read_manifest(epath.Path(folder), KIND)
-    if missing := {"tokenizer", "patch_nums", "pictures", "checksum", *settings} - manifest.keys():
-        names = ", ".join(sorted(missing))
-        raise BadInput(f"the manifest of {folder} lacks {names}; write the cache again.")
-    theirs = manifest["tokenizer"], tuple(manifest["patch_nums"])
-    if theirs != (fingerprint, patch_nums):
-        raise BadInput(
-            f"{folder} holds tokens of tokenizer {theirs[0]} with patch_nums={theirs[1]}, but this"
-            f" run has tokenizer {fingerprint} with patch_nums={patch_nums}."
-        )
-    for name, ours in settings.items():
-        if manifest[name] != ours:
+    found = manifest | {
+        f"{split}_images": manifest.get("pictures", {}).get(split),
+        f"checksum_of_{split}_images": manifest.get("checksum", {}).get(split),
+    }
+    wanted = {
+        "tokenizer": fingerprint,
+        "patch_nums": list(patch_nums),
+        **settings,
+        f"{split}_images": len(source),
+        f"checksum_of_{split}_images": checksum_of(source),
+    }
+    for name, ours in wanted.items():
+        if found.get(name) != ours:
             raise BadInput(
-                f"{folder} holds tokens of crops made with {name}={manifest[name]}, but this run"
-                f" has {name}={ours}."
+                f"{folder} holds tokens made with {name}={short(found.get(name))}, but this run has"
+                f" {name}={short(ours)}."
             )
-    if tuple(manifest["class_names"]) != source.class_names:
+    if manifest["class_names"] != list(source.class_names):
         raise BadInput(f"{folder} and data.source have different classes.")
-    if manifest["pictures"][split] != len(source):
-        raise BadInput(
-            f"{folder} holds tokens of {manifest['pictures'][split]} {split} images, but"
-            f" data.source has {len(source)}."
-        )
-    if manifest["checksum"][split] != checksum_of(source):
-        raise BadInput(f"{folder} holds tokens of other {split} images than those of data.source.")
     records = records_of(manifest, folder, split)
     records.check_complete()
     return TokenCache(records, manifest["copies"][split], tuple(manifest["class_names"]))
@@ -184,7 +180,7 @@ def records_of(manifest: Mapping[str, Any], folder: str, split: str) -> Records:
 def checksum_of(source: Source) -> str:
     """The checksum of a source's images as they are stored, whatever their size later."""
     if isinstance(source, ImageSource):
-        return checksum(len(source), source.encoded.__getitem__)
+        return checksum(len(source), source.encoded.read)
     assert isinstance(source, ArraySource)
     return checksum(len(source), lambda i: (source.images[i].tobytes(), source.labels[i]))
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt8
@@ -17,6 +17,7 @@ MOST_UNREADABLE = 100  # in a row
 Item = dict[str, np.ndarray]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to items of `image`, uint8 (H,W,3), or `tokens`, int32 (L,), and `label`."""
 
@@ -34,33 +35,19 @@ class Source(Protocol):
         ...
 
 
-class EncodedImages(Protocol):
-    """Random access to (encoded image, label, its name in warnings)."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[bytes, int, str]: ...
-
-
 @dataclasses.dataclass(frozen=True)
-class Subset:
-    """The images of a set at some indices."""
+class EncodedImages:
+    """Random access to `count` image files; `read` gives (bytes, label, name in warnings)."""
 
-    images: EncodedImages
-    indices: Int[np.ndarray, " n"]
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.images.class_names
+    count: int
+    read: Callable[[int], tuple[bytes, int, str]]
+    class_names: tuple[str, ...]
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return self.count
 
     def __getitem__(self, index: int) -> tuple[bytes, int, str]:
-        return self.images[int(self.indices[index])]
+        return self.read(index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +81,7 @@ class ImageSource:
         name = ""
         for i in range(index, index + MOST_UNREADABLE):
             try:
-                data, label, name = self.encoded[i % len(self)]
+                data, label, name = self.encoded.read(i % len(self))
                 image = decode(data, round(self.resize * self.size))
             except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
                 name = str(error.filename)

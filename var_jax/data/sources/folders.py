@@ -1,17 +1,15 @@
 """Trees of image files with one folder for each class, local or in a bucket."""
 
-import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int
 
 from var_jax import BadInput
 from var_jax.data.decoding import is_image
-from var_jax.data.sources.base import Subset, split_indices
+from var_jax.data.sources.base import EncodedImages, split_indices
 from var_jax.data.sources.imagenet import readable
 
 SUFFIXES = (
@@ -20,46 +18,30 @@ SUFFIXES = (
 FOLDERS = {"train": ("train",), "validation": ("validation", "valid", "val")}
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageFiles:
-    """Image files; `names` are relative to `folder`."""
-
-    folder: str
-    names: Sequence[str]
-    labels: Int[np.ndarray, " n"]
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[bytes, int, str]:
-        path = f"{self.folder}/{self.names[index]}"
-        data = epath.Path(path).read_bytes() if "://" in path else Path(path).read_bytes()
-        return data, int(self.labels[index]), path
-
-
-def open_folders(folder: epath.Path, split: str) -> ImageFiles | Subset:
+def open_folders(folder: epath.Path, split: str) -> EncodedImages:
     """A tree of train/CLASS/*.jpg and validation/CLASS/*.jpg, or of CLASS/*.jpg alone.
 
     Raises: BadInput if a class has no images, or the two splits have different classes.
     """
     train = _first_folder(folder, FOLDERS["train"])
     if train is None:
-        files = _class_files(folder, _folder_names(folder))
-        return Subset(files, split_indices(files.class_names, files.names, files.labels, split))
+        return _open_classes(folder, _folder_names(folder), hold_out=split)
     classes = _folder_names(train)
     if split == "train":
-        return _class_files(train, classes)
+        return _open_classes(train, classes)
     validation = _first_folder(folder, FOLDERS["validation"])
     if validation is None:
         raise BadInput(f"{folder} has train, but no validation or val folder beside it.")
     if extra := sorted(set(_folder_names(validation)) - set(classes)):
         raise BadInput(f"{validation} has a class {extra[0]!r} that {train} lacks.")
-    return _class_files(validation, classes)
+    return _open_classes(validation, classes)
 
 
-def _class_files(folder: epath.Path, classes: Sequence[str]) -> ImageFiles:
-    """The images in the folders of these classes. Raises: BadInput if a folder has none."""
+def _open_classes(folder: epath.Path, classes: Sequence[str], hold_out: str = "") -> EncodedImages:
+    """The images in the folders of these classes, all or those of one split.
+
+    Raises: BadInput if a folder has none.
+    """
     names, labels = [], []
     for label, name in enumerate(classes):
         if not (folder / name).exists():
@@ -74,7 +56,16 @@ def _class_files(folder: epath.Path, classes: Sequence[str]) -> ImageFiles:
         flat = any(n.lower().endswith(SUFFIXES) for n in _list(folder))
         what = "images, but no folders" if flat else "no images"
         raise BadInput(f"{folder} holds {what}; expected a folder of images for each class.")
-    return ImageFiles(str(folder), names, np.array(labels), readable(classes))
+    if hold_out:
+        chosen = split_indices(classes, names, np.array(labels), hold_out)
+        names, labels = [names[i] for i in chosen], [labels[i] for i in chosen]
+
+    def read(index: int) -> tuple[bytes, int, str]:
+        path = f"{folder}/{names[index]}"
+        data = epath.Path(path).read_bytes() if "://" in path else Path(path).read_bytes()
+        return data, labels[index], path
+
+    return EncodedImages(len(names), read, readable(classes))
 
 
 def _first_folder(folder: epath.Path, names: Iterable[str]) -> epath.Path | None:

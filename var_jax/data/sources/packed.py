@@ -3,7 +3,6 @@
 A record is "label name newline", then the image file as it was.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 
 from etils import epath
@@ -25,23 +24,7 @@ from var_jax.tools.logs import progress
 KIND = "encoded pictures"  # in manifests, those of older folders too
 
 
-@dataclasses.dataclass(frozen=True)
-class PackedImages:
-    """One split of what `pack` writes."""
-
-    records: Records
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> tuple[bytes, int, str]:
-        header, _, data = self.records[index].partition(b"\n")
-        label, _, name = header.decode().partition(" ")
-        return data, int(label), f"{self.records.folder}/{self.records.split}/{name}"
-
-
-def open_packed(folder: epath.Path, split: str) -> PackedImages:
+def open_packed(folder: epath.Path, split: str) -> EncodedImages:
     """One split of a folder that `pack` wrote.
 
     Raises: BadInput if it is unfinished, incomplete or something else.
@@ -49,7 +32,13 @@ def open_packed(folder: epath.Path, split: str) -> PackedImages:
     manifest = read_manifest(folder, KIND)
     records = Records(str(folder), split, manifest["counts"][split], manifest["shard_size"])
     records.check_complete()
-    return PackedImages(records, tuple(manifest["class_names"]))
+
+    def read(index: int) -> tuple[bytes, int, str]:
+        header, _, data = records[index].partition(b"\n")
+        label, _, name = header.decode().partition(" ")
+        return data, int(label), f"{folder}/{split}/{name}"
+
+    return EncodedImages(len(records), read, tuple(manifest["class_names"]))
 
 
 def pack(splits: Mapping[str, EncodedImages], out: epath.Path) -> None:
@@ -63,9 +52,7 @@ def pack(splits: Mapping[str, EncodedImages], out: epath.Path) -> None:
     manifest = {
         "kind": KIND,
         "counts": counts,
-        "checksum": {
-            split: checksum(len(images), images.__getitem__) for split, images in splits.items()
-        },
+        "checksum": {split: checksum(len(images), images.read) for split, images in splits.items()},
         "shard_size": shard_size(max(counts.values())),
         "class_names": list(splits["train"].class_names),
     }
@@ -86,7 +73,7 @@ def pack(splits: Mapping[str, EncodedImages], out: epath.Path) -> None:
 
 def _records(images: EncodedImages, rows: range, bar) -> Iterator[bytes]:
     for row in rows:
-        data, label, name = images[row]
+        data, label, name = images.read(row)
         name = "/".join(name.splitlines()[0].split("/")[-2:])  # class folder and file
         yield f"{label} {name}\n".encode() + data
         bar.update()

@@ -1,17 +1,15 @@
 """The tars of ILSVRC 2012 as image-net.org distributes them, read without unpacking."""
 
-import dataclasses
 import importlib.util
 import io
 import os
 import tarfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
 
 from var_jax import BadInput
+from var_jax.data.sources.base import EncodedImages
 from var_jax.data.sources.imagenet import readable
 from var_jax.tools.logs import progress
 
@@ -19,27 +17,7 @@ TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.t
 DEVKIT = "ILSVRC2012_devkit_t12"
 
 
-@dataclasses.dataclass(frozen=True)
-class TarImages:
-    """Images at byte ranges of one large local file."""
-
-    path: str
-    names: Sequence[str]
-    labels: Int[np.ndarray, " n"]
-    ranges: Int[np.ndarray, "n 2"]  # offset and length in bytes
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[bytes, int, str]:
-        offset, length = map(int, self.ranges[index])
-        with open(self.path, "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), length, offset)
-        return data, int(self.labels[index]), self.names[index]
-
-
-def open_tars(folder: Path, split: str) -> TarImages:
+def open_tars(folder: Path, split: str) -> EncodedImages:
     """One split; takes a minute to find the images.
 
     Raises: BadInput if a tar is missing or damaged.
@@ -61,7 +39,14 @@ def open_tars(folder: Path, split: str) -> TarImages:
         wnids = [name.split("_")[0] for name in names]
     classes, labels = np.unique(wnids, return_inverse=True)
     ranges = np.stack([offsets, lengths], axis=1)
-    return TarImages(str(path), names, labels, ranges, readable(map(str, classes)))
+
+    def read(index: int) -> tuple[bytes, int, str]:
+        offset, length = map(int, ranges[index])
+        with open(path, "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), length, offset)
+        return data, int(labels[index]), names[index]
+
+    return EncodedImages(len(names), read, readable(map(str, classes)))
 
 
 def validation_wnids(folder: Path, count: int) -> list[str]:

@@ -1,39 +1,18 @@
 """Sets that tensorflow-datasets prepared as array_record; nothing is downloaded."""
 
-import dataclasses
 import os
 import re
 from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int
 
 from var_jax import BadInput
+from var_jax.data.sources.base import EncodedImages
 from var_jax.data.sources.imagenet import WNID, readable
 
 
-@dataclasses.dataclass(frozen=True)
-class TfdsImages:
-    """One prepared split."""
-
-    source: Any
-    image: str  # names of the two features
-    label: str
-    order: Int[np.ndarray, " classes"]  # its label → ours
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[bytes, int, str]:
-        item = self.source[index]
-        name = item.get("file_name", f"record {index}")
-        name = name.decode() if isinstance(name, bytes) else str(name)
-        return item[self.image], int(self.order[item[self.label]]), name
-
-
-def open_tfds(name: str, split: str) -> TfdsImages:
+def open_tfds(name: str, split: str) -> EncodedImages:
     """One split of NAME[/CONFIG][:VERSION] in $TFDS_DATA_DIR or ~/tensorflow_datasets.
 
     Raises: BadInput if the package or the set is missing, or the set has no images and labels.
@@ -65,7 +44,14 @@ def open_tfds(name: str, split: str) -> TfdsImages:
     order = np.arange(len(names))
     if all(WNID.fullmatch(n) for n in names):  # some sets number ImageNet's classes differently
         names, order = sorted(names), np.argsort(np.argsort(names))
-    return TfdsImages(source, image, label, order, readable(names))
+
+    def read(index: int) -> tuple[bytes, int, str]:
+        item = source[index]
+        name = item.get("file_name", f"record {index}")
+        name = name.decode() if isinstance(name, bytes) else str(name)
+        return item[image], int(order[item[label]]), name
+
+    return EncodedImages(len(source), read, readable(names))
 
 
 def _prepared_folder(name: str) -> epath.Path:
