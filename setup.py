@@ -45,6 +45,7 @@ setup(
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11",
+        "safetensors>=0.8,<0.9",
         "scikit-learn>=1.5",
         "scipy>=1.14",
         "tensorboardX>=2.6.2,<2.7",

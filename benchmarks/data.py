@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from var_jax.data.decoding import crop, decode
-from var_jax.data.pipeline import drawn
-from var_jax.data.sources import Pictures
+from var_jax.data.pipeline import ordered
+from var_jax.data.sources import EncodedImages, ImageSource
 
 SIZE, RESIZE = 256, 1.125
 SHORT = round(SIZE * RESIZE)
@@ -109,27 +109,13 @@ def race(ways: dict, rounds: int) -> dict[str, float]:
     return {name: 1 / statistics.median(found) for name, found in times.items()}
 
 
-class Memory:
-    """So many pictures, from a few files."""
-
-    class_names = ("one",)
-
-    def __init__(self, files: list[bytes], count: int):
-        self.files, self.count = files, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> tuple[bytes, int, str]:
-        return self.files[index % len(self.files)], 0, str(index)
-
-
 def stream_rate(files: list[bytes], count: int = 1280) -> float:
     """Pictures per CPU second of all threads."""
-    source, rates = Pictures(Memory(files, count), SIZE, RESIZE), []
+    images = EncodedImages(count, lambda i: (files[i % len(files)], 0, str(i)), ("one",))
+    source, rates = ImageSource(images, SIZE, RESIZE), []
     for _ in range(3):
         started = time.process_time()
-        for _ in drawn(source, range(count), 64, seed=0):
+        for _ in ordered(source, range(count), 64, seed=0):
             pass
         rates.append(count / (time.process_time() - started))
     return statistics.median(rates)

@@ -57,7 +57,7 @@ def main() -> None:
             config.train_tokenizer, steps=steps, **change.get("train_tokenizer", {})
         )
         stage = tokenizer_stage(tokenizer, stage_config)
-        change_items = augment_items(train, flip=config.data.flip, shift=config.data.shift)
+        change_items = augment_items(flip=config.data.flip, shift=config.data.shift)
         stream = batches(
             train, batch_size=stage_config.batch_size, seed=config.seed, augment=change_items
         )

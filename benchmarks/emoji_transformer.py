@@ -18,17 +18,17 @@ import jax
 import numpy as np
 
 from configs.emoji import get_config
-from var_jax.checkpoints.export import Models, load_tokenizer
 from var_jax.config import Config, from_dict
+from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import batches
 from var_jax.data.sources import open_source
 from var_jax.evaluation.pixel_report import report
+from var_jax.models.load import Models, load_tokenizer
 from var_jax.sharding.mesh import make_mesh, put_batch
 from var_jax.train import check_tokenizer, draw
 from var_jax.training.autoregressive import transformer_stage
 from var_jax.training.loop import evaluate
 from var_jax.training.tokenizer import reconstruct
-from var_jax.training.tokens_ahead import tokenize_ahead
 
 TRAIN, MODEL = "train_transformer", "transformer"
 RATE = get_config().train_transformer.learning_rate
@@ -84,11 +84,8 @@ def row(name: str, config: Config, tokenizer, mesh) -> None:
     )
     how = config.train_transformer
     stage = transformer_stage(config.transformer, how)
-    codes = tokenize_ahead(
-        tokenizer, train, mesh=mesh, batch_size=32, copies=how.augmented_copies, seed=config.seed,
-        mistakes=how.mistakes, flip=config.data.flip, shift=config.data.shift,
-    )  # fmt: skip
-    stream = batches(codes, batch_size=how.batch_size, seed=config.seed)
+    augment = augment_items(flip=config.data.flip, shift=config.data.shift)
+    stream = batches(train, batch_size=how.batch_size, seed=config.seed, augment=augment)
     init_key, key = jax.random.split(jax.random.key(config.seed))
     step, frozen = jax.jit(stage.train_step, donate_argnums=0), {"tokenizer": tokenizer}
     state, losses, times = jax.jit(stage.init)(init_key), [], []

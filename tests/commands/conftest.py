@@ -6,9 +6,9 @@ import pytest
 from flax import nnx
 from tiny import get_config
 
-from var_jax.checkpoints.export import save_models
 from var_jax.config import Config, from_dict
 from var_jax.data.sources import open_source
+from var_jax.models.load import save_models
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.var import Transformer
 

@@ -83,7 +83,7 @@ def test_bad_input(untrained, picture, tmp_path):
     box, image, out = ("--box", "0,0,1,1"), ("--image", picture), tmp_path / "out"
     said = {
         ("--image", "nowhere.png", *box): "--image=nowhere.png cannot be read: No such file",
-        ("--image", __file__, *box): "cannot be read: no picture in a known format",
+        ("--image", __file__, *box): "cannot be read: no image in a known format",
         (*image, "--box", ".5,0,.5,1"): "--box=.5,0,.5,1; expected y0,x0,y1,x1 with 0 <= y0 < y1",
         (*image, "--box", "0,0,1"): "--box=0,0,1; expected",
         image: "say what to repaint: either --box or --mask",

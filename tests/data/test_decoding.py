@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from var_jax.data import decoding as pictures
+from var_jax.data import decoding
 from var_jax.data.decoding import Unreadable, crop, decode
 
 
 def scene(width=60, height=40):
-    """A smooth colour picture with a different colour in each corner."""
+    """A smooth colour image with a different colour in each corner."""
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return Image.fromarray(np.stack([x, y, 255 - x], axis=-1).astype(np.uint8))
 
@@ -56,7 +56,7 @@ def test_crop_is_a_part_of_the_whole_resized(size):
         assert {y for _, y in places} == set(range(corners[1] + 1))
 
 
-def test_crop_of_the_picture_itself_changes_nothing():
+def test_crop_of_the_image_itself_changes_nothing():
     image = noise(16, 16)
     assert (crop(image, 16, 1.0, np.random.default_rng(0)) == np.asarray(image)).all()
 
@@ -130,9 +130,9 @@ def test_large_jpegs_come_reduced_and_look_the_same():
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "no picture in a known format"),
-        (b"<html>404</html>", "no picture in a known format"),
-        (encoded(scene(), "EPS"), "no picture in a known format"),  # would start Ghostscript
+        (b"", "no image in a known format"),
+        (b"<html>404</html>", "no image in a known format"),
+        (encoded(scene(), "EPS"), "no image in a known format"),  # would start Ghostscript
         (encoded(noise(60, 40), "JPEG")[:900], "truncated"),
         (encoded(noise(60, 40), "PNG")[:-3000], "truncated"),
         (encoded(scene(), "JPEG")[:50], "(?i)truncated"),
@@ -147,7 +147,7 @@ def test_unreadable(data, reason):
 
 def test_bombs(monkeypatch):
     data = encoded(Image.new("RGB", (300, 200)), "PNG")
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 50_000)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 50_000)
     with pytest.raises(Unreadable, match="300 x 200 pixels are too many"):
         decode(data, 20)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)  # beyond twice that, Pillow refuses

@@ -1,13 +1,15 @@
 """The input pipeline on a source of numbered items, so that every row can be told apart."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from var_jax import BadInput
+from var_jax.data import pipeline
 from var_jax.data.augmentation import augment_items
-from var_jax.data.pipeline import batches, drawn, epoch
+from var_jax.data.pipeline import batches, epoch, ordered
 from var_jax.data.sources import Emoji
 
 
@@ -17,14 +19,18 @@ class Numbers:
     class_names = ("number",)
 
     def __init__(self, count: int):
-        self.count = count
+        self.count, self.read = count, []
 
     def __len__(self):
         return self.count
 
     def __getitem__(self, index):
         assert 0 <= index < self.count
+        self.read.append(index)
         return {"tokens": np.full(3, index, np.int32), "label": np.int32(index % 7)}
+
+    def train_item(self, index, epoch, rng):
+        return self[index]
 
 
 def add_noise(item, rng):
@@ -98,7 +104,7 @@ def test_augmented_emoji():
     source = Emoji("validation")
     plain, moved = (
         next(batches(source, batch_size=16, seed=0, augment=augment))
-        for augment in (None, augment_items(source, flip=True, shift=3))
+        for augment in (None, augment_items(flip=True, shift=3))
     )
     assert moved["image"].shape == (16, 32, 32, 3) and moved["image"].dtype == np.uint8
     assert (moved["label"] == plain["label"]).all()
@@ -135,6 +141,34 @@ def test_epoch_pads_the_last_batch():
     assert (valid == np.arange(10)).all()
 
 
+@pytest.mark.parametrize("count", [5, 10, 12, 13])
+def test_epoch_shares_batches_among_processes(count):
+    whole = list(epoch(Numbers(count), batch_size=6))
+    read = [[], [], []]
+
+    def share(process):
+        source = Numbers(count)
+        source.read = read[process]
+        return list(epoch(source, batch_size=6, process_index=process, process_count=3))
+
+    parts = [share(process) for process in range(3)]
+    assert [len(part) for part in parts] == [len(whole)] * 3
+    for want, *got in zip(whole, *parts, strict=True):
+        assert all((np.concatenate([part[key] for part in got]) == want[key]).all() for key in want)
+    for process in range(3):  # an entirely padded part reads the last item
+        own = {row for row in range(count) if row % 6 // 2 == process}
+        assert own <= set(read[process]) <= own | {count - 1}
+
+
+def test_one_thread_permutes_an_epoch():
+    pipeline._permutation.cache_clear()
+    source = Numbers(200_000)
+    stream = pipeline._Stream(source, 1, 0, None)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(stream.__getitem__, range(8)))
+    assert pipeline._permutation.cache_info().misses == 1
+
+
 @pytest.mark.slow
 def test_worker_processes_resume_anywhere():
     def start(**how):
@@ -154,11 +188,11 @@ def test_worker_processes_resume_anywhere():
     assert (next(one)["noise"] == next(threads)["noise"]).all()
 
 
-def test_drawn_is_what_training_sees():
+def test_ordered_is_what_training_sees():
     stream = take(batches(Numbers(10), batch_size=10, seed=1, augment=add_noise), 3, "noise")
     order = take(batches(Numbers(10), batch_size=10, seed=1), 3)[:, 0].reshape(3, 10)
     rows = range(7, 25)
-    found = list(drawn(Numbers(10), rows, 4, seed=1, augment=add_noise))
+    found = list(ordered(Numbers(10), rows, 4, seed=1, augment=add_noise))
     mask = np.concatenate([batch["mask"] for batch in found])
     assert mask.sum() == len(rows) and mask[: len(rows)].all()
     noise = np.concatenate([batch["noise"] for batch in found])[mask]

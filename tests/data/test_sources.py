@@ -1,25 +1,28 @@
-"""Pictures from disk: every kind of set, made small, read alike."""
+"""Images from disk: every kind of set, made small, read alike."""
 
 import io
 import json
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
-from var_jax import BadInput
-from var_jax.data import imagenet, records
-from var_jax.data.encoded import TARS, WNID, open_encoded, readable
+from var_jax import BadInput, prepare
+from var_jax.data import records
 from var_jax.data.pipeline import batches, epoch
-from var_jax.data.prepare import pack
-from var_jax.data.sources import Arrays, open_source
+from var_jax.data.sources import ArraySource, imagenet, open_encoded, open_source
+from var_jax.data.sources.imagenet import WNID, readable
+from var_jax.data.sources.packed import pack
+from var_jax.data.sources.tars import TARS
 
 COLOURS = {"n00000001": (200, 30, 30), "n00000002": (30, 200, 30), "n00000003": (30, 30, 200)}
 
 
 def jpeg(colour, shade):
-    """A plain picture whose colour tells its class and whose shade tells which one it is."""
+    """A plain image whose colour tells its class and whose shade tells which one it is."""
     file = io.BytesIO()
     Image.new("RGB", (40, 30), tuple(min(c + shade, 255) for c in colour)).save(file, "JPEG")
     return file.getvalue()
@@ -63,14 +66,14 @@ def test_tree_without_splits_holds_out_a_tenth(tmp_path):
     assert [label for label, _ in contents(validation)] == [0, 0, 1, 1, 2, 2]
     for path in list((tree / "n00000002").iterdir())[1:]:
         path.unlink()
-    with pytest.raises(BadInput, match="class 'n00000002' has 1 pictures; expected at least 2"):
+    with pytest.raises(BadInput, match="class 'n00000002' has 1 images; expected at least 2"):
         open_encoded(str(tree), "train")
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda t: next((t / "train/n00000002").iterdir()).unlink(), "n00000002 holds no pictures"),
+        (lambda t: next((t / "train/n00000002").iterdir()).unlink(), "n00000002 holds no images"),
         (lambda t: (t / "val/other").mkdir(), "val has a class 'other' that .*train lacks"),
         (lambda t: (t / "val").rename(t / "holdout"), "no validation or val folder"),
     ],
@@ -86,14 +89,14 @@ def test_bad_trees(tmp_path, change, sentence):
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(BadInput, match="no such folder"):
         open_source(str(tmp_path / "nothing"), "train", 16)
-    with pytest.raises(BadInput, match="holds no pictures"):
+    with pytest.raises(BadInput, match="holds no images"):
         open_source(str(tmp_path), "train", 16)
     with pytest.raises(BadInput, match=r"data.resize=0\.5 must be at least 1"):
         open_source(str(tmp_path), "train", 16, 0.5)
 
 
-def test_prepared_set_is_the_tree(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr("var_jax.data.prepare.shard_size", lambda count: 4)
+def test_prepared_set_is_the_tree(tree, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("var_jax.data.sources.packed.shard_size", lambda count: 4)
     splits = {split: open_encoded(str(tree), split) for split in ("train", "validation")}
     written = []
     write_shard = records.write_shard
@@ -104,17 +107,19 @@ def test_prepared_set_is_the_tree(tree, tmp_path, monkeypatch):
         written.append(path.name)
         write_shard(path, rows)
 
-    monkeypatch.setattr("var_jax.data.prepare.write_shard", dies_after_two)
+    monkeypatch.setattr("var_jax.data.sources.packed.write_shard", dies_after_two)
     with pytest.raises(KeyboardInterrupt):
-        pack(splits, tmp_path / "out")
+        pack(splits, epath.Path(tmp_path) / "out")
     with pytest.raises(BadInput, match="out is unfinished"):
         open_source(str(tmp_path / "out"), "train", 16)
     with pytest.raises(BadInput, match="begun with counts="):
-        pack({split: splits["validation"] for split in splits}, tmp_path / "out")
-    monkeypatch.setattr("var_jax.data.prepare.write_shard", write_shard)
-    pack(splits, tmp_path / "out")
+        pack({split: splits["validation"] for split in splits}, epath.Path(tmp_path) / "out")
+    monkeypatch.setattr("var_jax.data.sources.packed.write_shard", write_shard)
+    pack(splits, epath.Path(tmp_path) / "out")
     shards = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert shards[0] == "manifest.json" and len(shards) == 1 + 4 + 2 and written[0] in shards
+    prepare.main(SimpleNamespace(source=str(tree), out=str(tmp_path / "out")))  # nothing is left
+    assert capsys.readouterr().out.startswith("15 train and 6 validation images of 3 classes")
     for split, source in splits.items():
         prepared = open_encoded(str(tmp_path / "out"), split)
         assert contents(prepared) == contents(source)
@@ -132,7 +137,7 @@ def add(tar, name, data):
 
 
 def write_tars(folder, tree):
-    """Tars as image-net.org distributes them, with the pictures of `tree`, and a devkit."""
+    """Tars as image-net.org distributes them, with the images of `tree`, and a devkit."""
     from scipy.io import savemat
 
     with tarfile.open(folder / TARS["train"], "w") as outer:
@@ -191,7 +196,7 @@ def test_english_names_for_imagenet_only():
     assert readable(reversed(labels)) == tuple(reversed(labels))
 
 
-def test_bad_pictures_are_replaced_and_named(tmp_path, capfd):
+def test_bad_images_are_replaced_and_named(tmp_path, capfd):
     tree = write_tree(tmp_path, {"train": 3, "val": 1})
     broken = tree / "train/n00000001/n00000001_1.JPEG"
     broken.write_bytes(broken.read_bytes()[:300])
@@ -220,7 +225,7 @@ def test_bad_pictures_are_replaced_and_named(tmp_path, capfd):
 def test_random_crops_are_by_place_in_the_stream():
     y, x = np.mgrid[:240:8, :240:8].astype(np.uint8)
     images = np.stack([np.stack([y, x, x], axis=-1)] * 15)
-    source = Arrays(images, np.zeros(15, np.int32), ("one",), size=8, resize=2.0)
+    source = ArraySource(images, np.zeros(15, np.int32), ("one",), size=8, resize=2.0)
     first, again = (next(batches(source, batch_size=30, seed=3))["image"] for _ in range(2))
     assert (first == again).all()
     assert len({image.tobytes() for image in first}) > 20
@@ -242,7 +247,7 @@ def test_npz(tmp_path):
     for change, sentence in (
         ({"arr_0": images / 255}, "arr_0 is float64"),
         ({"labels": labels[:-1]}, r"labels is int64 of shape \(39,\)"),
-        ({"labels": labels * 2}, "class '1' has 0 pictures; expected at least 2"),
+        ({"labels": labels * 2}, "class '1' has 0 images; expected at least 2"),
         ({"class_names": np.array(["a"])}, "has label 1, but 1 class_names"),
     ):
         np.savez(path, **({"arr_0": images, "labels": labels} | change))

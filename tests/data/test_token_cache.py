@@ -1,21 +1,22 @@
 """The token cache on disk: what it holds, that it resumes, what it refuses, that losses agree."""
 
 import dataclasses
+import tracemalloc
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 
 from var_jax import BadInput
 from var_jax.config import StageConfig, TokenizerConfig, TransformerConfig
-from var_jax.data import records
-from var_jax.data import write_tokens as token_cache
+from var_jax.data import records, token_cache
 from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import batches
-from var_jax.data.sources import Arrays
-from var_jax.data.token_cache import open_tokens
-from var_jax.data.write_tokens import fingerprint, write_cache
+from var_jax.data.sources import ArraySource
+from var_jax.data.token_cache import open_tokens, write_cache
+from var_jax.data.write_tokens import fingerprint
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.sharding.mesh import make_mesh, put_batch
 from var_jax.training.autoregressive import transformer_stage
@@ -41,10 +42,10 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def sources():
-    """Pictures larger than the 8 pixels of the tokenizer, so that crops differ."""
+    """Images larger than the 8 pixels of the tokenizer, so that crops differ."""
     images = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), np.uint8)
     labels = np.arange(24, dtype=np.int32) % 3
-    make = lambda part: Arrays(images[part], labels[part], ("a", "b", "c"), size=8, resize=1.5)
+    make = lambda part: ArraySource(images[part], labels[part], ("a", "b", "c"), size=8, resize=1.5)
     return {"train": make(slice(18)), "validation": make(slice(18, None))}
 
 
@@ -58,8 +59,8 @@ HOW = dict(batch_size=8, copies=2, seed=5, flip=True)
 
 @pytest.fixture(scope="module")
 def cache(tokenizer, sources, mesh, tmp_path_factory):
-    """A cache in shards of four pictures, written in two goes."""
-    folder = tmp_path_factory.mktemp("cache")
+    """A cache in shards of four images, written in two goes."""
+    folder = epath.Path(tmp_path_factory.mktemp("cache"))
     patch = pytest.MonkeyPatch()
     patch.setattr("var_jax.data.token_cache.shard_size", lambda count: 4)
     written = []
@@ -95,9 +96,7 @@ def test_it_holds_what_training_sees(cache, tokenizer, sources, mesh):
     source = opened(cache, tokenizer, sources, "train")
     assert len(source) == 18 and source.class_names == ("a", "b", "c")
     assert source[0]["tokens"].shape == (5,) and source[0]["tokens"].dtype == np.int32
-    pixels = batches(
-        sources["train"], batch_size=12, seed=5, augment=augment_items(sources["train"], flip=True)
-    )
+    pixels = batches(sources["train"], batch_size=12, seed=5, augment=augment_items(flip=True))
     codes = batches(source, batch_size=12, seed=5)
     with jax.set_mesh(mesh):
         for _ in range(3):  # two epochs
@@ -106,7 +105,10 @@ def test_it_holds_what_training_sees(cache, tokenizer, sources, mesh):
             tokens = token_cache.encode(tokenizer, put_batch({"x": padded}, mesh)["x"])
             assert (np.asarray(tokens)[:12] == got["tokens"]).all()
             assert (want["label"] == got["label"]).all()
-    crops = [[source.draw(i, epoch)["tokens"].tolist() for i in range(18)] for epoch in range(3)]
+    crops = [
+        [source.train_item(i, epoch, None)["tokens"].tolist() for i in range(18)]
+        for epoch in range(3)
+    ]
     assert crops[0] == crops[2] and crops[0] != crops[1]
 
 
@@ -117,7 +119,7 @@ def test_hosts_write_every_other_shard(cache, tokenizer, sources, mesh, tmp_path
     for host in (1, 0):
         monkeypatch.setattr(jax, "process_index", lambda host=host: host)
         with jax.set_mesh(mesh):
-            write_cache(tokenizer, sources, tmp_path / "shared", mesh=mesh, **HOW)
+            write_cache(tokenizer, sources, epath.Path(tmp_path) / "shared", mesh=mesh, **HOW)
         written.append({path.name for path in (tmp_path / "shared").glob("*.array_record*")})
     assert len(written[0]) == len(written[1]) // 2
     assert written[1] == {path.name for path in cache.glob("*.array_record*")}
@@ -144,7 +146,7 @@ def test_training_from_it_gives_the_losses_of_pixels(cache, tokenizer, sources, 
             sources["train"],
             batch_size=8,
             seed=5,
-            augment=augment_items(sources["train"], flip=True),
+            augment=augment_items(flip=True),
         ),
         batches(source, batch_size=8, seed=5),
     )
@@ -168,23 +170,28 @@ def test_another_tokenizer_or_schedule_is_refused(cache, tokenizer, sources):
     other = make(1)
     ours, theirs = fingerprint(tokenizer), fingerprint(other)
     assert ours == fingerprint(make(0)) != theirs
-    with pytest.raises(BadInput, match=rf"codes of tokenizer {ours} .* has tokenizer {theirs}"):
+    with pytest.raises(BadInput, match=f'with tokenizer="{ours}", .* has tokenizer="{theirs}"'):
         opened(cache, other, sources, "train")
-    with pytest.raises(BadInput, match=r"patch_nums=\(1, 2\), but .* patch_nums=\(1, 2, 3\)"):
+    with pytest.raises(BadInput, match=r"patch_nums=\[1, 2\], but .* patch_nums=\[1, 2, 3\]"):
         opened(cache, tokenizer, sources, "train", (1, 2, 3))
 
 
-def test_other_crops_and_pictures_are_refused(cache, tokenizer, sources):
+def test_other_crops_and_images_are_refused(cache, tokenizer, sources):
     assert opened(cache, tokenizer, sources, "train", flip=True)
-    with pytest.raises(BadInput, match=r"crops made with flip=True, but data\.flip=False"):
+    with pytest.raises(BadInput, match="made with flip=true, but this run has flip=false"):
         opened(cache, tokenizer, sources, "train", flip=False)
-    with pytest.raises(BadInput, match=r"the manifest of .* lacks resize"):
+    with pytest.raises(BadInput, match="made with seed=5, but this run has seed=0"):
+        opened(cache, tokenizer, sources, "train", flip=True, seed=0)
+    with pytest.raises(BadInput, match=r"made with resize=null, but this run has resize=1\.0"):
         opened(cache, tokenizer, sources, "train", resize=1.0)
     train = sources["train"]
     for change, sentence in (
-        ({"images": 255 - train.images}, "codes of other train pictures"),
-        ({"labels": 2 - train.labels}, "codes of other train pictures"),
-        ({"labels": train.labels[:-1]}, r"codes of 18 train pictures, but data\.source has 17"),
+        ({"images": 255 - train.images}, "made with checksum_of_train_images="),
+        ({"labels": 2 - train.labels}, "made with checksum_of_train_images="),
+        (
+            {"labels": train.labels[:-1]},
+            "train_images=18, but this run has train_images=17",
+        ),
         ({"class_names": ("a", "b", "d")}, "different classes"),
     ):
         other = {"train": dataclasses.replace(train, **change)}
@@ -219,6 +226,14 @@ def test_missing_shards_and_other_folders(cache, tokenizer, sources, tmp_path):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(BadInput, match=r"manifest\.json is not JSON"):
         opened(tmp_path, tokenizer, sources, "train")
+
+
+def test_checksum_reads_only_the_images_it_needs():
+    images, labels = np.zeros((2000, 32, 32, 3), np.uint8), np.zeros(2000, np.int32)
+    tracemalloc.start()
+    token_cache.checksum_of(ArraySource(images, labels, ("a",), size=32))
+    assert tracemalloc.get_traced_memory()[1] < images.nbytes / 20
+    tracemalloc.stop()
 
 
 def test_too_many_codes():

@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 
 from var_jax.data.records import read_manifest
-from var_jax.data.token_cache import PACKED, TOKENS, records_of
+from var_jax.data.token_cache import KIND, RECORD, records_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ROOT / "tests" / "commands" / "tiny.py"
@@ -95,9 +95,9 @@ def test_hosts_share_the_work_of_a_token_cache(tmp_path):
 
 def codes(folder):
     """The records of a cache's training pictures: class and codes."""
-    manifest = read_manifest(epath.Path(folder), TOKENS)
+    manifest = read_manifest(epath.Path(folder), KIND)
     records = records_of(manifest, str(folder), "train")
-    return np.stack([np.frombuffer(records[i], PACKED) for i in range(len(records))])
+    return np.stack([np.frombuffer(records[i], RECORD) for i in range(len(records))])
 
 
 def agree(losses, others):

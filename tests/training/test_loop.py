@@ -34,7 +34,7 @@ def train(directory, config, until=None, signalled=None):
     """Runs the loop; while it looks at a step it ends, as by a full disk, or gets a Ctrl-C."""
     stage, metrics = stage_of(config), Metrics(directory)
     source = Emoji("train", 16)
-    stream = batches(source, batch_size=16, seed=0, augment=augment_items(source, shift=2))
+    stream = batches(source, batch_size=16, seed=0, augment=augment_items(shift=2))
 
     def look(step, state):
         if step == until:

@@ -1,4 +1,4 @@
-"""Build the embedded emoji set: 1,906 Noto pictures in the 9 groups of Unicode.
+"""Build the embedded emoji set: 1,906 Noto images in the 9 groups of Unicode.
 
     npm pack emoji-datasource-google@16.0.0
     python -m var_jax.assets.build_emoji emoji-datasource-google-16.0.0.tgz
@@ -10,10 +10,8 @@ Skin-tone variants are left out, near-duplicates are not: 24 clock faces, and ma
 of most jobs and gestures. Some of them lie on both sides of the validation split.
 """
 
-import argparse
 import io
 import json
-import os
 import sys
 import tarfile
 import zlib
@@ -22,53 +20,51 @@ from pathlib import Path
 from PIL import Image
 
 from var_jax import BadInput
+from var_jax.data.sources.emoji import CELL, COLUMNS
+from var_jax.tools.files import replacing
 
 EXPECTED = "emoji-datasource-google@16.0.0"
-CELL = 64  # side of one picture, pixels
-COLUMNS = 44  # 44² cells hold them all, in a nearly square sheet
 QUALITY = 90
 
 NOTICE = """\
 emoji.webp and emoji.json are built from the npm package emoji-datasource-google 16.0.0
 by `python -m var_jax.assets.build_emoji`.
 
-Pictures (emoji.webp): Noto Emoji, copyright Google LLC, licensed under the Apache License,
+Images (emoji.webp): Noto Emoji, copyright Google LLC, licensed under the Apache License,
 Version 2.0. You may obtain a copy of the license at https://www.apache.org/licenses/LICENSE-2.0
-Modified: 1,906 of the 64x64 pictures were composited on white, laid out as one sheet and
+Modified: 1,906 of the 64x64 images were composited on white, laid out as one sheet and
 compressed as lossy WebP.
 
 Names and classes (emoji.json): emoji-data by Cal Henderson, reduced to the short name, category
-and subcategory of each picture, under this license:
+and subcategory of each image, under this license:
 
 """
 
 
 def build(package: Path, out: Path) -> int:
-    """Write the three files to `out` and return the number of pictures.
+    """Write the three files to `out` and return the number of images.
 
     Raises: BadInput if `package` is not the tarball of emoji-datasource-google 16.0.0.
     """
     try:
         with tarfile.open(package) as tar:
-            entries, pictures, license_text = _read(tar)
+            entries, images, license_text = _read(tar)
     except (OSError, EOFError, zlib.error, tarfile.TarError, KeyError) as error:
         found = "is damaged or something else" if package.is_file() else "is not a file"
         raise BadInput(f"{package} {found}; expected the npm tarball of {EXPECTED}.") from error
     outputs = {
-        "emoji.webp": _sheet(pictures),
+        "emoji.webp": _sheet(images),
         "emoji.json": _index(entries).encode(),
         "emoji.NOTICE": (NOTICE + license_text).encode(),
     }
-    out.mkdir(parents=True, exist_ok=True)
     for name, content in outputs.items():
-        (out / f"{name}.part").write_bytes(content)
-    for name in outputs:
-        os.replace(out / f"{name}.part", out / name)
+        with replacing(out / name) as beside:
+            beside.write_bytes(content)
     return len(entries)
 
 
 def _read(tar: tarfile.TarFile) -> tuple[list[dict], list[Image.Image], str]:
-    """The entries in Unicode order, their pictures, and the license of the metadata."""
+    """The entries in Unicode order, their images, and the license of the metadata."""
     members = {member.name: member for member in tar.getmembers()}  # one pass over the gzip stream
 
     def content(path: str) -> bytes:
@@ -88,11 +84,11 @@ def _read(tar: tarfile.TarFile) -> tuple[list[dict], list[Image.Image], str]:
     ]
     # Tarballs are gzip streams: reading in stored order never seeks back.
     stored = sorted(entries, key=lambda e: members[_path(e)].offset)
-    pictures = {e["image"]: Image.open(io.BytesIO(content(_path(e)))) for e in stored}
+    images = {e["image"]: Image.open(io.BytesIO(content(_path(e)))) for e in stored}
     entries.sort(key=lambda entry: entry["sort_order"])
     return (
         entries,
-        [pictures[entry["image"]] for entry in entries],
+        [images[entry["image"]] for entry in entries],
         content("package/LICENSE").decode(),
     )
 
@@ -101,13 +97,13 @@ def _path(entry: dict) -> str:
     return f"package/img/google/64/{entry['image']}"
 
 
-def _sheet(pictures: list[Image.Image]) -> bytes:
-    """All pictures on white, `COLUMNS` to a row, as one WebP."""
-    rows = -(-len(pictures) // COLUMNS)
+def _sheet(images: list[Image.Image]) -> bytes:
+    """All images on white, `COLUMNS` to a row, as one WebP."""
+    rows = -(-len(images) // COLUMNS)
     sheet = Image.new("RGBA", (COLUMNS * CELL, rows * CELL), "white")
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         row, column = divmod(i, COLUMNS)
-        sheet.alpha_composite(picture.convert("RGBA"), (column * CELL, row * CELL))
+        sheet.alpha_composite(image.convert("RGBA"), (column * CELL, row * CELL))
     file = io.BytesIO()
     sheet.convert("RGB").save(file, "WEBP", quality=QUALITY, method=6)
     return file.getvalue()
@@ -127,21 +123,5 @@ def _index(entries: list[dict]) -> str:
     return json.dumps(index, separators=(",", ":")) + "\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("package", type=Path, metavar="PACKAGE.tgz")
-    parser.add_argument("--out", type=Path, metavar="DIR", default=Path(__file__).parent)
-    args = parser.parse_args()
-    try:
-        count = build(args.package, args.out)
-    except BadInput as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"{count} pictures in {args.out}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    print(f"{build(Path(sys.argv[1]), Path(__file__).parent)} images")

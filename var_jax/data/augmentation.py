@@ -1,4 +1,4 @@
-"""Random changes to one picture, in NumPy, cheap enough for the threads of the input pipeline."""
+"""Random augmentation of one image, in NumPy, cheap enough for the threads of the pipeline."""
 
 from collections.abc import Callable
 
@@ -6,9 +6,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from var_jax import BadInput
-from var_jax.data.sources import Source
-
-Item = dict[str, np.ndarray]
+from var_jax.data.sources.base import Item
 
 
 def augment(
@@ -18,9 +16,9 @@ def augment(
     flip: bool = False,
     shift: int = 0,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Mirror half of the time, move; what comes into view repeats the edge.
+    """Mirrors half of the time and translates by up to `shift` pixels either way on each axis.
 
-    `shift` is the most pixels either way on each axis.
+    What comes into view repeats the edge.
     """
     if flip and rng.random() < 0.5:
         image = image[:, ::-1]
@@ -30,27 +28,27 @@ def augment(
 
 
 def augment_items(
-    source: Source, *, flip: bool = False, shift: int = 0
+    *, flip: bool = False, shift: int = 0
 ) -> Callable[[Item, np.random.Generator], Item]:
     """`augment` with these options, as the function of a whole item that `batches` takes.
 
-    Classes that `source` names in `upright` (the emoji's symbols and flags) are never mirrored.
+    An item whose `flippable` is false is never mirrored; the key is removed.
 
     Raises: BadInput if `shift` is negative.
     """
     if shift < 0:
         raise BadInput(f"augmentation has shift={shift}; expected at least 0.")
-    upright = getattr(source, "upright", ())
 
     def change(item: Item, rng: np.random.Generator) -> Item:
-        may_flip = flip and int(item["label"]) not in upright
-        return item | {"image": augment(item["image"], rng, flip=may_flip, shift=shift)}
+        may_flip = flip and bool(item.get("flippable", True))
+        image = augment(item["image"], rng, flip=may_flip, shift=shift)
+        return {key: item[key] for key in item if key != "flippable"} | {"image": image}
 
     return change
 
 
 def _move(image: UInt8[np.ndarray, "H W 3"], shift: int, axis: int) -> UInt8[np.ndarray, "H W 3"]:
-    """Move along one axis by whole pixels."""
+    """The image translated along one axis; the edge is repeated."""
     if shift == 0:
         return image
     return image.take(np.arange(image.shape[axis]) - shift, axis, mode="clip")

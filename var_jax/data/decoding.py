@@ -1,4 +1,4 @@
-"""Encoded pictures of any format and size to square RGB crops, with Pillow.
+"""Encoded images of any format and size to square RGB crops, with Pillow.
 
 Pillow, because its antialiased Lanczos filter is the paper's and its decoder is as fast as any
 (benchmarks/data.py); it works on a thread without holding Python's lock.
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-MAX_PIXELS = 100_000_000  # a picture takes 4 bytes a pixel, on each thread of the pipeline
+MAX_PIXELS = 100_000_000  # an image takes 4 bytes a pixel, on each thread of the pipeline
 ORIENTATION = 0x0112  # the EXIF tag
 NAMED = 20  # warnings that name their file; then every hundredth does
 
@@ -24,7 +24,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Unreadable(Exception):
-    """A picture cannot be decoded; the message says why."""
+    """An image cannot be decoded; the message says why."""
 
 
 @functools.cache
@@ -35,8 +35,8 @@ def known_formats() -> tuple[str, ...]:
     return tuple(name for name in wanted if name in Image.OPEN)
 
 
-def is_picture(path: Path) -> bool:
-    """Whether a file begins like a picture that `decode` knows."""
+def is_image(path: Path) -> bool:
+    """Whether a file begins like an image that `decode` knows."""
     try:
         with Image.open(path, formats=known_formats()):
             return True
@@ -45,12 +45,12 @@ def is_picture(path: Path) -> bool:
 
 
 def decode(data: bytes, short: int) -> Image.Image:
-    """The first frame of an encoded picture, upright, RGB, transparency on white.
+    """The first frame of an encoded image, upright, RGB, transparency on white.
 
     A JPEG over four times as large as `short`, the shorter edge that will be made of it, comes
     reduced by a power of two, still at least twice that size: far cheaper, no visible difference.
 
-    Raises: Unreadable if it is damaged, truncated, too large or not a picture.
+    Raises: Unreadable if it is damaged, truncated, too large or not an image.
     """
     try:
         with Image.open(io.BytesIO(data), formats=known_formats()) as image:
@@ -65,7 +65,7 @@ def decode(data: bytes, short: int) -> Image.Image:
     except Unreadable:
         raise
     except UnidentifiedImageError as error:
-        raise Unreadable("no picture in a known format") from error
+        raise Unreadable("no image in a known format") from error
     except Exception as error:  # Each decoder has its own errors for damage.
         lines = str(error).splitlines()
         raise Unreadable(lines[0] if lines else type(error).__name__) from error
@@ -78,7 +78,7 @@ def crop(
     rng: np.random.Generator | None = None,
     resample: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """A square of the picture whose shorter edge is `resize` (at least 1) times `size`.
+    """A square of the image whose shorter edge is `resize` (at least 1) times `size`.
 
     At random with `rng`, else the centre. Only the square is resampled (VAR §4.1: Lanczos to
     1.125, then a random crop). Sizes round as torchvision's Resize and CenterCrop do.
@@ -115,7 +115,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 class Skipped:
-    """Names the pictures that could not be read on stderr, each once, and counts them."""
+    """Names the images that could not be read on stderr, each once, and counts them."""
 
     def __init__(self):
         self._names: set[str] = set()
@@ -125,7 +125,7 @@ class Skipped:
         return len(self._names)
 
     def add(self, name: str, reason: Unreadable) -> None:
-        """Warns about one picture; the next readable one takes its place."""
+        """Warns about one image, which the next readable one replaces."""
         with self._lock:
             if name in self._names:
                 return

@@ -6,6 +6,7 @@ Items are dicts of NumPy arrays with any keys; a batch stacks them key by key.
 import functools
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import grain
@@ -18,6 +19,7 @@ from var_jax.data.sources import Source
 
 Batch = dict[str, np.ndarray]
 Augment = Callable[[Batch, np.random.Generator], Batch]
+_PERMUTATION_LOCK = threading.Lock()
 
 
 def batches(
@@ -40,7 +42,7 @@ def batches(
     exactly, with another `process_count` or number of `workers` too.
 
     Threads make the batches: decoding leaves Python's lock to others, so they suffice for about
-    2,000 pictures a second. Beyond, `workers` processes with as many threads each do.
+    2,000 images a second. Beyond, `workers` processes with as many threads each do.
 
     Raises: BadInput if the source is empty or the sizes or the seed make no sense.
     """
@@ -52,18 +54,22 @@ def batches(
     return _Workers(dataset, workers) if workers else iter(dataset.to_iter_dataset(_threads()))
 
 
-def epoch(source: Source, batch_size: int) -> Iterator[Batch]:
-    """Every item once, in order; adds `mask`, bool (batch_size,), False where the last is padding.
+def epoch(
+    source: Source, batch_size: int, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """Every item once, in order; adds `mask`, bool (b,), False where an item is padding.
 
-    Padding repeats the last item, so that it is valid input for any model.
+    Batches are shared among processes as by `batches`: each reads its own rows only, and all get
+    the same number of batches. Padding repeats the last item, which is valid input for any model.
 
     Raises: BadInput if the sizes make no sense.
     """
-    _check(source, batch_size, 0, 0, 1)
-    return _padded(source.__getitem__, range(len(source)), batch_size)
+    _check(source, batch_size, 0, process_index, process_count)
+    rows = range(len(source))
+    return _padded(source.__getitem__, rows, batch_size, process_index, process_count)
 
 
-def drawn(
+def ordered(
     source: Source,
     rows: range,
     batch_size: int,
@@ -71,10 +77,10 @@ def drawn(
     seed: int | None = None,
     augment: Augment | None = None,
 ) -> Iterator[Batch]:
-    """Rows e·N + i of N items: item i as `batches` of this seed shows it in epoch e.
+    """Rows e·N + i of N items: item i as `batches` of this seed yields it in epoch e.
 
-    For writing down what training would see, a piece at a time. Without `seed` what evaluation
-    sees. `mask` as in `epoch`.
+    For storing what training would see, a part at a time. Without `seed` what evaluation sees.
+    `mask` as in `epoch`.
 
     Raises: BadInput if the sizes or the seed make no sense.
     """
@@ -85,9 +91,24 @@ def drawn(
     return _padded(stream.of_row, rows, batch_size)
 
 
-def _padded(item: Callable[[int], Batch], rows: range, batch_size: int) -> Iterator[Batch]:
-    batches = grain.MapDataset.source(_Padded(item, rows, batch_size))
-    return iter(batches.to_iter_dataset(_threads()))
+def _padded(
+    read: Callable[[int], Batch],
+    rows: range,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    size = batch_size // process_count
+
+    def batch(index: int) -> Batch:
+        own = rows[index * size : (index + 1) * size]
+        items = [read(row) for row in own or rows[-1:]]
+        items += items[-1:] * (size - len(items))
+        return _stack(items) | {"mask": np.arange(size) < len(own)}
+
+    count = -(-len(rows) // batch_size) * process_count
+    dataset = grain.MapDataset.range(count).map(batch)[process_index::process_count]
+    return iter(dataset.to_iter_dataset(_threads()))
 
 
 def _threads() -> grain.ReadOptions:
@@ -96,26 +117,11 @@ def _threads() -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
 
 
-class _Padded:
-    """Random access to the batches of a finite sequence of rows."""
-
-    def __init__(self, item: Callable[[int], Batch], rows: range, size: int):
-        self._item, self._rows, self._size = item, rows, size
-
-    def __len__(self) -> int:
-        return -(-len(self._rows) // self._size)
-
-    def __getitem__(self, index: int) -> Batch:
-        places = np.arange(index * self._size, (index + 1) * self._size)
-        last = len(self._rows) - 1
-        items = [self._item(self._rows[int(i)]) for i in places.clip(max=last)]
-        return _stack(items) | {"mask": places <= last}
-
-
 class _Workers(grain.DatasetIterator):
     """Batches from worker processes; started anew by `set_state`.
 
-    Its state is that of threads, a number: grain's own is tied to the number of workers.
+    Its state is that of threads, a number: grain's own is tied to the number of workers, and
+    `grain.experimental.get_next_index` refuses several (0.2.18).
     """
 
     def __init__(self, dataset: grain.MapDataset, workers: int):
@@ -145,16 +151,11 @@ class _Stream:
     """Random access to the batches of an endless shuffled stream; grain adds threads and state.
 
     grain's own shuffle, repeat, random_map and batch cost 60 to 150 µs an item in Python, several
-    times what a small picture costs, because its shuffle is slow on sets of a few thousand.
+    times what a small image costs, because its shuffle is slow on sets of a few thousand.
     """
 
     def __init__(self, source: Source, size: int, seed: int, augment: Augment | None):
         self._source, self._size, self._seed, self._augment = source, size, seed, augment
-        self._start()
-
-    def _start(self) -> None:
-        self._order = functools.lru_cache(maxsize=4)(self._permutation)
-        self._places = functools.lru_cache(maxsize=4)(lambda e: np.argsort(self._permutation(e)))
 
     def __len__(self) -> int:
         return sys.maxsize // self._size
@@ -163,9 +164,10 @@ class _Stream:
         return _stack(self._items(range(index * self._size, (index + 1) * self._size)))
 
     def of_row(self, row: int) -> Batch:
-        """The item that `drawn` calls so."""
+        """The item that `ordered` has at this row."""
         epoch, index = divmod(row, len(self._source))
-        (item,) = self._items([row - index + int(self._places(epoch)[index])])
+        _, offsets = self._permutation(epoch)
+        (item,) = self._items([row - index + int(offsets[index])])
         return item
 
     def _items(self, positions: Sequence[int]) -> list[Batch]:
@@ -175,22 +177,26 @@ class _Stream:
 
     def _item(self, position: int, rng: np.random.Generator) -> Batch:
         epoch, offset = divmod(position, len(self._source))
-        index = int(self._order(epoch)[offset])
-        draw = getattr(self._source, "draw", None)
-        item = draw(index, epoch, rng) if draw else self._source[index]
+        order, _ = self._permutation(epoch)
+        item = self._source.train_item(int(order[offset]), epoch, rng)
         return self._augment(item, rng) if self._augment else item
 
-    def _permutation(self, epoch: int) -> Int64[np.ndarray, " n"]:
-        # Raw bits, because NumPy may change what `permutation` makes of them between versions.
-        bits = np.random.Philox(key=[self._seed, 0], counter=[0, 0, 0, epoch])
-        return np.argsort(bits.random_raw(len(self._source)), kind="stable")
+    def _permutation(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        with _PERMUTATION_LOCK:  # else all threads compute an epoch's permutation at its start
+            return _permutation(self._seed, len(self._source), epoch)
 
-    def __getstate__(self):  # for worker processes
-        return {k: v for k, v in vars(self).items() if k not in ("_order", "_places")}
 
-    def __setstate__(self, state):
-        vars(self).update(state)
-        self._start()
+@functools.lru_cache(maxsize=4)
+def _permutation(
+    seed: int, count: int, epoch: int
+) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+    """The order of the items in an epoch, and the inverse: where each item is in it."""
+    # Raw bits, because NumPy may change what `permutation` makes of them between versions.
+    bits = np.random.Philox(key=[seed, 0], counter=[0, 0, 0, epoch])
+    order = np.argsort(bits.random_raw(count), kind="stable")
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(count)
+    return order, inverse
 
 
 def _generators(seed: int, positions: Iterable[int]) -> Iterator[np.random.Generator]:

@@ -11,7 +11,7 @@ import os
 import secrets
 import tempfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -62,12 +62,16 @@ class Records:
         have = {path.name for path in epath.Path(self.folder).iterdir()}
         return [shard for shard in range(self.shards) if self.path(shard).name not in have]
 
+    def check_complete(self) -> None:
+        """Raises BadInput if a shard is not there."""
+        if missing := self.missing():
+            raise BadInput(f"{self.path(missing[0])} is missing: {self.folder} is incomplete.")
+
     @functools.cached_property
     def _source(self):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        if missing := self.missing():
-            raise BadInput(f"{self.path(missing[0])} is missing: {self.folder} is incomplete.")
+        self.check_complete()
         # With the ranges told, it need not open every file at the start.
         spans = [f"{self.path(i)}[0:{len(self.rows(i))}]" for i in range(self.shards)]
         return ArrayRecordDataSource(spans)
@@ -104,14 +108,17 @@ def write_shard(path: epath.Path, records: Iterable[bytes]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def checksum(pictures: Any) -> str:
-    """8 hex digits that tell a sequence of (bytes, label, ...) from others: of 64 spread evenly."""
+def checksum(count: int, read: Callable[[int], tuple]) -> str:
+    """8 hex digits that tell `count` images from others, of 64 that are spread evenly.
+
+    `read` maps an index to (bytes, label, ...).
+    """
     value = 0
-    for index in np.linspace(0, len(pictures) - 1, min(64, len(pictures))).astype(int):
+    for index in np.linspace(0, count - 1, min(64, count)).astype(int):
         try:
-            data, label, *_ = pictures[int(index)]
+            data, label, *_ = read(int(index))
         except OSError:
-            continue  # a picture that cannot be read
+            continue  # an image that cannot be read
         value = zlib.crc32(data + str(int(label)).encode(), value)
     return f"{value:08x}"
 
@@ -121,8 +128,11 @@ def finished(folder: epath.Path) -> bool:
     return (folder / MANIFEST).exists() and not (folder / UNFINISHED).exists()
 
 
-def claim(folder: epath.Path, manifest: dict[str, Any]) -> None:
-    """Makes `folder` this manifest's. Raises: BadInput if it holds something else."""
+def begin(folder: epath.Path, manifest: dict[str, Any]) -> None:
+    """Begins or continues `folder` with this manifest.
+
+    Raises: BadInput if it holds something else.
+    """
     wanted = json.loads(json.dumps(manifest))
     for name in (MANIFEST, UNFINISHED):
         if (folder / name).exists():
@@ -130,8 +140,8 @@ def claim(folder: epath.Path, manifest: dict[str, Any]) -> None:
             for key in wanted:
                 if found.get(key) != wanted[key]:
                     raise BadInput(
-                        f"{folder} was begun with {key}={_short(found.get(key))}, not"
-                        f" {_short(wanted[key])}; name another folder or remove it."
+                        f"{folder} was begun with {key}={short(found.get(key))}, not"
+                        f" {short(wanted[key])}; name another folder or remove it."
                     )
             return
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
@@ -185,6 +195,7 @@ def _write_json(path: epath.Path, value: dict[str, Any]) -> None:
     beside.replace(path)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value of a manifest as text of at most 61 characters."""
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:60] + "…"

@@ -1,47 +1,48 @@
-"""Codes computed ahead of training, so that the tokenizer runs once instead of every epoch."""
+"""Token caches: the frozen tokenizer's codes of what training sees, computed once for many epochs.
+
+A cache is a folder of array_record files, written by `var_jax.encode`. Record c·N + i holds the
+label and the tokens of image i as training sees it in epoch c.
+"""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Int32
 
 from var_jax import BadInput
-from var_jax.data.records import Records, checksum, read_manifest, shard_size
-from var_jax.data.sources import Arrays, Pictures, Source
+from var_jax.data.augmentation import augment_items
+from var_jax.data.pipeline import Batch, ordered
+from var_jax.data.records import (
+    Records,
+    begin,
+    checksum,
+    finish,
+    finished,
+    read_manifest,
+    shard_size,
+    short,
+    write_shard,
+)
+from var_jax.data.sources import ArraySource, ImageSource, Source
+from var_jax.data.sources.base import Item
+from var_jax.checkpoints.export import fingerprint
+from var_jax.models.tokenizer import Tokenizer, encode_images
+from var_jax.sharding.mesh import put_batch
+from var_jax.tools.logs import progress
 
-TOKENS = "a token cache"  # the kind of array_record folder
-PACKED = np.dtype("<u2")  # codes and classes below 65,536; array_record compresses the rest
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenSource:
-    """Items `tokens` and `laid`, int32 (L,), and `label`, int32 (); one a picture or copy.
-
-    The codes to predict, and those that finer scales are predicted from, mistakes included.
-    """
-
-    tokens: Int32[np.ndarray, "N L"]
-    laid: Int32[np.ndarray, "N L"]
-    labels: Int32[np.ndarray, " N"]
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        tokens, laid, label = (x[index] for x in (self.tokens, self.laid, self.labels))
-        return {"tokens": tokens, "laid": laid, "label": label}
+KIND = "a token cache"  # in manifests
+RECORD = np.dtype("<u2")  # label and tokens below 65,536; array_record compresses the rest
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenCache:
-    """What `var_jax.encode` writes: record c·N + i holds label and codes of picture i in epoch c.
+    """One split of a cache as a `Source` of `tokens`, int32 (L,), and `label`, int32 ().
 
-    So training sees in its first `copies` epochs what it would see from the pictures, then those
-    crops again in other orders. Items are as `TokenSource`'s, but for `laid`: nothing is wrong.
+    Training sees in its first `copies` epochs the crops it would see from the images, then those
+    again in other orders.
     """
 
     records: Records
@@ -51,45 +52,121 @@ class TokenCache:
     def __len__(self) -> int:
         return len(self.records) // self.copies
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return self.draw(index)
+    def __getitem__(self, index: int) -> Item:
+        return self._item(index)
 
-    def draw(
-        self, index: int, epoch: int = 0, rng: np.random.Generator | None = None
-    ) -> dict[str, np.ndarray]:
-        """The picture's codes as in this epoch; nothing is left to chance."""
-        record = self.records[epoch % self.copies * len(self) + index]
-        numbers = np.frombuffer(record, PACKED).astype(np.int32)
+    def train_item(self, index: int, epoch: int, rng: np.random.Generator) -> Item:
+        """The tokens of the image in this epoch; nothing is random."""
+        return self._item(epoch % self.copies * len(self) + index)
+
+    def _item(self, record: int) -> Item:
+        numbers = np.frombuffer(self.records[record], RECORD).astype(np.int32)
         return {"tokens": numbers[1:], "label": numbers[0]}
 
 
-def pack(tokens: Int32[np.ndarray, " L"], label: int) -> bytes:
-    """One record."""
-    return np.array([label, *tokens]).astype(PACKED).tobytes()
-
-
-def describe(
-    tokenizer: str,
+def open_tokens(
+    folder: str,
+    split: str,
+    fingerprint: str,
     patch_nums: tuple[int, ...],
-    sources: Mapping[str, Source],
-    copies: int,
-    **how: Any,
-) -> dict[str, Any]:
-    """The manifest of a cache: whose codes, of how many pictures, changed how.
+    source: Source,
+    **settings: Any,
+) -> TokenCache:
+    """A split of a token cache: of a tokenizer with this fingerprint and schedule, of `source`.
 
-    Validation is cached once, as evaluation sees it.
+    `settings` is what its manifest must say of the crops, such as flip=True and seed=0.
+
+    Raises: BadInput if it is of another tokenizer, images or crops, unfinished or no cache.
     """
-    pictures = {split: len(source) for split, source in sources.items()}
+    manifest = read_manifest(epath.Path(folder), KIND)
+    found = manifest | {
+        f"{split}_images": manifest.get("pictures", {}).get(split),
+        f"checksum_of_{split}_images": manifest.get("checksum", {}).get(split),
+    }
+    wanted = {
+        "tokenizer": fingerprint,
+        "patch_nums": list(patch_nums),
+        **settings,
+        f"{split}_images": len(source),
+        f"checksum_of_{split}_images": checksum_of(source),
+    }
+    for name, ours in wanted.items():
+        if found.get(name) != ours:
+            raise BadInput(
+                f"{folder} holds tokens made with {name}={short(found.get(name))}, but this run has"
+                f" {name}={short(ours)}."
+            )
+    if manifest["class_names"] != list(source.class_names):
+        raise BadInput(f"{folder} and data.source have different classes.")
+    records = records_of(manifest, folder, split)
+    records.check_complete()
+    return TokenCache(records, manifest["copies"][split], tuple(manifest["class_names"]))
+
+
+def write_cache(
+    tokenizer: Tokenizer,
+    sources: Mapping[str, Source],
+    out: epath.Path,
+    *,
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
+    copies: int = 1,
+    seed: int = 0,
+    about: Mapping[str, Any] | None = None,
+    **augmentation,
+) -> dict[str, Any]:
+    """Writes the cache that `config.data.tokens` trains from, and returns its manifest.
+
+    The "train" split holds what training with this `seed` and `augmentation` (as `augment_items`
+    takes it) sees in its first `copies` epochs, "validation" what evaluation sees. `about` joins
+    the manifest. `mesh` is of this process's devices: processes share the shards between them,
+    not the batches. Shards that are there already stay.
+
+    Raises: BadInput if `out` holds something else, or codes or classes are too many.
+    """
+    settings = {"seed": seed, **augmentation, **(about or {})}
+    manifest = make_manifest(tokenizer, sources, copies, **settings)
+    check_counts(tokenizer.config.vocab_size, len(manifest["class_names"]))
+    begin(out, manifest)
+    records = {split: records_of(manifest, str(out), split) for split in sources}
+    mine = [
+        (split, shard)
+        for split in sources
+        for shard in records[split].missing()
+        if shard % jax.process_count() == jax.process_index()
+    ]
+    if not mine and finished(out):
+        return manifest
+    with progress(sum(len(records[split].rows(i)) for split, i in mine), 0, "tokens") as bar:
+        for split, shard in mine:
+            training = {"seed": seed, "augment": augment_items(**augmentation)}
+            batches = ordered(
+                sources[split],
+                records[split].rows(shard),
+                batch_size,
+                **(training if split == "train" else {}),
+            )
+            write_shard(records[split].path(shard), _records(tokenizer, batches, mesh, bar))
+    if not any(part.missing() for part in records.values()):
+        finish(out, manifest)
+    return manifest
+
+
+def make_manifest(
+    tokenizer: Tokenizer, sources: Mapping[str, Source], copies: int, **settings: Any
+) -> dict[str, Any]:
+    """The manifest of a cache: its tokenizer, its images, and how they are cropped."""
+    counts = {split: len(source) for split, source in sources.items()}
     many = {split: copies if split == "train" else 1 for split in sources}
     return {
-        "kind": TOKENS,
-        "tokenizer": tokenizer,
-        "patch_nums": patch_nums,
-        **how,
-        "pictures": pictures,
+        "kind": KIND,
+        "tokenizer": fingerprint(tokenizer),
+        "patch_nums": tokenizer.config.patch_nums,
+        **settings,
+        "pictures": counts,
         "checksum": {split: checksum_of(source) for split, source in sources.items()},
         "copies": many,
-        "shard_size": shard_size(max(pictures[split] * many[split] for split in sources)),
+        "shard_size": shard_size(max(counts[split] * many[split] for split in sources)),
         "class_names": next(iter(sources.values())).class_names,
     }
 
@@ -101,56 +178,24 @@ def records_of(manifest: Mapping[str, Any], folder: str, split: str) -> Records:
 
 
 def checksum_of(source: Source) -> str:
-    """The checksum of a source's pictures as they are stored, whatever their size later."""
-    if isinstance(source, Pictures):
-        return checksum(source.encoded)
-    if isinstance(source, Arrays):
-        pairs = zip(source.images, source.labels, strict=True)
-        return checksum([(image.tobytes(), label) for image, label in pairs])
-    items = map(source.__getitem__, range(len(source)))
-    return checksum([(item["image"].tobytes(), item["label"]) for item in items])
+    """The checksum of a source's images as they are stored, whatever their size later."""
+    if isinstance(source, ImageSource):
+        return checksum(len(source), source.encoded.read)
+    assert isinstance(source, ArraySource)
+    return checksum(len(source), lambda i: (source.images[i].tobytes(), source.labels[i]))
 
 
-def open_tokens(
-    folder: str,
-    split: str,
-    fingerprint: str,
-    patch_nums: tuple[int, ...],
-    source: Source,
-    **how: Any,
-) -> TokenCache:
-    """A split of a token cache: of a tokenizer with this fingerprint and schedule, of `source`.
+def check_counts(codes: int, classes: int) -> None:
+    """Raises BadInput unless both fit in a record."""
+    most = np.iinfo(RECORD).max + 1
+    if max(codes, classes) > most:
+        raise BadInput(f"{codes} codes and {classes} classes; a token cache has room for {most}.")
 
-    `how` is what its manifest must say of the crops, such as flip=True.
 
-    Raises: BadInput if it is another's, of other pictures or crops, unfinished or no cache.
-    """
-    manifest = read_manifest(epath.Path(folder), TOKENS)
-    if missing := {"tokenizer", "patch_nums", "pictures", "checksum", *how} - manifest.keys():
-        names = ", ".join(sorted(missing))
-        raise BadInput(f"the manifest of {folder} lacks {names}; make the cache anew.")
-    theirs = manifest["tokenizer"], tuple(manifest["patch_nums"])
-    if theirs != (fingerprint, patch_nums):
-        raise BadInput(
-            f"{folder} holds codes of tokenizer {theirs[0]} with patch_nums={theirs[1]}, but this"
-            f" run has tokenizer {fingerprint} with patch_nums={patch_nums}."
-        )
-    for name, ours in how.items():
-        if manifest[name] != ours:
-            raise BadInput(
-                f"{folder} holds codes of crops made with {name}={manifest[name]}, but"
-                f" data.{name}={ours}."
-            )
-    if tuple(manifest["class_names"]) != source.class_names:
-        raise BadInput(f"{folder} and data.source have different classes.")
-    if manifest["pictures"][split] != len(source):
-        raise BadInput(
-            f"{folder} holds codes of {manifest['pictures'][split]} {split} pictures, but"
-            f" data.source has {len(source)}."
-        )
-    if manifest["checksum"][split] != checksum_of(source):
-        raise BadInput(f"{folder} holds codes of other {split} pictures than those of data.source.")
-    records = records_of(manifest, folder, split)
-    if missing := records.missing():
-        raise BadInput(f"{records.path(missing[0])} is missing: {folder} is incomplete.")
-    return TokenCache(records, manifest["copies"][split], tuple(manifest["class_names"]))
+def _records(tokenizer: Tokenizer, batches: Iterator[Batch], mesh, bar) -> Iterator[bytes]:
+    for batch in batches:
+        mask = batch.pop("mask")
+        tokens = np.asarray(encode_images(tokenizer, put_batch(batch, mesh)["image"]))
+        for row in np.flatnonzero(mask):
+            yield np.array([batch["label"][row], *tokens[row]]).astype(RECORD).tobytes()
+        bar.update(int(mask.sum()))

@@ -1,0 +1,67 @@
+"""Labelled images from the embedded emoji, .npz files, folders and tensorflow-datasets."""
+
+from pathlib import Path
+
+from etils import epath
+
+from var_jax import BadInput
+from var_jax.data.records import MANIFEST, UNFINISHED
+from var_jax.data.sources.base import SPLITS, ArraySource, EncodedImages, ImageSource, Source
+from var_jax.data.sources.emoji import Emoji
+from var_jax.data.sources.folders import open_folders
+from var_jax.data.sources.npz import open_npz
+from var_jax.data.sources.packed import open_packed
+from var_jax.data.sources.tars import TARS, open_tars
+from var_jax.data.sources.tfds import open_tfds
+
+__all__ = [
+    "SPLITS",
+    "ArraySource",
+    "Emoji",
+    "EncodedImages",
+    "ImageSource",
+    "Source",
+    "open_encoded",
+    "open_source",
+]
+
+
+def open_source(spec: str, split: str, size: int, resize: float = 1.125) -> Source:
+    """The source that `spec` names: "emoji", an .npz, a folder or "tfds:NAME".
+
+    Its images are squares of side `size`, cropped from a shorter edge of `resize` times that.
+
+    Raises: BadInput if there is no such source, split or size.
+    """
+    if split not in SPLITS:
+        raise BadInput(f"split is {split!r}; expected train or validation.")
+    if size < 1 or resize < 1:
+        raise BadInput(f"data.size={size} and data.resize={resize} must be at least 1.")
+    if spec == "emoji":
+        return Emoji(split, size)
+    if spec.endswith(".npz"):
+        return open_npz(spec, split, size, resize)
+    if not (spec.startswith("tfds:") or "/" in spec or epath.Path(spec).exists()):
+        raise BadInput(f"data source is {spec!r}; expected emoji, a folder, X.npz or tfds:NAME.")
+    return ImageSource(open_encoded(spec, split), size, resize)
+
+
+def open_encoded(spec: str, split: str) -> EncodedImages:
+    """The encoded images that `spec` names: "tfds:NAME", or a folder of one of the other formats.
+
+    Without a validation split every tenth image (tfds: twentieth) is held out.
+
+    Raises: BadInput if there is no such set or split, or it is empty.
+    """
+    if spec.startswith("tfds:"):
+        return open_tfds(spec.removeprefix("tfds:"), split)
+    folder = epath.Path(spec).expanduser()
+    if not folder.exists():
+        raise BadInput(f"data source {spec!r}: there is no such folder.")
+    if not folder.is_dir():
+        raise BadInput(f"data source {spec!r} is a file; expected a folder or an .npz.")
+    if (folder / MANIFEST).exists() or (folder / UNFINISHED).exists():
+        return open_packed(folder, split)
+    if any((folder / name).exists() for name in TARS.values()):
+        return open_tars(Path(folder), split)
+    return open_folders(folder, split)

@@ -1,0 +1,148 @@
+"""What the formats share: the protocols, square crops, and the rule for the held-out tenth."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Int, Int32, UInt8
+from PIL import Image
+
+from var_jax import BadInput
+from var_jax.data.decoding import Skipped, Unreadable, crop, decode
+
+SPLITS = ("train", "validation")
+MOST_UNREADABLE = 100  # in a row
+Item = dict[str, np.ndarray]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to items of `image`, uint8 (H,W,3), or `tokens`, int32 (L,), and `label`."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Item:
+        """The item as evaluation sees it."""
+        ...
+
+    def train_item(self, index: int, epoch: int, rng: np.random.Generator) -> Item:
+        """The item as training sees it in this epoch; `rng` is this item's own."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedImages:
+    """Random access to `count` image files; `read` gives (bytes, label, name in warnings)."""
+
+    count: int
+    read: Callable[[int], tuple[bytes, int, str]]
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[bytes, int, str]:
+        return self.read(index)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSource:
+    """Square crops of side `size` of encoded images: random for training, else the centre.
+
+    An image that cannot be read is replaced by the next readable one, the same on every host and
+    thread; a warning names it.
+    """
+
+    encoded: EncodedImages
+    size: int
+    resize: float
+    skipped: Skipped = dataclasses.field(default_factory=Skipped)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.encoded.class_names
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __getitem__(self, index: int) -> Item:
+        return self._item(index, None)
+
+    def train_item(self, index: int, epoch: int, rng: np.random.Generator) -> Item:
+        """A random crop, whatever the epoch."""
+        return self._item(index, rng)
+
+    def _item(self, index: int, rng: np.random.Generator | None) -> Item:
+        name = ""
+        for i in range(index, index + MOST_UNREADABLE):
+            try:
+                data, label, name = self.encoded.read(i % len(self))
+                image = decode(data, round(self.resize * self.size))
+            except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+                name = str(error.filename)
+                self.skipped.add(name, Unreadable(str(error.strerror)))
+            except Unreadable as reason:
+                self.skipped.add(name, reason)
+            else:
+                square = crop(image, self.size, self.resize, rng)
+                return {"image": square, "label": np.array(label, np.int32)}
+        raise BadInput(f"{MOST_UNREADABLE} images in a row cannot be read, the last is {name}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """Images in memory. Those that are not of side `size` are cropped as by `ImageSource`."""
+
+    images: UInt8[np.ndarray, "N H W 3"]
+    labels: Int32[np.ndarray, " N"]
+    class_names: tuple[str, ...]
+    size: int
+    resize: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Item:
+        return self._item(index, None)
+
+    def train_item(self, index: int, epoch: int, rng: np.random.Generator) -> Item:
+        """The image itself or a random crop, whatever the epoch."""
+        return self._item(index, rng)
+
+    def _item(self, index: int, rng: np.random.Generator | None) -> Item:
+        image = self.images[index]
+        if image.shape[:2] != (self.size, self.size):
+            image = crop(Image.fromarray(image), self.size, self.resize, rng)
+        return {"image": image, "label": self.labels[index]}
+
+
+def held_out_tenth(names: Sequence[str], labels: np.ndarray) -> Bool[np.ndarray, " n"]:
+    """True for every tenth image of each class, in the order of a hash of the names.
+
+    A hash instead of a generator: the split must never change with a version of NumPy.
+    """
+    order = sorted(range(len(names)), key=lambda i: (labels[i], zlib.crc32(names[i].encode())))
+    rank = np.arange(len(names)) - np.searchsorted(labels[order], labels[order])
+    held_out = np.zeros(len(names), bool)
+    held_out[order] = rank % 10 == 0
+    return held_out
+
+
+def split_indices(
+    class_names: Sequence[str], names: Sequence[str], labels: np.ndarray, split: str
+) -> Int[np.ndarray, " m"]:
+    """The images of a split, in a set that has no splits of its own.
+
+    Raises: BadInput if a class has no image to train on.
+    """
+    counts = np.bincount(labels, minlength=len(class_names))
+    if counts.min() < 2:
+        found = f"{class_names[int(counts.argmin())]!r} has {counts.min()} images"
+        raise BadInput(f"class {found}; expected at least 2, as a tenth is held out.")
+    held_out = held_out_tenth(names, labels)
+    return np.flatnonzero(held_out if split == "validation" else ~held_out)

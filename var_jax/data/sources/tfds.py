@@ -1,0 +1,76 @@
+"""Sets that tensorflow-datasets prepared as array_record; nothing is downloaded."""
+
+import os
+import re
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from var_jax import BadInput
+from var_jax.data.sources.base import EncodedImages
+from var_jax.data.sources.imagenet import WNID, readable
+
+
+def open_tfds(name: str, split: str) -> EncodedImages:
+    """One split of NAME[/CONFIG][:VERSION] in $TFDS_DATA_DIR or ~/tensorflow_datasets.
+
+    Raises: BadInput if the package or the set is missing, or the set has no images and labels.
+    """
+    try:
+        import tensorflow_datasets as tfds  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise BadInput(f"data source 'tfds:{name}' needs pip install -e '.[data]'.") from error
+    folder = _prepared_folder(name)
+    builder: Any = tfds.builder_from_directory(folder)
+    if builder.info.file_format.value != "array_record":
+        raise BadInput(
+            f"{folder} was prepared as {builder.info.file_format.value}, which only TensorFlow"
+            f" reads; expected array_record: {_prepare_command(name)}."
+        )
+    features, kinds = builder.info.features, (tfds.features.Image, tfds.features.ClassLabel)
+    found = [[n for n, f in features.items() if isinstance(f, kind)] for kind in kinds]
+    if not all(found):
+        raise BadInput(f"tfds:{name} has the features {', '.join(features)}: no image or no class.")
+    image, label = found[0][0], found[1][0]
+    known = builder.info.splits
+    parts = {"train": "train", "validation": next(filter(known.get, ("validation", "test")), "")}
+    if not parts["validation"]:
+        parts = {"train": "train[:95%]", "validation": "train[95%:]"}
+    source = builder.as_data_source(
+        split=parts[split], decoders={image: tfds.decode.SkipDecoding()}
+    )
+    names = features[label].names
+    order = np.arange(len(names))
+    if all(WNID.fullmatch(n) for n in names):  # some sets number ImageNet's classes differently
+        names, order = sorted(names), np.argsort(np.argsort(names))
+
+    def read(index: int) -> tuple[bytes, int, str]:
+        item = source[index]
+        name = item.get("file_name", f"record {index}")
+        name = name.decode() if isinstance(name, bytes) else str(name)
+        return item[image], int(order[item[label]]), name
+
+    return EncodedImages(len(source), read, readable(names))
+
+
+def _prepared_folder(name: str) -> epath.Path:
+    """Where the newest prepared version lies. Raises: BadInput if there is none, or many."""
+    root = epath.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    folder = root / name.replace(":", "/")
+    level = [folder]
+    for _ in range(3):  # NAME, NAME/VERSION or NAME/CONFIG/VERSION
+        prepared = [path for path in level if (path / "dataset_info.json").exists()]
+        if len({path.parent for path in prepared}) > 1:
+            choices = ", ".join(sorted(str(p.parent.relative_to(root)) for p in prepared))
+            raise BadInput(f"tfds:{name} is prepared in several configs, name one: {choices}.")
+        if prepared:
+            return max(prepared, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
+        level = [sub for path in level if path.is_dir() for sub in path.iterdir() if sub.is_dir()]
+    raise BadInput(
+        f"tfds:{name} is not prepared in {root}; prepare it with: {_prepare_command(name)}."
+    )
+
+
+def _prepare_command(name: str) -> str:
+    return f"tfds build {name} --file_format=array_record"
