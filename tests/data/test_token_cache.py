@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import nnx
+from var_jax.data.write_tokens import fingerprint
 
 from var_jax import BadInput
 from var_jax.config import StageConfig, TokenizerConfig, TransformerConfig
@@ -16,7 +17,6 @@ from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import batches
 from var_jax.data.sources import ArraySource
 from var_jax.data.token_cache import open_tokens, write_cache
-from var_jax.data.write_tokens import fingerprint
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.sharding.mesh import make_mesh, put_batch
 from var_jax.training.autoregressive import transformer_stage
