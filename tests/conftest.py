@@ -4,6 +4,7 @@ Programs compiled by any worker or subprocess of a run are kept for the others.
 """
 
 import atexit
+import functools
 import os
 import shutil
 import tempfile
@@ -17,8 +18,29 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import jax
 import jaxtyping
+import optax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("var_jax", "typechecker.check")
+
+
+def relaxed(f):
+    """`f` with jax's default promotion: the strict settings are for our code, not for optax's."""
+
+    @functools.wraps(f)
+    def run(*args, **kwargs):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return f(*args, **kwargs)
+
+    return run
+
+
+def relaxed_adam(*args, adam=optax.scale_by_adam, **kwargs):
+    """Adam's bias correction takes a float to the power of an integer."""
+    init, update = adam(*args, **kwargs)
+    return optax.GradientTransformation(init, relaxed(update))
+
+
+optax.scale_by_adam = relaxed_adam

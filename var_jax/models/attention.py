@@ -115,11 +115,11 @@ def prepare(
     """q and k as the softmax takes them; float32 in between."""
     q32 = q.astype(jnp.float32)
     if q_bias is not None:
-        q32 = q32 + q_bias
+        q32 = q32 + q_bias[None, None]
     if qk_norm:
         q32, k = unit(q32), unit(k.astype(jnp.float32)).astype(k.dtype)
     if scale is not None:
-        q32 = q32 * scale[:, None]
+        q32 = q32 * scale[None, None, :, None]
     return q32.astype(q.dtype), k
 
 
@@ -152,7 +152,7 @@ def dense(
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     logits = jnp.einsum("BHLN,BHSN->BHLS", q, k, preferred_element_type=jnp.float32)
     if mask is not None and not mask.all():
-        logits = jnp.where(mask, logits, -jnp.inf)
+        logits = jnp.where(mask[None, None], logits, -jnp.inf)
     weight = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("BHLS,BHSN->BHLN", weight, v).swapaxes(1, 2)
 

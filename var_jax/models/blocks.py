@@ -57,7 +57,7 @@ class Block(nnx.Module):
         if config.shared_adaln:
             self.ada_offset = draw((6, D), ada_std * D**-0.5)
         else:
-            self.ada, self.ada_bias = draw((D, 6, D), ada_std * std), zeros(6, D)
+            self.ada, self.ada_bias = draw((D, 6, D), ada_std[None] * std), zeros(6, D)
         self.qkv, self.q_bias, self.v_bias = draw((D, 3, H, N), std), zeros(H, N), zeros(H, N)
         if config.qk_norm:
             self.log_scale = nnx.Param(jnp.full((H,), math.log(4.0), jnp.float32))
@@ -72,7 +72,7 @@ class Block(nnx.Module):
         `cond` is the class embedding (B,D), or under shared AdaLN its projection (B,6,D).
         """
         if self.config.shared_adaln:
-            ada = cond + self.ada_offset[...]
+            ada = cond + self.ada_offset[...][None]
         else:
             ada = modulate(cond, self.ada, self.ada_bias, dtype)
         return [ada[:, i, None].astype(dtype) for i in range(6)]
@@ -103,7 +103,7 @@ class Block(nnx.Module):
         proj = merge_heads(self.proj[...].astype(mixed.dtype), axis=0)
         v_bias = merge_heads(reshard(self.v_bias[...].astype(proj.dtype), "tensor"))
         bias = self.proj_bias + einsum("F,FD->D", v_bias, gather_fsdp(proj))
-        return project(mixed, proj) + bias.astype(mixed.dtype)
+        return project(mixed, proj) + bias.astype(mixed.dtype)[None]
 
     def mlp_in(
         self,
@@ -120,8 +120,8 @@ class Block(nnx.Module):
 
     def mlp_out(self, h: Float[Array, "M F"]) -> Float[Array, "M D"]:
         """What the MLP adds to the residual stream."""
-        h = jax.nn.gelu(h + self.fc1_bias.astype(h.dtype))
-        return project(h, self.fc2[...].astype(h.dtype)) + self.fc2_bias.astype(h.dtype)
+        h = jax.nn.gelu(h + self.fc1_bias.astype(h.dtype)[None])
+        return project(h, self.fc2[...].astype(h.dtype)) + self.fc2_bias.astype(h.dtype)[None]
 
     def add(
         self, x: Float[Array, "B L D"], gate: Float[Array, "B #L D"], out: Float[Array, "M D"]
@@ -188,7 +188,7 @@ def drop_path(
     """Which residual branches an image keeps, scaled to keep the mean (stochastic depth)."""
     rate = jnp.linspace(0, config.drop_path, config.depth)[:, None, None, None, None]
     keep = jax.random.uniform(key, (config.depth, 2, batch, 1, 1)) >= rate
-    return reshard(keep / (1 - rate), None, None, BATCH)
+    return reshard(keep.astype(jnp.float32) / (1 - rate), None, None, BATCH)
 
 
 def modulate(
@@ -198,7 +198,7 @@ def modulate(
     D, *shape = w.shape
     matrix = reshape(w[...].astype(dtype), D, math.prod(shape))
     ada = project(jax.nn.silu(cond).astype(dtype), matrix).reshape(-1, *shape)
-    return ada.astype(jnp.float32) + bias[...]
+    return ada.astype(jnp.float32) + bias[...][None]
 
 
 def layer_norm(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:

@@ -68,7 +68,8 @@ class Quantizer(nnx.Module):
             return jnp.einsum("BpqC,VC->BpqV", z_BppC, codebook, precision=HIGHEST).argmax(-1)
         dot = jnp.einsum("BpqC,VC->BpqV", z_BppC, codebook, precision=HIGHEST)
         # ‖z‖² is the same for every code, so the order does not need it.
-        return (jnp.sum(codebook**2, axis=-1) - 2 * dot).argmin(-1).astype(jnp.int32)
+        squared = jnp.sum(codebook**2, axis=-1)[None, None, None]
+        return (squared - 2 * dot).argmin(-1).astype(jnp.int32)
 
     def contribution(self, k: int, code_BppC: Float[Array, "B p p C"]) -> Float[Array, "B h w C"]:
         """What scale k adds to the latent: phi_k(upsample(codes)), phi(h) = (1-r)·h + r·conv(h)."""
@@ -79,7 +80,7 @@ class Quantizer(nnx.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=HIGHEST,
         )  # fmt: skip
         ratio = self.config.phi_ratio
-        return (1 - ratio) * h + ratio * (conv + self.phi_bias[j])
+        return (1 - ratio) * h + ratio * (conv + self.phi_bias[j][None, None, None])
 
     def embed(self, idx_BL: Int32[Array, "B L"], k: int) -> Float[Array, "B p p C"]:
         """The code vectors of scale k, laid out as a square."""

@@ -138,14 +138,14 @@ class Transformer(nnx.Module):
 
     def embed_start(self, labels: Int32[Array, " B"]) -> Float[Array, "B 1 D"]:
         """The input of scale 1."""
-        x = self.embed_labels(labels)[:, None] + self.start[...] + self.position()[:1]
+        x = self.embed_labels(labels)[:, None] + (self.start[...] + self.position()[:1])[None]
         return x.astype(self.dtype)
 
     def embed_inputs(self, x_BMC: Float[Array, "B M C"], start: int = 1) -> Float[Array, "B M D"]:
         """The inputs of the tokens from position `start` on."""
-        x = project(flatten_tokens(x_BMC), self.word[...]) + self.word_bias[...]
+        x = project(flatten_tokens(x_BMC), self.word[...]) + self.word_bias[...][None]
         x = unflatten_tokens(x, x_BMC.shape[0])
-        return (x + self.position()[start : start + x_BMC.shape[1]]).astype(self.dtype)
+        return (x + self.position()[None, start : start + x_BMC.shape[1]]).astype(self.dtype)
 
     def block_cond(self, cond: Float[Array, "B D"]) -> Float[Array, "B ..."]:
         """What the blocks are conditioned on."""
@@ -159,5 +159,5 @@ class Transformer(nnx.Module):
         scale, shift = ada[:, 0, None], ada[:, 1, None]
         x = (layer_norm(x.astype(jnp.float32)) * (1 + scale) + shift).astype(self.dtype)
         head = self.head[...].astype(self.dtype)
-        logits = project(flatten_tokens(x), head, "tensor", jnp.float32) + self.head_bias[...]
+        logits = project(flatten_tokens(x), head, "tensor", jnp.float32) + self.head_bias[...][None]
         return unflatten_tokens(logits, x.shape[0])

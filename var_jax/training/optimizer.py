@@ -30,6 +30,7 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
         return jnp.where(done < HOLD, 1.0, final + (1 - final) * (1 - done) / (1 - HOLD))
 
     def schedule(step):
+        step = jnp.asarray(step, jnp.float32)
         warm = WARMUP_START + (1 - WARMUP_START) * step / max(config.warmup_steps, 1)
         done = (step - config.warmup_steps) / max(last - config.warmup_steps, 1)
         peak = config.learning_rate * config.batch_size / 256
@@ -41,7 +42,8 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 def weight_decay(config: TrainConfig) -> optax.Schedule:
     """Step → weight decay, along half a cosine."""
     start, final, last = config.weight_decay, config.final_weight_decay, max(config.steps - 1, 1)
-    return lambda step: final + (start - final) * (0.5 + 0.5 * jnp.cos(jnp.pi * step / last))
+    done = lambda step: jnp.asarray(step, jnp.float32) / last
+    return lambda step: final + (start - final) * (0.5 + 0.5 * jnp.cos(jnp.pi * done(step)))
 
 
 def decays(params: Any) -> Any:

@@ -47,7 +47,8 @@ def update_ema(learner: Learner, step: Int32[Array, ""], decay: float) -> Learne
     """The moving average after so many steps; warms up, to forget the start."""
     if learner.ema is None:
         return learner
-    now = jnp.minimum(decay, (1 + step) / (10 + step))
+    done = step.astype(jnp.float32)
+    now = jnp.minimum(decay, (1 + done) / (10 + done))
     return learner._replace(ema=optax.incremental_update(learner.params, learner.ema, 1 - now))
 
 
