@@ -105,8 +105,9 @@ def test_it_holds_what_training_sees(cache, tokenizer, sources, mesh):
             tokens = token_cache.encode(tokenizer, put_batch({"x": padded}, mesh)["x"])
             assert (np.asarray(tokens)[:12] == got["tokens"]).all()
             assert (want["label"] == got["label"]).all()
+    rng = np.random.default_rng(0)
     crops = [
-        [source.train_item(i, epoch, None)["tokens"].tolist() for i in range(18)]
+        [source.train_item(i, epoch, rng)["tokens"].tolist() for i in range(18)]
         for epoch in range(3)
     ]
     assert crops[0] == crops[2] and crops[0] != crops[1]
@@ -189,7 +190,7 @@ def test_other_crops_and_images_are_refused(cache, tokenizer, sources):
         ({"images": 255 - train.images}, "made with checksum_of_train_images="),
         ({"labels": 2 - train.labels}, "made with checksum_of_train_images="),
         (
-            {"labels": train.labels[:-1]},
+            {"images": train.images[:-1], "labels": train.labels[:-1]},
             "train_images=18, but this run has train_images=17",
         ),
         ({"class_names": ("a", "b", "d")}, "different classes"),
