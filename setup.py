@@ -1,22 +1,43 @@
 """Package metadata; tools are configured in pyproject.toml."""
 
+from pathlib import Path
+
 from setuptools import find_namespace_packages, setup
+
+TFDS = ["importlib_resources>=6", "tensorflow-datasets>=4.9.9"]
 
 setup(
     name="var_jax",
     version="0.1.0",
     description="VAR, image generation by next-scale prediction, in JAX",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    keywords=["VAR", "visual autoregressive", "image generation", "VQ-VAE", "JAX", "Flax", "TPU"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.11",
-    packages=find_namespace_packages(include=["var_jax", "var_jax.*"]),
+    packages=[*find_namespace_packages(include=["var_jax", "var_jax.*"]), "var_jax.configs"],
+    package_dir={"var_jax.configs": "configs"},
     package_data={"var_jax": ["assets/*", "assets/emoji/**/*"]},
-    # Above the highest version tried: what comes next may move what is used of it.
+    # jax and flax have no upper bound: a notebook's runtime brings its own, and replacing it breaks
+    # the notebook. The others have one where we use what the next minor version may move.
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8.1",
         "etils[epath]>=1.12",
-        "flax>=0.12.8,<0.13",
+        "flax>=0.12.8",
         "grain>=0.2.15,<0.3",
-        "jax>=0.10.2,<0.12",
+        "jax>=0.10.2",
         "jaxtyping>=0.3.2",
         "matplotlib>=3.9",
         "ml_collections>=1.1",
@@ -24,15 +45,26 @@ setup(
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11",
+        "safetensors>=0.8,<0.9",
         "scikit-learn>=1.5",
+        "scipy>=1.14",
         "tensorboardX>=2.6.2,<2.7",
         "tqdm>=4.66",
     ],
     extras_require={
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],  # drivers from version 580 on
         "tpu": ["jax[tpu]"],
-        "cuda": ["jax[cuda13]"],
-        "data": ["importlib_resources>=6", "tensorflow-datasets>=4.9.9"],  # for tfds:NAME
+        "data": TFDS,  # for tfds:NAME
         "gcs": ["etils[epath-gcs]"],  # for gs:// folders
-        "test": ["chex>=0.1.90", "pytest>=8", "ruff>=0.9", "pyright[nodejs]>=1.1.400"],
+        "test": [  # [tpu] too for the tests of aot; libtpu is noisy where there is no TPU
+            "beartype>=0.19",
+            "chex>=0.1.90",
+            "pyright[nodejs]>=1.1.400",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            *TFDS,
+        ],
     },
 )

@@ -18,12 +18,12 @@ import jax
 import numpy as np
 
 from configs.emoji import get_config
-from var_jax.checkpoints.export import Models, load_tokenizer
 from var_jax.config import Config, from_dict
 from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import batches
 from var_jax.data.sources import open_source
 from var_jax.evaluation.pixel_report import report
+from var_jax.models.load import Models, load_tokenizer
 from var_jax.sharding.mesh import make_mesh, put_batch
 from var_jax.train import check_tokenizer, draw
 from var_jax.training.autoregressive import transformer_stage

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from var_jax.checkpoints.export import slim
 from var_jax.config import TokenizerConfig, TransformerConfig
+from var_jax.models.load import slim
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.var import Transformer
 from var_jax.sampling.autoregressive import image_keys, sample

@@ -1,6 +1,17 @@
-"""VAR, image generation by next-scale prediction (arXiv 2404.02905), in JAX."""
+"""VAR, image generation by next-scale prediction (arXiv 2404.02905), in JAX.
+
+    import var_jax
+    model = var_jax.load("emoji")
+    model.sample(["Flags", "Animals & Nature"], seed=0)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from var_jax.api import Images, Model, load
 
 __version__ = "0.1.0"
+__all__ = ["BadInput", "Images", "Model", "load"]
 
 
 class BadInput(ValueError):
@@ -9,3 +20,12 @@ class BadInput(ValueError):
     Commands print it to stderr and exit with code 2 (see `tools/cli.py`). It names the flag, field,
     file or tensor, what was found and what was expected.
     """
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the library where it is used, so that commands answer --help at once."""
+    if name in __all__:
+        from var_jax import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'var_jax' has no attribute {name!r}")

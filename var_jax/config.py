@@ -55,8 +55,7 @@ class TokenizerConfig:
     channel_mults: tuple[int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2
     norm_groups: int = 32
-    patch_size: int = 1  # pixels folded into channels ahead of the CNN; >1 is fast on CPU
-    skip: bool = False  # a linear patch codec beside the CNN; small nets then learn in minutes
+    patch_size: int = 1  # above 1: patches of pixels, with a linear map beside the CNN (patch_codec)
     num_phi: int = 4  # 0: one for each scale
     phi_ratio: float = 0.5
     codebook_znorm: bool = False  # nearest code by cosine instead of Euclidean distance
@@ -88,14 +87,18 @@ class TokenizerConfig:
         return self.patch_size * 2 ** (len(self.channel_mults) - 1)
 
     @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+        return self.patch_nums[-1] * self.downsample
+
+    @property
     def images_at_a_time(self) -> int:
         """On a device, beside the transformer: eight of 256 px keep it busy, and bound memory.
 
         24 in one part made XLA's TPU compiler tile the convolutions so badly that a step of d16
         took 15 times as long (benchmarks/aot.md).
         """
-        side = self.patch_nums[-1] * self.downsample
-        return max(1, 8 * 256 * 256 // side**2)
+        return max(1, 8 * 256 * 256 // self.image_size**2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +108,7 @@ class TransformerConfig:
     patch_nums: tuple[int, ...] = PATCH_NUMS_256
     vocab_size: int = 4096
     latent_dim: int = 32
-    num_classes: int = 1000
+    num_classes: int = 1000  # of an experiment, 0: as many as its data have
     depth: int = 16
     width: int = 1024
     num_heads: int = 16
@@ -121,7 +124,7 @@ class TransformerConfig:
     def __post_init__(self):
         check_schedule(self.patch_nums)
         check_ranges(
-            self, vocab_size=SOME, latent_dim=SOME, num_classes=SOME, depth=SOME,
+            self, vocab_size=SOME, latent_dim=SOME, num_classes=ANY, depth=SOME,
             width=SOME, num_heads=SOME, mlp_ratio=ANY, drop_path=PART, gamma_std=ANY,
         )  # fmt: skip
         if self.width % self.num_heads:
@@ -155,72 +158,82 @@ class TransformerConfig:
         return num_tokens(self.patch_nums)
 
 
-# Of the learning rate: the share of the steps that it stays at its peak.
-SCHEDULES = {"lin": 0.15, "lin0": 0.05, "lin00": 0.0, "exp": 0.15, "cos": 0.0}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """How one of the two stages is optimized; the defaults are the transformer's (VAR §4.1)."""
+class TrainConfig:
+    """How a network is trained, whichever it is; the defaults are the transformer's (VAR §4.1)."""
 
     steps: int = 0
     batch_size: int = 768  # of all devices together
-    accumulate: int = 1  # transformer: parts a batch is taken in, one after another
     learning_rate: float = 1e-4  # for 256 images: scaled by batch_size / 256
-    optimizer: str = "adamw"  # transformer: or muon, for small models
-    schedule: str = "lin0"  # or cos, lin, lin00, lin0.3, exp: see training/optimizer.py
+    schedule: str = "lin0"  # or cos: see training/optimizer.py
     warmup_steps: int = 0
-    start_lr_ratio: float = 0.005  # where warm-up starts
     final_lr_ratio: float = 0.1
     weight_decay: float = 0.05
     final_weight_decay: float = 0.05  # reached along half a cosine
     b1: float = 0.9
     b2: float = 0.95
     clip_norm: float = 2.0  # 0: gradients are not clipped
+    lr_scale: str = ""  # REGEX=FACTOR,...: a factor on the rate of weights by path; 0 freezes them
     ema_decay: float = 0.0  # of the averaged weights; 0: none are kept
-    augmented_copies: int = 0  # transformer: so many tokenized ahead; 0: in the step
-    mistakes: float = 0.0  # transformer: of codes tokenized ahead, the most that are wrong
-    label_dropout: float = 0.1  # transformer: how often the class is withheld, for guidance
-    label_smoothing: float = 0.0  # transformer
-    codebook_decay: float = 0.99  # tokenizer: codes as moving averages; 0: learned by gradient
-    restart_below: float = 0.03  # tokenizer: codes used less than so many times the mean start anew
     log_every: int = 50
     save_every: int = 1000
     keep_every: int = 0  # checkpoints that stay for good, besides the newest three
-    sample_every: int = 0  # save, and make pictures; 0: only at the end
+    eval_every: int = 0  # figures of the validation set; 0: only at the end
+    sample_every: int = 0  # images to look at; 0: only at the end
 
     def __post_init__(self):
         check_ranges(
             self, steps=ANY, batch_size=SOME, learning_rate=ANY, warmup_steps=ANY,
-            start_lr_ratio=ANY, final_lr_ratio=ANY, weight_decay=ANY, final_weight_decay=ANY,
-            b1=PART, b2=PART, clip_norm=ANY, ema_decay=PART, augmented_copies=ANY, mistakes=SHARE,
-            label_dropout=SHARE, label_smoothing=SHARE, codebook_decay=PART, restart_below=ANY,
-            log_every=SOME, save_every=SOME, keep_every=ANY, sample_every=ANY,
+            final_lr_ratio=ANY, weight_decay=ANY, final_weight_decay=ANY, b1=PART, b2=PART,
+            clip_norm=ANY, ema_decay=PART, log_every=SOME, save_every=SOME, keep_every=ANY,
+            eval_every=ANY, sample_every=ANY,
         )  # fmt: skip
-        if self.optimizer not in ("adamw", "muon"):
-            raise BadInput(f"optimizer={self.optimizer!r} is not one of adamw, muon.")
-        if self.schedule not in SCHEDULES and not re.fullmatch(r"lin0\.\d+", self.schedule):
-            raise BadInput(
-                f"schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)} or lin0.N, like"
-                " lin0.3."
-            )
+        if self.schedule not in ("lin0", "cos"):
+            raise BadInput(f"schedule={self.schedule!r} is not one of lin0, cos.")
+        parse_lr_scale(self.lr_scale)
+
+
+def parse_lr_scale(text: str) -> list[tuple[re.Pattern[str], float]]:
+    """`TrainConfig.lr_scale` as pairs, first match first. Raises: BadInput."""
+    pairs = []
+    for entry in filter(None, text.split(",")):
+        pattern, _, factor = entry.rpartition("=")
+        try:
+            pairs.append((re.compile(pattern), float(factor)))
+        except (re.error, ValueError):
+            pairs.append((re.compile(""), -1.0))
+        if not pattern or not 0 <= pairs[-1][1] < math.inf:
+            raise BadInput(f"lr_scale={text!r}; expected REGEX=FACTOR,... like 'blocks=0.1,head=1'.")
+    return pairs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainTokenizerConfig(TrainConfig):
+    """The first training; `steps` of 0 leave it out."""
+
+    codebook_decay: float = 0.99  # codes as moving averages; 0: learned by gradient
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, codebook_decay=PART)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainTransformerConfig(TrainConfig):
+    """The second training; `steps` of 0 leave it out."""
+
+    accumulate: int = 1  # parts a batch is taken in, one after another
+    label_dropout: float = 0.1  # how often the class is withheld, for guidance
+    label_smoothing: float = 0.0
+    token_noise: float = 0.0  # the largest share of input tokens that are replaced at random
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, label_dropout=SHARE, label_smoothing=SHARE, token_noise=SHARE)
         if self.accumulate < 1 or self.batch_size % self.accumulate:
             raise BadInput(
                 f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}."
             )
-        if self.mistakes and not (self.augmented_copies and self.batch_size > 1):
-            raise BadInput(
-                f"mistakes={self.mistakes} needs augmented_copies above 0, because they are made"
-                " in codes tokenized ahead, and batch_size above 1: they are another picture's."
-            )
-        if self.schedule == "exp" and self.final_lr_ratio <= 0:
-            raise BadInput(f"schedule='exp' needs final_lr_ratio={self.final_lr_ratio} above 0.")
-
-
-OF_TOKENIZER = ("codebook_decay", "restart_below")
-OF_TRANSFORMER = (
-    "accumulate", "optimizer", "augmented_copies", "mistakes", "label_dropout", "label_smoothing",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,7 +243,7 @@ class DataConfig:
     source: str = "emoji"  # or a folder, X.npz, tfds:NAME: see data/sources.py
     size: int = 256  # side of the square images in pixels
     resize: float = 1.125  # shorter edge ahead of the random crop, in sizes
-    flip: bool = False  # mirror half of the pictures (of the emoji no symbols and flags)
+    flip: bool = False  # mirror half of the images (of the emoji no symbols and flags)
     shift: int = 0  # random move by up to so many pixels
     workers: int = 0  # processes beside the threads that decode
     tokens: str = ""  # a token cache (var_jax.encode) that the transformer trains from
@@ -256,7 +269,7 @@ class SamplingConfig:
         """Raises BadInput if `top_p` is of another number of scales."""
         if len(self.top_p) not in (1, len(patch_nums)):
             raise BadInput(
-                f"top_p={self.listed} is of {len(self.top_p)} scales; expected one number, or one"
+                f"top_p={self.listed} has {len(self.top_p)} numbers; expected one, or one"
                 f" for each of patch_nums={patch_nums}."
             )
 
@@ -264,11 +277,6 @@ class SamplingConfig:
     def listed(self) -> str:
         """top_p as the flag takes it."""
         return ",".join(map(str, self.top_p))
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """For `sampling.decode.sample`, where no guidance is None: half of the work."""
-        return {"cfg": self.cfg or None, "top_k": self.top_k, "top_p": self.top_p}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -280,18 +288,24 @@ class MeshConfig:
     tensor: int = 1
 
 
+# What the two models must agree on is said once, in the tokenizer's section.
+SHARED = ("patch_nums", "vocab_size", "latent_dim")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One experiment: both models and both stages."""
+    """One experiment: both models and how they are trained."""
 
     tokenizer: TokenizerConfig = TokenizerConfig()
     transformer: TransformerConfig = TransformerConfig()
-    train_tokenizer: StageConfig = StageConfig()
-    train_transformer: StageConfig = StageConfig()
+    train_tokenizer: TrainTokenizerConfig = TrainTokenizerConfig()
+    train_transformer: TrainTransformerConfig = TrainTransformerConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     sampling: SamplingConfig = SamplingConfig()
     pretrained_tokenizer: str = ""  # a checkpoint whose tokenizer is taken; none is trained then
+    init_from: str = ""  # a checkpoint whose transformer the training starts from (fine-tuning)
+    report: str = ""  # MODULE:FUNCTION whose figures join summary.json at the end of a run
     seed: int = 0
     export_dtype: str = "float32"  # of the checkpoint that the run leaves; 16 bits halve it
 
@@ -307,26 +321,19 @@ class Config:
                 f"tokenizer.patch_nums ends in {last}, but images of data.size={self.data.size}"
                 f" reduced {self.tokenizer.downsample} times give latents of side {latent:g}."
             )
-        for field in ("patch_nums", "vocab_size", "latent_dim"):
-            ours, theirs = getattr(self.tokenizer, field), getattr(self.transformer, field)
-            if ours != theirs:
+        shared = {name: getattr(self.tokenizer, name) for name in SHARED}
+        for name, value in shared.items():
+            if getattr(self.transformer, name) not in (value, getattr(TransformerConfig, name)):
                 raise BadInput(
-                    f"tokenizer.{field}={ours} and transformer.{field}={theirs} must be the same."
+                    f"transformer.{name}={getattr(self.transformer, name)}, but the tokenizer's is"
+                    f" {value}; say it once, as tokenizer.{name}."
                 )
-        for stage, others in (("tokenizer", OF_TRANSFORMER), ("transformer", OF_TOKENIZER)):
-            config = getattr(self, f"train_{stage}")
-            for field in dataclasses.fields(config):
-                if field.name in others and getattr(config, field.name) != field.default:
-                    raise BadInput(
-                        f"train_{stage}.{field.name}={getattr(config, field.name)!r} means nothing"
-                        f" to the {stage}; leave it at {field.default!r}."
-                    )
-        for name in ("mistakes", "augmented_copies") if self.data.tokens else ():
-            if value := getattr(self.train_transformer, name):
-                raise BadInput(
-                    f"train_transformer.{name}={value} must be 0 with data.tokens: nothing else is"
-                    " tokenized then, and a token cache has no mistakes."
-                )
+        object.__setattr__(self, "transformer", dataclasses.replace(self.transformer, **shared))
+        if self.data.tokens and self.train_transformer.token_noise:
+            raise BadInput(
+                f"train_transformer.token_noise={self.train_transformer.token_noise} must be 0 with"
+                " data.tokens: finer scales make up for wrong tokens only where images are encoded."
+            )
         try:
             self.sampling.check(self.transformer.patch_nums)
         except BadInput as error:
@@ -335,7 +342,15 @@ class Config:
 
 def defaults() -> ConfigDict:
     """Every field of `Config` at its default, so that a flag can set also what a file does not."""
-    return ConfigDict(dataclasses.asdict(Config()))
+    return ConfigDict(settings(Config()))
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """The fields of an experiment as nested dicts, each said once."""
+    fields = dataclasses.asdict(config)
+    for name in SHARED:
+        del fields["transformer"][name]
+    return fields
 
 
 def from_dict(cls: type[T], section: Mapping[str, Any] | ConfigDict, name: str = "config") -> T:
@@ -356,14 +371,14 @@ def from_dict(cls: type[T], section: Mapping[str, Any] | ConfigDict, name: str =
         if dataclasses.is_dataclass(default):
             values[key] = from_dict(type(default), value, key)
         else:
-            values[key] = _checked(f"{name}.{key}", value, default)
+            values[key] = _coerce(f"{name}.{key}", value, default)
     try:
         return cls(**values)
     except BadInput as error:  # begins with the field
         raise BadInput(f"{name}.{error}") from None
 
 
-def _checked(name: str, value: Any, default: Any) -> Any:
+def _coerce(name: str, value: Any, default: Any) -> Any:
     """`value` as the type of `default`; an int may be a float, a list or one number a tuple."""
     if isinstance(default, tuple):
         values = value if isinstance(value, (list, tuple)) else (value,)

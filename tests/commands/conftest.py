@@ -1,10 +1,4 @@
-"""A checkpoint for commands that need one, but no good one; and many mistakes in one process."""
-
-import json
-import os
-import pathlib
-import subprocess
-import sys
+"""A checkpoint for commands that need one, but no good one."""
 
 import jax
 import numpy as np
@@ -12,9 +6,9 @@ import pytest
 from flax import nnx
 from tiny import get_config
 
-from var_jax.checkpoints.export import save_models
 from var_jax.config import Config, from_dict
 from var_jax.data.sources import open_source
+from var_jax.models.load import save_models
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.var import Transformer
 
@@ -33,24 +27,3 @@ def untrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("untrained") / "checkpoint"
     save_models(folder, models, names, config)
     return folder
-
-
-@pytest.fixture(scope="session")
-def complaints():
-    """complaints(command, [flags, ...]): what each run says on stderr; all must exit with 2."""
-
-    def run_all(command: str, runs: list[list]) -> list[str]:
-        several = pathlib.Path(__file__).with_name("several.py")
-        env = os.environ | {"PYTHONPATH": str(several.parents[2])}
-        argv = [
-            sys.executable,
-            several,
-            command,
-            json.dumps([[str(flag) for flag in run] for run in runs]),
-        ]
-        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=500)
-        lines = done.stderr.splitlines()
-        assert lines[1::2] == ["exit code 2"] * len(runs), done.stderr
-        return lines[::2]
-
-    return run_all

@@ -1,30 +1,34 @@
-"""`convert` and `encode` from outside, on the golden weights as PyTorch files."""
+"""`convert` and `encode`, on the golden weights as PyTorch files."""
 
+import contextlib
+import io
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from golden_cases import load, models, state_dict
+from running import run
 
-from var_jax.checkpoints.export import load_models
-from var_jax.checkpoints.torch.files import open_tensors, write_pth, write_safetensors
+from var_jax import convert as command
+from var_jax.checkpoints.torch.convert import open_tensors
 from var_jax.checkpoints.torch.names import buffers
+from var_jax.checkpoints.torch.pth import write_pth
+from var_jax.checkpoints.torch.safetensors import write_safetensors
+from var_jax.models.load import load_models
 from var_jax.models.tokenizer import Tokenizer, to_float
 from var_jax.sharding.mesh import make_mesh
+from var_jax.tools import cli
 
-ROOT = pathlib.Path(__file__).parents[2]
 
-
-def run(name, *flags):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    argv = [sys.executable, "-m", f"var_jax.{name}", *map(str, flags)]
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=500)
-    return done.returncode, done.stdout, done.stderr
+def convert(*flags):
+    """Exit code, stdout and stderr of `convert`, in this process."""
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
+        code = cli.call(command.main, command.define_flags, list(map(str, flags)))
+    return code, out.getvalue(), err.getvalue()
 
 
 def read(path):
@@ -54,9 +58,7 @@ def files(tmp_path_factory):
 def converted(files, tmp_path_factory):
     """Its checkpoint."""
     out = tmp_path_factory.mktemp("converted") / "base"
-    code, said, err = run(
-        "convert", "--tokenizer", files[0], "--transformer", files[1], "--out", out
-    )
+    code, said, err = convert("--tokenizer", files[0], "--transformer", files[1], "--out", out)
     assert code == 0, err
     assert "a transformer of 0.3 M float32 (depth 4, 10 classes)" in said
     return out
@@ -87,7 +89,7 @@ def test_the_commands_draw_the_releases_tokens(converted, tmp_path):
 
 
 def test_back_to_torch_is_bit_identical(converted, tmp_path):
-    code, said, err = run("convert", "--checkpoint", converted, "--to_torch", tmp_path)
+    code, said, err = convert("--checkpoint", converted, "--to_torch", tmp_path)
     assert code == 0, err
     assert "VAR(vae, num_classes=10, depth=4, embed_dim=64, num_heads=4" in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tokenizer.pth", "transformer.pth"]
@@ -108,11 +110,11 @@ def test_half_precision_and_a_tokenizer_alone(tmp_path):
     write_pth(tmp_path / "t.pth", half)
     out, back = tmp_path / "out", tmp_path / "back"
     flags = ("--tokenizer", tmp_path / "t.pth", "--patch_nums", "1,2,3,4", "--out", out)
-    code, said, err = run("convert", *flags)
+    code, said, err = convert(*flags)
     assert code == 0, err
     assert "float16 (64 px, 64 codes)" in said
     flags = ("--checkpoint", out, "--to_torch", back, "--format", "safetensors")
-    code, _, err = run("convert", *flags)
+    code, _, err = convert(*flags)
     assert code == 0, err
     same(read(back / "tokenizer.safetensors"), half)
     code, _, err = run("sample", "--checkpoint", out, "--num", 1, "--out", tmp_path / "s")
@@ -121,7 +123,7 @@ def test_half_precision_and_a_tokenizer_alone(tmp_path):
 
 
 def test_what_the_release_cannot_express(tmp_path):
-    code, said, err = run("convert", "--checkpoint", "emoji", "--to_torch", tmp_path)
+    code, said, err = convert("--checkpoint", "emoji", "--to_torch", tmp_path)
     assert code == 0
     assert "tokenizer.patch_size=8 has no counterpart in the PyTorch release" in err
     assert [path.name for path in tmp_path.iterdir()] == ["transformer.pth"]
@@ -149,7 +151,7 @@ def test_a_wrong_tensor(files, tmp_path):
 def test_wrong_flags(files, tmp_path, flags, sentence):
     given = dict(zip(("tokenizer", "transformer"), files, strict=True))
     flags = flags.replace(" x", f" {tmp_path / 'x'}").format(**given)
-    code, _, err = run("convert", *flags.split())
+    code, _, err = convert(*flags.split())
     assert (code, len(err.splitlines())) == (2, 1) and sentence in err
     assert not list(tmp_path.iterdir())
 

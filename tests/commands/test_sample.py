@@ -9,30 +9,31 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_commands import command, run, wait_for
+from running import complaint, run, start, wait_for
 
-from var_jax.checkpoints.export import load_models
 from var_jax.data.write_tokens import fingerprint
+from var_jax.models.load import load_models
 from var_jax.sharding.mesh import make_mesh
 from var_jax.tools.npz import load_npz, save_npz
 
 SCORER = "def brightness(images, labels):\n    return images.mean((1, 2, 3))\n"
 
 
-def sample(checkpoint, out, *flags, **kwargs):
-    code, _, err = run("sample", "--checkpoint", checkpoint, "--out", out, *flags, **kwargs)
+def sample(checkpoint, out, *flags):
+    code, _, err = run("sample", "--checkpoint", checkpoint, "--out", out, *flags)
     assert code == 0, err
     return load_npz(out / "samples.npz")
 
 
 @pytest.mark.slow
-def test_rejection_keeps_the_best_of_what_would_be_drawn(untrained, tmp_path):
-    (tmp_path / "judge.py").write_text(SCORER)
+def test_rejection_keeps_the_best_of_what_would_be_drawn(untrained, tmp_path, monkeypatch):
+    (tmp_path / "scorers.py").write_text(SCORER)
+    monkeypatch.syspath_prepend(tmp_path)
     shared = ("--batch_size", 4, "--show_scales")
     every = sample(untrained, tmp_path / "all", "--labels", "7:3,flags:2,7:3,flags:2", *shared)
     assert every["labels"].tolist() == [7, 7, 7, 8, 8] * 2
-    flags = ("--labels", "7:3,flags:2", "--reject", 0.5, "--scorer", "judge:brightness", *shared)
-    kept = sample(untrained, tmp_path / "kept", *flags, cwd=tmp_path)
+    flags = ("--labels", "7:3,flags:2", "--reject", 0.5, "--scorer", "scorers:brightness", *shared)
+    kept = sample(untrained, tmp_path / "kept", *flags)
     assert kept["labels"].tolist() == [7, 7, 7, 8, 8]
     for label, count in ((7, 3), (8, 2)):
         theirs = every["arr_0"][every["labels"] == label]
@@ -46,7 +47,7 @@ def test_rejection_keeps_the_best_of_what_would_be_drawn(untrained, tmp_path):
     np.testing.assert_allclose(last[::scale, ::scale].astype(int), every["arr_0"][0], atol=1)
 
 
-def test_bad_input(untrained, tmp_path, complaints):
+def test_bad_input(untrained, tmp_path):
     parts = tmp_path / "begun" / "parts"
     parts.mkdir(parents=True)
     (parts / "settings.json").write_text(json.dumps({"weights": "another"}))
@@ -69,9 +70,8 @@ def test_bad_input(untrained, tmp_path, complaints):
         ("--labels", 3, "--out", Path(__file__)): "test_sample.py",
         ("--labels", 3, "--out", parts.parent): "holds an unfinished run of other weights",
     }
-    runs = [["--checkpoint", untrained, "--out", out, *flags] for flags in said]
-    for sentence, expected in zip(complaints("sample", runs), said.values(), strict=True):
-        assert expected in sentence
+    for flags, expected in said.items():
+        assert expected in complaint("sample", "--checkpoint", untrained, "--out", out, *flags)
     assert not out.exists()
 
 
@@ -123,7 +123,7 @@ def test_a_killed_run_repeats_and_loses_nothing(untrained, tmp_path):
     flags = ("--num", 2000, "--batch_size", 4)
     whole = sample(untrained, tmp_path / "whole", *flags)
     out = tmp_path / "killed"
-    process = command("sample", "--checkpoint", untrained, "--out", out, *flags)
+    process = start("sample", "--checkpoint", untrained, "--out", out, *flags)
     wait_for(out / "parts" / "00000040.npz")
     process.send_signal(signal.SIGKILL)
     process.communicate()

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from var_jax.checkpoints.export import load_models
 from var_jax.data.sources import open_source
 from var_jax.evaluation.pixel_report import arrays, psnr, report
+from var_jax.models.load import load_models
 from var_jax.sampling.generate import generate
 from var_jax.sharding.mesh import make_mesh
 from var_jax.training.tokenizer import reconstruct

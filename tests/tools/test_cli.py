@@ -1,45 +1,56 @@
-"""Commands end in one sentence and the right exit code, in a real process."""
+"""Commands end in one sentence and the right exit code, and leave no flags behind."""
 
+import importlib
+import importlib.util
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from absl import flags
+
+from var_jax.tools import cli
 
 ROOT = Path(__file__).parents[2]
+COMMANDS = ("aot", "convert", "edit", "encode", "prepare", "sample", "train")
 
 SCRIPT = '''
 """A command for the tests."""
 from absl import flags
-from ml_collections import config_flags
 
 from var_jax import BadInput
 from var_jax.tools import cli
-
-NUMBER = flags.DEFINE_integer("number", None, "how many", required=True)
-FAIL = flags.DEFINE_string("fail", "", "how to fail")
-CONFIG = config_flags.DEFINE_config_file("config")
+from var_jax.tools.configs import load_config
 
 
-def main(argv):
-    if FAIL.value == "bad":
+def define_flags():
+    flags.DEFINE_integer("number", None, "how many", required=True)
+    flags.DEFINE_float("share", 0.5, "of what")
+    flags.DEFINE_string("fail", "", "how to fail")
+    cli.define_config_flag()
+
+
+def main(args):
+    if args.fail == "bad":
         raise BadInput("--number is 3; expected 4")
-    if FAIL.value == "full":
+    if args.fail == "full":
         try:
             raise ValueError("RESOURCE_EXHAUSTED: Failed to write '/runs/a/7.orbax-checkpoint-tmp/d': No space left on device")
         except ValueError as error:
             raise RuntimeError("background save failed") from error
-    if FAIL.value == "interrupt":
+    if args.fail == "interrupt":
         raise KeyboardInterrupt
-    if FAIL.value == "bug":
+    if args.fail == "bug":
         raise ValueError("a bug")
-    print("ran", NUMBER.value, CONFIG.value and CONFIG.value.model.depth)
+    config = load_config(args.config, args.config_field)
+    print("ran", args.number, *config.model.values())
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags)
 '''  # noqa: E501
 
 CONFIG = """
@@ -59,76 +70,143 @@ def get_config(size="d16"):
         raise TypeError("a bug in the config")
     if size != "d16":
         raise BadInput(f"size {size!r} is unknown; expected d16")
-    return ConfigDict({"model": {"depth": 16}})
+    model = {"depth": 16, "rate": 0.5, "name": "a", "sides": (1, 2), "flip": False}
+    return ConfigDict({"model": model})
 """
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     (folder / "command.py").write_text(SCRIPT)
     (folder / "conf.py").write_text(CONFIG)
+    return folder
 
-    def call(*flags):
-        argv = [sys.executable, "command.py", *flags]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
 
-    return call
+@pytest.fixture
+def command(folder, monkeypatch, capsys):
+    """command(*flags): exit code, stdout and stderr of the command, run in this process."""
+    monkeypatch.chdir(folder)
+    spec = importlib.util.spec_from_file_location("a_command", folder / "command.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "a_command", module)
+    spec.loader.exec_module(module)
+    return lambda *argv: (cli.call(module.main, module.define_flags, argv), *capsys.readouterr())
+
+
+def process(*argv, cwd):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, *map(str, argv)]
+    return subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+
+
+CONF = ["--number=1", "--config=conf.py"]
+OTHER_TYPE = "conf.py, line {}: a value of another type in '{}'."
 
 
 @pytest.mark.parametrize(
-    "flags, sentence",
+    "argv, sentence",
     [
         ([], "flag --number is missing; expected a value"),
         (["--number=x"], "flag --number=x: expected a whole number, not 'x'"),
-        (["--number=1", "--fial=bad"], "Unknown command line flag 'fial'; did you mean fail?"),
-        (["--number=1", "--config=no.py"], "the config file cannot be read: No such .*'no.py'"),
+        ([*CONF, "--fial=bad"], "unknown flag --fial; did you mean 'fail'?"),
+        ([*CONF, "--share=nan"], "--share=nan; expected a finite number."),
+        ([*CONF, "bad"], "unexpected argument 'bad'; every option is a --flag."),
+        (["--number=1"], "flag --config is missing; expected a value"),
+        (
+            ["--number=1", "--config=no"],
+            "--config=no: no such config; expected one of emoji, imagenet, tokenizer, or the path"
+            " of a .py file.",
+        ),
+        (["--number=1", "--config=no.py"], "--config=no.py: no such file; .*"),
+        (["--number=1", "--config=~/no.py"], f"--config={Path.home()}/no.py: no such file; .*"),
+        (["--number=1", "--config=command.py"], "--config: command.py defines no .* get_config."),
         (["--number=1", "--config=conf.py:d7"], "size 'd7' is unknown; expected d16"),
-        (["--number=1", "--config=~/no.py"], f"the config file cannot .*'{Path.home()}/no.py'"),
+        (["--number=1", "--config=emoji:no"], ".* has the variants 64 and large, not 'no'."),
+        ([*CONF, "--config.model.dpth=3"], "--config has no field 'dpth'; did you mean 'depth'?"),
+        ([*CONF, "--config.depth.a.b=3"], "--config has no field 'depth'."),
         (
-            ["--number=1", "--config=conf.py", "--config.model.dpth=3"],
-            "--config has no field 'dpth'; did you mean 'depth'?",
+            [*CONF, "--config.model.depth=x"],
+            "--config.model.depth=x; expected a whole number, like 16.",
         ),
-        (["--number=1", "--config=conf.py", "--config.model.depth=x"], ".*model.depth=x: .*"),
+        ([*CONF, "--config.model.depth=1.5"], ".*depth=1.5; expected a whole number, like 16."),
+        ([*CONF, "--config.model.rate", "nan"], ".*rate=nan; expected a finite number, like 0.5."),
+        ([*CONF, "--config.model.flip=3"], ".*flip=3; expected true or false, like False."),
         (
-            ["--number=1", "--config=conf.py:word"],
-            "--config: depth=a. b is of type str; expected int",
+            [*CONF, "--config.model=a"],
+            "--config.model=a; expected one of its fields, as in --config.model.depth.",
         ),
-        (
-            ["--number=1", "--config=conf.py:section"],
-            "--config: model=a is of type str; expected ConfigDict",
-        ),
-        (["--number=1", "--fail=bad"], "--number is 3; expected 4"),
-        (["--number=1", "--fail=full"], "the disk holding /runs/a is full; .*"),
+        (["--number=1", "--config=conf.py:word"], OTHER_TYPE.format(10, 'config.depth = "a. b"')),
+        (["--number=1", "--config=conf.py:section"], OTHER_TYPE.format(13, 'config.model = "a"')),
+        ([*CONF, "--fail=bad"], "--number is 3; expected 4"),
+        ([*CONF, "--fail=full"], "the disk holding /runs/a is full; .*"),
     ],
 )
-def test_bad_input_gets_one_sentence_and_exit_code_2(command, flags, sentence):
-    done = command(*flags)
-    assert done.returncode == 2
-    assert done.stdout == ""
+def test_bad_input_gets_one_sentence_and_exit_code_2(command, argv, sentence):
+    code, out, err = command(*argv)
+    assert (code, out) == (2, "")
     pattern = sentence if ".*" in sentence else re.escape(sentence)
-    assert re.fullmatch(f"error: {pattern}\n", done.stderr), done.stderr
+    assert re.fullmatch(f"error: {pattern}\n", err), err
 
 
-def test_a_good_command_runs_and_prints_nothing_else(command):
-    done = command("--number=1", "--config=conf.py", "--config.model.depth=20")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "ran 1 20\n", "")
+def test_fields_of_a_config_keep_their_types(command):
+    fields = ("depth=20", "rate=1", "name=3", "sides=1,2,3", "flip=true")
+    ran = command(*CONF, *(f"--config.model.{field}" for field in fields))
+    assert ran == (0, "ran 1 20 True 3 1.0 (1, 2, 3)\n", "")
+    ran = command(*CONF, "--config.model.flip", "--config.model.sides", "4", "--config_field=model.depth=2")  # fmt: skip  # noqa: E501
+    assert ran == (0, "ran 1 2 True a 0.5 (4,)\n", "")
+
+
+def test_flags_exist_only_while_their_command_runs(command):
+    before = set(flags.FLAGS)
+    for argv in (CONF, ["--number=x"], ["--help"]):
+        command(*argv)
+        assert set(flags.FLAGS) == before
+
+
+def test_a_process_ends_with_the_exit_code(folder):
+    done = process("command.py", *CONF, cwd=folder)
+    assert (done.returncode, done.stdout) == (0, "ran 1 16 False a 0.5 (1, 2)\n"), done.stderr
+    done = process("command.py", *CONF, "--fail=bad", cwd=folder)
+    assert (done.returncode, done.stderr) == (2, "error: --number is 3; expected 4\n")
 
 
 def test_help(command):
-    done = command("--help")
-    assert done.returncode == 0
-    assert "A command for the tests." in done.stdout and "how many" in done.stdout
+    code, out, _ = command("--help")
+    assert code == 0
+    assert "A command for the tests." in out and "how many" in out and "--config" in out
 
 
 def test_an_interrupt(command):
-    done = command("--number=1", "--fail=interrupt")
-    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert command(*CONF, "--fail=interrupt") == (130, "", "interrupted\n")
 
 
-@pytest.mark.parametrize("flags", [["--fail=bug"], ["--config=conf.py:bug"]])
-def test_a_bug_keeps_its_traceback(command, flags):
-    done = command("--number=1", *flags)
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr and "a bug" in done.stderr
+@pytest.mark.parametrize("argv", [["--fail=bug"], ["--config=conf.py:bug"]])
+def test_a_bug_keeps_its_traceback(command, argv):
+    with pytest.raises((ValueError, TypeError), match="a bug"):
+        command(*CONF, *argv)
+
+
+def test_a_library_without_flags_or_what_only_some_runs_need(tmp_path):
+    heavy = ("sklearn", "matplotlib", "tensorboardX", "tensorflow_datasets", "torch")
+    alone = "import sys, var_jax; print(*sys.modules)"
+    assert "jax" not in process("-c", alone, cwd=tmp_path).stdout.split()
+    all_ = ", ".join(f"var_jax.{name}" for name in COMMANDS)
+    code = f"import sys, {all_}; from absl import flags; print(*sys.modules, *flags.FLAGS)"
+    done = process("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not {*heavy, "checkpoint", "distributed", "out"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command_by_its_path_too(name, tmp_path):
+    start = time.monotonic()
+    done = process(ROOT / "var_jax" / f"{name}.py", "--help", cwd=tmp_path)
+    assert done.returncode == 0 and f"python -m var_jax.{name}" in done.stdout, done.stderr
+    assert time.monotonic() - start < 10  # under 3 s where no other test runs
+
+
+def test_no_file_shadows_the_standard_library():
+    """Run by its path, a command finds its neighbours first."""
+    names = {path.stem for path in (ROOT / "var_jax").iterdir()}
+    assert {"train", "tools"} <= names and not names & sys.stdlib_module_names

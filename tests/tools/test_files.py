@@ -1,11 +1,11 @@
-"""Files appear whole, and what failed leaves nothing; one process at a time holds one."""
+"""Files appear whole, and what failed leaves nothing; one process at a time has a lock."""
 
 import subprocess
 import sys
 
 import pytest
 
-from var_jax.tools.files import held, replacing
+from var_jax.tools.files import acquire_lock, replacing
 
 
 def test_a_file_is_whole_or_as_before(tmp_path):
@@ -20,14 +20,15 @@ def test_a_file_is_whole_or_as_before(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_file_is_held_until_its_process_ends(tmp_path):
+def test_a_lock_lasts_until_its_process_ends(tmp_path):
     path = tmp_path / "new" / ".lock"
-    code = "import sys; from var_jax.tools.files import held; print(held(sys.argv[1]), flush=True)"
-    ask = [sys.executable, "-c", code + "; sys.stdin.read()", path]
+    code = "import sys; from var_jax.tools.files import acquire_lock as acquire;"
+    code += "print(acquire(sys.argv[1]), flush=True); sys.stdin.read()"
+    ask = [sys.executable, "-c", code, path]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(ask, **pipes) as other:
         assert other.stdout.readline() == b"True\n"
-        assert not held(path)
+        assert not acquire_lock(path)
         other.kill()
-    assert held(path) and held(path)  # again in the same process
+    assert acquire_lock(path) and acquire_lock(path)  # again in the same process
     assert subprocess.run(ask, input=b"", capture_output=True).stdout == b"False\n"

@@ -1,6 +1,7 @@
 """Several processes over loopback end with the numbers of one, and can hand over to others."""
 
 import json
+import os
 import pathlib
 import shutil
 import socket
@@ -26,10 +27,7 @@ def together(processes, command, *flags):
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     argv = [sys.executable, "-m", f"var_jax.{command}", *flags]
-    env = {
-        "PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
-    }  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(4 // processes)}
     several = lambda i: (
         ["--coordinator", address, "--num_processes", processes, "--process_id", i]
         if processes > 1

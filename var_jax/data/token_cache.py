@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Int32, UInt8
 
 from var_jax import BadInput
 from var_jax.data.augmentation import augment_items
@@ -29,8 +28,8 @@ from var_jax.data.records import (
 )
 from var_jax.data.sources import ArraySource, ImageSource, Source
 from var_jax.data.sources.base import Item
-from var_jax.data.write_tokens import fingerprint
-from var_jax.models.tokenizer import Tokenizer, to_float
+from var_jax.checkpoints.export import fingerprint
+from var_jax.models.tokenizer import Tokenizer, encode_images
 from var_jax.sharding.mesh import put_batch
 from var_jax.tools.logs import progress
 
@@ -186,12 +185,6 @@ def checksum_of(source: Source) -> str:
     return checksum(len(source), lambda i: (source.images[i].tobytes(), source.labels[i]))
 
 
-@jax.jit
-def encode(tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"]) -> Int32[Array, "B L"]:
-    """The tokens of a batch of images."""
-    return tokenizer.encode(to_float(image))
-
-
 def check_counts(codes: int, classes: int) -> None:
     """Raises BadInput unless both fit in a record."""
     most = np.iinfo(RECORD).max + 1
@@ -202,7 +195,7 @@ def check_counts(codes: int, classes: int) -> None:
 def _records(tokenizer: Tokenizer, batches: Iterator[Batch], mesh, bar) -> Iterator[bytes]:
     for batch in batches:
         mask = batch.pop("mask")
-        tokens = np.asarray(encode(tokenizer, put_batch(batch, mesh)["image"]))
+        tokens = np.asarray(encode_images(tokenizer, put_batch(batch, mesh)["image"]))
         for row in np.flatnonzero(mask):
             yield np.array([batch["label"][row], *tokens[row]]).astype(RECORD).tobytes()
         bar.update(int(mask.sum()))

@@ -1,8 +1,11 @@
-"""Attention among scales: a token sees its own scale and every coarser one (VAR §3.2).
+"""Attention over blocks of tokens: a token sees its own block and all earlier ones (VAR §3.2).
 
 `attention` is the same function in four programs; which one runs depends on the platform.
 """
 
+import dataclasses
+import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -11,32 +14,69 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from var_jax import BadInput
-from var_jax.models import attention_tpu as attention_kernel
-from var_jax.schedule import level_ids, num_tokens, slices
-from var_jax.sharding.ops import BATCH, on_mesh, pin, platform
+from var_jax.models import attention_tpu
+from var_jax.models.backend import platform
+from var_jax.sharding.mesh import BATCH
+from var_jax.sharding.ops import on_mesh, reshard
 
-JOINED = 64  # tokens: products of fewer rows cost a CPU more than the hidden ones beside them
+MIN_ROWS = 64  # tokens: products of fewer rows cost more than the hidden ones beside them
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """Which tokens see which: those of a block see the block itself and every earlier block."""
+
+    blocks: tuple[int, ...]  # their lengths
+
+    @classmethod
+    def block_causal(cls, patch_nums: tuple[int, ...]) -> "Pattern":
+        """A block for each scale: VAR."""
+        return cls(tuple(side * side for side in patch_nums))
+
+    @classmethod
+    def causal(cls, length: int) -> "Pattern":
+        """A block for each token: raster-scan autoregression."""
+        return cls((1,) * length)
+
+    @classmethod
+    def full(cls, length: int) -> "Pattern":
+        """One block: every token sees all, as in a diffusion transformer."""
+        return cls((length,))
+
+    @property
+    def length(self) -> int:
+        return sum(self.blocks)
+
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Where each block ends: how many tokens those of the block see."""
+        return tuple(itertools.accumulate(self.blocks))
+
+    def mask(self) -> Bool[np.ndarray, "L L"]:
+        """Whether the query of a row sees the key of a column."""
+        seen = np.repeat(self.ends, self.blocks)
+        return np.arange(self.length) < seen[:, None]
 
 
 def attention(
     q: Float[Array, "B L H N"],
     k: Float[Array, "B L H N"],
     v: Float[Array, "B L H N"],
-    patch_nums: tuple[int, ...],
+    pattern: Pattern,
     *,
     q_bias: Float[Array, "H N"] | None = None,
     scale: Float[Array, " H"] | None = None,
     qk_norm: bool = False,
     implementation: str = "auto",
 ) -> Float[Array, "B L H N"]:
-    """softmax(q·k) over the tokens of the same and of coarser scales, times v; softmax in float32.
+    """softmax(q·k) over the tokens that `pattern` shows, times v; softmax in float32.
 
     First q + q_bias, both q and k divided by their norms under `qk_norm`, q times `scale`.
     `implementation` is one of
 
     - masked: all L × L products, then a mask. The plain one that the others are compared with.
-    - blocks: each scale over its prefix, scales of few tokens together: 1 % of the products are
-      hidden at 680 tokens, 42 % at the emoji's 90.
+    - blocks: each block with the keys it sees, small blocks together: 1 % of the products are
+      hidden at 680 tokens of ten scales.
     - kernel: Pallas kernels for TPU that take in all of the above; elsewhere they are interpreted,
       which is slow. 128 must be a multiple of N.
     - cudnn: NVIDIA's fused attention, bfloat16 only.
@@ -50,17 +90,16 @@ def attention(
         H, N = q.shape[2:]
         q_bias = jnp.zeros((H, N)) if q_bias is None else q_bias
         scale = jnp.ones(H) if scale is None else scale
-        how = {"patch_nums": patch_nums, "qk_norm": qk_norm, "interpret": platform() != "tpu"}
-        return attention_kernel.attention(q, k, v, q_bias, scale, **how)
+        how = {"blocks": pattern.blocks, "qk_norm": qk_norm, "interpret": platform() != "tpu"}
+        return attention_tpu.attention(q, k, v, q_bias, scale, **how)
     q, k = prepare(q, k, q_bias, scale, qk_norm)
+    mask = pattern.mask()
     if implementation in ("masked", "blocks"):
-        parts = [slice(0, q.shape[1])] if implementation == "masked" else blocks(patch_nums)
-        mask, mixed = visible(patch_nums), []
-        for s in parts:
-            mixed.append(dense(q[:, s], k[:, : s.stop], v[:, : s.stop], mask[s, : s.stop]))
-        return jnp.concatenate(mixed, axis=1)
+        parts = [slice(0, q.shape[1])] if implementation == "masked" else joined_blocks(pattern)
+        seen = [(q[:, s], k[:, : s.stop], v[:, : s.stop], mask[s, : s.stop]) for s in parts]
+        return jnp.concatenate([dense(*part) for part in seen], axis=1)
     if implementation == "cudnn":
-        return cudnn(q, k, v, visible(patch_nums))
+        return cudnn(q, k, v, mask)
     raise BadInput(
         f"attention={implementation!r} is not one of auto, masked, blocks, kernel, cudnn."
     )
@@ -93,17 +132,11 @@ def choose(q: Float[Array, "B L H N"]) -> str:
     return "blocks"
 
 
-def visible(patch_nums: tuple[int, ...]) -> Bool[np.ndarray, "L L"]:
-    """Whether the query of a row sees the key of a column."""
-    level = level_ids(patch_nums)
-    return level[:, None] >= level
-
-
-def blocks(patch_nums: tuple[int, ...]) -> list[slice]:
-    """Consecutive scales, joined until a block and all that is left each have `JOINED` tokens."""
-    parts, start, L = [], 0, num_tokens(patch_nums)
-    for end in (s.stop for s in slices(patch_nums)):
-        if end == L or min(end - start, L - end) >= JOINED:
+def joined_blocks(pattern: Pattern) -> list[slice]:
+    """Consecutive blocks, joined until a part and all that is left each have `MIN_ROWS` tokens."""
+    parts, start = [], 0
+    for end in pattern.ends:
+        if end == pattern.length or min(end - start, pattern.length - end) >= MIN_ROWS:
             parts.append(slice(start, end))
             start = end
     return parts
@@ -116,7 +149,6 @@ def dense(
     mask: Bool[np.ndarray, "L S"] | None = None,
 ) -> Float[Array, "B L H N"]:
     """Attention over all of k, v, or those that `mask` leaves; q already scaled."""
-    # Heads ahead of tokens: from the other order XLA makes slower products on CPU.
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     logits = jnp.einsum("BHLN,BHSN->BHLS", q, k, preferred_element_type=jnp.float32)
     if mask is not None and not mask.all():
@@ -134,22 +166,22 @@ def cudnn(
     """cuDNN wants lengths that are even: one hidden token is added where L is odd."""
     L = q.shape[1]
     pad = L % 2
-    widen = lambda x: jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    padded = lambda x: jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0)))
     mask = np.pad(mask, ((0, pad), (0, pad)))
     mask[L:, 0] = True  # an added query must see something
     run = lambda q, k, v: jax.nn.dot_product_attention(
         q, k, v, mask=jnp.asarray(mask)[None, None], scale=1.0, implementation="cudnn"
     )
-    return local(run)(widen(q), widen(k), widen(v))[:, :L]
+    return per_device(run)(padded(q), padded(k), padded(v))[:, :L]
 
 
-def local(run: Callable[..., Array]) -> Callable[..., Array]:
+def per_device(run: Callable[..., Array]) -> Callable[..., Array]:
     """`run` on each device's own images and heads, for q, k, v (B,L,H,N)."""
     if not on_mesh():
         return run
     spec = jax.sharding.PartitionSpec(BATCH, None, "tensor")
     mapped = jax.shard_map(run, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
-    return lambda *qkv: mapped(*(pin(x, BATCH, None, "tensor") for x in qkv))
+    return lambda *qkv: mapped(*reshard(qkv, BATCH, None, "tensor"))
 
 
 def unit(x: Float[Array, "*rest N"]) -> Float[Array, "*rest N"]:

@@ -1,13 +1,14 @@
-"""Block-causal attention as Pallas kernels for TPU, with QK-norm inside.
+"""Attention over blocks of tokens as Pallas kernels for TPU, with QK-norm inside.
 
 One program works on one image and 128 lanes of heads (two heads of 64): all L tokens fit in VMEM,
 so a row of the softmax is there at once, and only q, k, v are kept for the backward pass. Operands
 stay (B, L, H·N), as matrix products make and take them: nothing is transposed, or padded from 64
-to 128 lanes, on the way. Rows are cut into tiles along the scales, and a tile is multiplied only
+to 128 lanes, on the way. Rows are cut into tiles along the blocks, and a tile is multiplied only
 with the keys that one of its rows may see.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -17,15 +18,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from var_jax.schedule import num_tokens, slices
+from var_jax.sharding.mesh import BATCH
 from var_jax.sharding.ops import (
-    BATCH,
-    images,
+    flatten_tokens,
     merge_heads,
     on_mesh,
-    pin,
-    rows,
+    reshard,
     split_heads,
+    unflatten_tokens,
 )
 
 LANES, SUBLANES, ROWS = 128, 8, 256
@@ -39,34 +39,37 @@ def attention(
     q_bias: Float[Array, "H N"],
     scale: Float[Array, " H"],
     *,
-    patch_nums: tuple[int, ...],
+    blocks: tuple[int, ...],
     qk_norm: bool,
     interpret: bool,
 ) -> Float[Array, "B L H N"]:
-    """As `models.attention.attention`, whose implementation "kernel" this is."""
+    """As `models.attention.attention`, whose implementation "kernel" this is.
+
+    `blocks` are the lengths of the blocks of the pattern.
+    """
     H, N = q_bias.shape
     lanes = jnp.stack([q_bias, jnp.broadcast_to(scale[:, None], (H, N))]).astype(jnp.float32)
-    lanes = pin(lanes, None, "tensor")
-    static = Static(patch_nums, N, qk_norm, interpret)
+    lanes = reshard(lanes, None, "tensor")
+    static = Static(blocks, N, qk_norm, interpret)
     mixed: Array = _attention(
-        static, merge_heads(lanes), *(rows(merge_heads(x)) for x in (q, k, v))
+        static, merge_heads(lanes), *(flatten_tokens(merge_heads(x)) for x in (q, k, v))
     )  # type: ignore
-    return split_heads(images(mixed, q.shape[0]), N)
+    return split_heads(unflatten_tokens(mixed, q.shape[0]), N)
 
 
 class Static(NamedTuple):
     """What a kernel is compiled for."""
 
-    patch_nums: tuple[int, ...]
+    blocks: tuple[int, ...]
     head_dim: int
     qk_norm: bool
     interpret: bool
 
 
-def tiles(patch_nums: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """(first row, last row + 1, number of keys) of each tile: at most 256 rows, whole scales where
+def tiles(blocks: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """(first row, last row + 1, number of keys) of each tile: at most 256 rows, whole blocks where
     they fit, starting where sublanes do."""
-    ends, found, start = [s.stop for s in slices(patch_nums)], [], 0
+    ends, found, start = list(itertools.accumulate(blocks)), [], 0
     aligned = [end if end == ends[-1] else end // SUBLANES * SUBLANES for end in ends]
     while start < ends[-1]:
         stop = max((e for e in aligned if start < e <= start + ROWS), default=start + ROWS)
@@ -75,13 +78,13 @@ def tiles(patch_nums: tuple[int, ...]) -> list[tuple[int, int, int]]:
     return found
 
 
-def padded_flops(patch_nums: tuple[int, ...], head_dim: int, backward: bool) -> int:
+def padded_flops(blocks: tuple[int, ...], head_dim: int, backward: bool) -> int:
     """Operations of the matrix products of one head and image, as the matrix unit sees them.
 
     Every dimension is padded to 128; the forward pass has two products a tile, the backward five.
     """
     up = lambda n: -(-n // LANES) * LANES
-    area = sum(up(stop - start) * up(keys) for start, stop, keys in tiles(patch_nums))
+    area = sum(up(stop - start) * up(keys) for start, stop, keys in tiles(blocks))
     return 2 * area * up(head_dim) * (5 if backward else 2)
 
 
@@ -110,7 +113,7 @@ def _call(static, kernel, operands, dtypes):
     """
 
     def run(*operands):
-        L = num_tokens(static.patch_nums)
+        L = sum(static.blocks)
         operands = [operands[0], *(x.reshape(-1, L, x.shape[-1]) for x in operands[1:])]
         B, _, F = operands[1].shape
         tokens = pl.BlockSpec((1, L, LANES), lambda b, h: (b, 0, h))
@@ -146,8 +149,8 @@ def _forward_kernel(lanes_ref, q_ref, k_ref, v_ref, o_ref, *_, static):
     for head in _heads(static):
         q, k = _queries(lanes_ref, q_ref, head, static)[0], _keys(k_ref, head, static)[0]
         v = v_ref[0, :, head]
-        for start, stop, keys in tiles(static.patch_nums):
-            weight = _softmax(q[start:stop], k[:keys], start, static.patch_nums)
+        for start, stop, keys in tiles(static.blocks):
+            weight = _softmax(q[start:stop], k[:keys], start, static.blocks)
             mixed = _dot(weight.astype(v.dtype), v[:keys], 1, 0)
             o_ref[0, start:stop, head] = mixed.astype(o_ref.dtype)
 
@@ -162,8 +165,8 @@ def _backward_kernel(
         k, k_unit, k_rate = _keys(k_ref, head, static)
         v, dq = v_ref[0, :, head], []
         dk_sum[...], dv_sum[...] = jnp.zeros_like(dk_sum), jnp.zeros_like(dv_sum)
-        for start, stop, keys in tiles(static.patch_nums):
-            weight = _softmax(q[start:stop], k[:keys], start, static.patch_nums)
+        for start, stop, keys in tiles(static.blocks):
+            weight = _softmax(q[start:stop], k[:keys], start, static.blocks)
             do = do_ref[0, start:stop, head]
             dv_sum[:keys] += _dot(weight.astype(dtype), do, 0, 0)
             dweight = _dot(do, v[:keys], 1, 1)
@@ -211,14 +214,18 @@ def _unit_gradient(grad, unit, rate):
     return rate * (grad - unit * (grad * unit).sum(axis=1, keepdims=True))
 
 
-def _softmax(q, k, start, patch_nums):
+def _softmax(q, k, start, blocks):
     """Attention weights of a tile of rows over the keys, float32."""
     logits = _dot(q, k, 1, 1)
     rows, keys = logits.shape
-    parts = slices(patch_nums)
-    if sum(s.start < start + rows and start < s.stop for s in parts) > 1:
+    ends = [end for end in itertools.accumulate(blocks) if start < end < start + rows]
+    if ends:  # the tile has rows of several blocks: each block adds to the keys that are seen
         row = start + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-        seen = sum(jnp.where(row >= s.start, s.stop - s.start, 0) for s in parts)
+        if set(blocks) == {1}:
+            seen = row + 1
+        else:
+            steps = zip(ends, [*ends[1:], keys], strict=True)
+            seen = ends[0] + sum(jnp.where(row >= end, stop - end, 0) for end, stop in steps)
         logits = jnp.where(jax.lax.broadcasted_iota(jnp.int32, (1, keys), 1) < seen, logits, -1e30)
     weight = jnp.exp(logits - logits.max(axis=1, keepdims=True))
     return weight / weight.sum(axis=1, keepdims=True)

@@ -6,7 +6,6 @@ result is subtracted from the residual. All of it is float32 at highest precisio
 code is a wrong training target.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,7 +23,6 @@ from var_jax.models.resize import (
     upsample,
 )
 from var_jax.schedule import phi_indices, slices
-from var_jax.sharding.ops import BATCH, einsum, pin, reshape, take
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -32,11 +30,11 @@ HIGHEST = jax.lax.Precision.HIGHEST
 class Encoded(NamedTuple):
     """A latent as codes, with the vectors the codes stand for and the running sum of each scale.
 
-    `idx` are the nearest codes; `laid` make up the sums, and differ where mistakes were asked for.
+    `idx` are the nearest codes; `used` make up the sums, and differ where noise replaced a code.
     """
 
     idx: Int32[Array, "B L"]
-    laid: Int32[Array, "B L"]
+    used: Int32[Array, "B L"]
     residual: Float[Array, "B L C"]
     sums: list[Float[Array, "B h w C"]]
 
@@ -47,7 +45,7 @@ class Quantized(NamedTuple):
     f_hat: Float[Array, "B h w C"]
     idx: Int32[Array, "B L"]
     residual: Float[Array, "B L C"]
-    loss: Float[Array, ""]
+    loss: Float[Array, " B"]
 
 
 class Quantizer(nnx.Module):
@@ -87,43 +85,44 @@ class Quantizer(nnx.Module):
         """The code vectors of scale k, laid out as a square."""
         p = self.config.patch_nums[k]
         idx_Bl = idx_BL[:, slices(self.config.patch_nums)[k]]
-        return take(self.codebook[...], reshape(idx_Bl, len(idx_Bl), p, p))
+        return self.codebook[...][idx_Bl.reshape(-1, p, p)]
 
     def encode(
-        self,
-        f_BhwC: Float[Array, "B h w C"],
-        mistake: Callable[[int, Array], Array] = lambda k, idx_Bpp: idx_Bpp,
+        self, f_BhwC: Float[Array, "B h w C"], noise_BL: Int32[Array, "B L"] | None = None
     ) -> Encoded:
         """Codes, the residuals they stand for, the running sum of each scale (algorithm 1).
 
-        `mistake(k, idx)` are the codes laid at scale k in place of the nearest, which `idx` keeps:
-        what is wrong then stays in the residual, and finer scales make up for it.
+        Where `noise_BL` is not -1 it is used in place of the nearest code, which `idx` keeps: the
+        error stays in the residual, and finer scales make up for it (self-correction: Infinity,
+        arXiv 2412.04431, §3.3).
         """
         rest, f_hat = jax.lax.stop_gradient(f_BhwC), jnp.zeros_like(f_BhwC)
-        codes, laid, residuals, sums = [], [], [], []
-        for k, p in enumerate(self.config.patch_nums):
+        codes, used, residuals, sums = [], [], [], []
+        for here, p in zip(slices(self.config.patch_nums), self.config.patch_nums, strict=True):
             z_BppC = downsample(rest, p)
-            idx_Bpp = self.nearest(z_BppC)
-            laid_Bpp = mistake(k, idx_Bpp)
-            h = self.contribution(k, take(self.codebook[...], laid_Bpp))
+            idx_Bl = self.nearest(z_BppC).reshape(-1, p * p)
+            codes.append(idx_Bl)
+            residuals.append(z_BppC.reshape(-1, p * p, z_BppC.shape[-1]))
+            if noise_BL is not None:
+                noise_Bl = noise_BL[:, here]
+                idx_Bl = jnp.where(noise_Bl >= 0, noise_Bl, idx_Bl)
+            used.append(idx_Bl)
+            h = self.contribution(len(sums), self.codebook[...][idx_Bl.reshape(-1, p, p)])
             f_hat, rest = f_hat + h, rest - h
-            codes.append(reshape(idx_Bpp, len(idx_Bpp), p * p))
-            laid.append(reshape(laid_Bpp, len(laid_Bpp), p * p))
-            residuals.append(reshape(z_BppC, len(z_BppC), p * p, z_BppC.shape[-1]))
             sums.append(f_hat)
-        codes, laid, residuals = (jnp.concatenate(x, 1) for x in (codes, laid, residuals))
-        return Encoded(codes, laid, residuals, sums)
+        codes, used, residuals = (jnp.concatenate(x, 1) for x in (codes, used, residuals))
+        return Encoded(codes, used, residuals, sums)
 
     def __call__(self, f_BhwC: Float[Array, "B h w C"]) -> Quantized:
-        """Quantizes, with the loss (VAR eq. 5): codebook + beta · commitment, mean over scales."""
+        """Quantizes, with each image's loss (VAR eq. 5): codebook + beta · commitment, scales' mean."""
         code = self.encode(f_BhwC)
         fixed = jax.lax.stop_gradient
+        mean = lambda error: jnp.mean(error**2, axis=(1, 2, 3))
         losses = [
-            jnp.mean((f_hat - fixed(f_BhwC)) ** 2)
-            + self.config.beta * jnp.mean((fixed(f_hat) - f_BhwC) ** 2)
+            mean(f_hat - fixed(f_BhwC)) + self.config.beta * mean(fixed(f_hat) - f_BhwC)
             for f_hat in code.sums
         ]
-        loss = jnp.mean(jnp.stack(losses))
+        loss = jnp.mean(jnp.stack(losses), axis=0)
         f_hat = f_BhwC + fixed(code.sums[-1] - f_BhwC)
         return Quantized(f_hat, code.idx, fixed(code.residual), loss)
 
@@ -139,10 +138,10 @@ class Quantizer(nnx.Module):
         """What the transformer reads at scale k: the running sum of all before, area-averaged."""
         p = self.config.patch_nums[k]
         x_BppC = downsample(f_hat_BhwC, p)
-        return reshape(x_BppC, len(x_BppC), p * p, x_BppC.shape[-1])
+        return x_BppC.reshape(-1, p * p, x_BppC.shape[-1])
 
-    def teacher_input(self, idx_BL: Int32[Array, "B L"]) -> Float[Array, "B L-1 C"]:
-        """The inputs of scales 2..K given all codes (teacher forcing).
+    def teacher_forcing_inputs(self, idx_BL: Int32[Array, "B L"]) -> Float[Array, "B L-1 C"]:
+        """The inputs of scales 2..K given all codes.
 
         What `decode` and `next_input` compute, all scales in the same few products: one scale after
         another takes XLA longer to compile than all of the transformer.
@@ -151,10 +150,10 @@ class Quantizer(nnx.Module):
         B, C = idx_BL.shape[0], self.config.latent_dim
         if len(sides) == 1:
             return jnp.zeros((B, 0, C))
-        code_BLC = take(self.codebook[...], idx_BL[:, : -side * side])
+        code_BLC = self.codebook[...][idx_BL[:, : -side * side]]
         grow = lambda x, p: jnp.pad(x, ((0, 0), (0, side - p), (0, side - p), (0, 0)))
         h_KBhwC = jnp.stack([
-            grow(reshape(code_BLC[:, s], B, p, p, C), p)
+            grow(code_BLC[:, s].reshape(B, p, p, C), p)
             for s, p in zip(slices(sides[:-1]), sides[:-1], strict=True)
         ])  # fmt: skip
         h_KBhwC = resize_all(h_KBhwC, [bicubic_matrix(p, side) for p in sides[:-1]])
@@ -163,12 +162,12 @@ class Quantizer(nnx.Module):
         padded = jnp.pad(h_KBhwC, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
         shifted = [padded[:, :, y : y + side, x : x + side] for y in range(3) for x in range(3)]
         kernel = self.phi_kernel[...][j].reshape(len(j), -1, C)
-        conv = einsum(
-            "KBhwN,KNC->KBhwC", jnp.concatenate(shifted, -1), kernel, None, BATCH, precision=HIGHEST
+        conv = jnp.einsum(
+            "KBhwN,KNC->KBhwC", jnp.concatenate(shifted, -1), kernel, precision=HIGHEST
         )
         ratio = self.config.phi_ratio
         conv = conv + self.phi_bias[...][j][:, None, None, None]
         f_hat = jnp.cumsum((1 - ratio) * h_KBhwC + ratio * conv, axis=0)
         small = resize_all(f_hat, [area_matrix(side, p) for p in sides[1:]])
-        parts = [reshape(x[:, :p, :p], B, p * p, C) for x, p in zip(small, sides[1:], strict=True)]
-        return pin(jnp.concatenate(parts, axis=1), BATCH)
+        parts = [x[:, :p, :p].reshape(B, p * p, C) for x, p in zip(small, sides[1:], strict=True)]
+        return jnp.concatenate(parts, axis=1)

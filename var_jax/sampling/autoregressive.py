@@ -1,82 +1,117 @@
-"""Sampling: class labels → tokens, scale by scale → image. One jitted program (VAR §3.2)."""
+"""Sampling from VAR: class labels → tokens, scale by scale → images. One jitted program (VAR §3.2)."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32, Key
+from jaxtyping import Array, Bool, Float, Int32, Key, UInt8
 
-from var_jax.models.tokenizer import Tokenizer
+from var_jax.config import SamplingConfig
+from var_jax.models.tokenizer import Tokenizer, to_bytes
 from var_jax.models.var import Transformer
-from var_jax.sampling.filters import guide
-from var_jax.sampling.filters import top_k as keep_top_k
-from var_jax.sampling.filters import top_p as keep_top_p
+from var_jax.sampling import filters
 from var_jax.schedule import slices
-from var_jax.sharding.ops import BATCH, in_parts, pin, reshape, take
+from var_jax.sharding.mesh import BATCH
+from var_jax.sharding.ops import data_parallel, in_parts, reshard
 
 
-class Forced(NamedTuple):
-    """Tokens that are given; the others are drawn. Editing gives those of a picture."""
+class Weights(NamedTuple):
+    """What a sampler reads."""
+
+    tokenizer: Tokenizer
+    transformer: Transformer
+
+
+class KnownTokens(NamedTuple):
+    """Tokens that are kept; the others are sampled. Editing gives those of an image."""
 
     tokens: Int32[Array, "B L"]
     keep: Bool[Array, "B L"]
 
 
-def image_keys(seed: int, index: Int32[Array, " B"]) -> Key[Array, " B"]:
-    """One key an image, from (seed, index) alone: batch size and devices do not matter."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index)
-
-
 @functools.partial(jax.jit, static_argnames=("top_k", "top_p", "smooth"))
 def sample(
-    transformer: Transformer,
-    tokenizer: Tokenizer,
+    weights: Weights,
     labels: Int32[Array, " B"],
     keys: Key[Array, " B"],
+    known: KnownTokens | None = None,
     *,
     cfg: Float[Array, ""] | float | None = 1.5,
     top_k: int = 900,
     top_p: float | tuple[float, ...] = 0.96,
     smooth: bool = False,
-    forced: Forced | None = None,
-) -> tuple[Float[Array, "B H W 3"], Int32[Array, "B L"]]:
-    """Images in [-1, 1] and their tokens, under guidance `cfg` that rises linearly over the scales.
+) -> tuple[UInt8[Array, "B H W 3"], Int32[Array, "B L"]]:
+    """Images and their tokens, under guidance `cfg` that rises linearly over the scales.
 
     A label of num_classes means "no class". Without guidance (None) the work is halved. `top_p` is
     of all scales or of each. `smooth` mixes code vectors instead of picking one: nicer to look at,
     not for metrics.
     """
-    B, num_scales = labels.shape[0], len(transformer.config.patch_nums)
-    top_ps = np.broadcast_to(top_p, num_scales).tolist()
-    nobody = jnp.full_like(labels, transformer.config.num_classes)
-    double = lambda x, y: x if cfg is None else jnp.concatenate([x, y])
-    both = pin(double(labels, nobody), BATCH)
-    quantizer, codebook = tokenizer.quantizer, tokenizer.quantizer.codebook[...]
-    cache = transformer.empty_cache(len(both))
-    x, f_hat, tokens = transformer.embed_start(both), jnp.zeros(()), []
-    for k, here in enumerate(slices(transformer.config.patch_nums)):
-        ratio = k / max(num_scales - 1, 1)
-        logits, cache = transformer.decode(k, x, both, cache)
-        logits = pin(logits if cfg is None else guide(logits, cfg * ratio), BATCH)
-        logits = keep_top_p(keep_top_k(logits, top_k), top_ps[k])
+    how = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "smooth": smooth}
+    f_hat, tokens = sample_latent(weights, labels, keys, known, **how)
+    return decode_latent(weights.tokenizer, f_hat), tokens
+
+
+def sample_latent(
+    weights: Weights,
+    labels: Int32[Array, " B"],
+    keys: Key[Array, " B"],
+    known: KnownTokens | None = None,
+    *,
+    cfg: Float[Array, ""] | float | None,
+    top_k: int,
+    top_p: float | tuple[float, ...],
+    smooth: bool = False,
+) -> tuple[Float[Array, "B h w C"], Int32[Array, "B L"]]:
+    """`sample` up to the quantized latents."""
+    transformer, quantizer = weights.transformer, weights.tokenizer.quantizer
+    patch_nums, num_classes = transformer.config.patch_nums, transformer.config.num_classes
+    top_ps = np.broadcast_to(top_p, len(patch_nums)).tolist()
+    guided = cfg is not None
+    both = lambda x, y: jnp.concatenate([x, y]) if guided else x
+    labels = reshard(both(labels, jnp.full_like(labels, num_classes)), BATCH)
+    cache = transformer.empty_cache(len(labels))
+    x, f_hat, tokens = transformer.embed_start(labels), None, []
+    for k, here in enumerate(slices(patch_nums)):
+        ratio = k / max(len(patch_nums) - 1, 1)
+        logits, cache = transformer.decode(k, x, labels, cache)
+        logits = reshard(filters.guide(logits, cfg * ratio) if guided else logits, BATCH)
+        logits = filters.top_p(filters.top_k(logits, top_k), top_ps[k])
         scale_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
         idx_Bl = jax.vmap(jax.random.categorical)(scale_keys, logits).astype(jnp.int32)
-        code_BlC = mix(scale_keys, logits, codebook, ratio) if smooth else take(codebook, idx_Bl)
-        if forced is not None:
-            given, keep = forced.tokens[:, here], forced.keep[:, here]
-            idx_Bl = jnp.where(keep, given, idx_Bl)
-            code_BlC = jnp.where(keep[..., None], take(codebook, given), code_BlC)
-        side = transformer.config.patch_nums[k]
-        code_BppC = reshape(code_BlC, B, side, side, code_BlC.shape[-1])
-        f_hat = f_hat + quantizer.contribution(k, code_BppC)
+        code_BlC = data_parallel(embed)(quantizer, idx_Bl)
+        if smooth:
+            code_BlC = mix(scale_keys, logits, quantizer.codebook[...], ratio)
+        if known is not None:
+            keep, kept = known.keep[:, here], known.tokens[:, here]
+            idx_Bl = jnp.where(keep, kept, idx_Bl)
+            code_BlC = jnp.where(keep[..., None], data_parallel(embed)(quantizer, kept), code_BlC)
         tokens.append(idx_Bl)
-        if k + 1 < num_scales:
-            x = transformer.embed_inputs(quantizer.next_input(f_hat, k + 1), here.stop)
-            x = pin(double(x, x), BATCH)
-    images = in_parts(tokenizer.decode_latent, f_hat, tokenizer.config.images_at_a_time)
-    return images, jnp.concatenate(tokens, axis=1)
+        advance = data_parallel(functools.partial(next_scale, k=k))
+        f_hat, x_BlC = advance(quantizer, code_BlC, f_hat)
+        if k + 1 < len(patch_nums):
+            x = reshard(both(x_BlC, x_BlC), BATCH)
+            x = transformer.embed_inputs(x, here.stop)
+    return f_hat, jnp.concatenate(tokens, axis=1)
+
+
+def embed(quantizer, idx_Bl: Int32[Array, "B l"]) -> Float[Array, "B l C"]:
+    """Code vectors."""
+    return quantizer.codebook[...][idx_Bl]
+
+
+def next_scale(
+    quantizer, code_BlC: Float[Array, "B l C"], f_hat: Float[Array, "B h w C"] | None, *, k: int
+) -> tuple[Float[Array, "B h w C"], Float[Array, "B m C"] | None]:
+    """The running sum with scale k in it, and what the transformer reads at the scale after it."""
+    B, l, C = code_BlC.shape
+    side, scales = round(l**0.5), len(quantizer.config.patch_nums)
+    h = quantizer.contribution(k, code_BlC.reshape(B, side, side, C))
+    f_hat = h if f_hat is None else f_hat + h
+    return f_hat, quantizer.next_input(f_hat, k + 1) if k + 1 < scales else None
 
 
 def mix(
@@ -91,3 +126,22 @@ def mix(
     noise = jax.vmap(draw)(keys, logits)
     weight = jax.nn.softmax((logits * (1 + ratio) + noise) / temperature, axis=-1)
     return jnp.einsum("BlV,VC->BlC", weight, codebook, precision=jax.lax.Precision.HIGHEST)
+
+
+def decode_latent(
+    tokenizer: Tokenizer, f_hat: Float[Array, "B h w C"]
+) -> UInt8[Array, "B H W 3"]:
+    """Quantized latents → images 0..255, a few at a time on each device."""
+    to_images = lambda tokenizer, f_hat: in_parts(
+        lambda f_hat: to_bytes(tokenizer.decode_latent(f_hat)),
+        f_hat,
+        tokenizer.config.images_at_a_time,
+    )
+    return data_parallel(to_images)(tokenizer, f_hat)
+
+
+def sampler(settings: SamplingConfig, smooth: bool = False) -> Callable[..., Any]:
+    """`sample` with these settings, as `generate` takes it; no guidance is half of the work."""
+    return functools.partial(
+        sample, cfg=settings.cfg or None, top_k=settings.top_k, top_p=settings.top_p, smooth=smooth
+    )

@@ -1,13 +1,13 @@
 """Which tokens an edit keeps, at every scale (VAR §5.3 and the release's notebook on editing).
 
-A mask on the finest scale says what to repaint; the other scales follow from it. True means keep:
-the token is forced to the picture's own (`decode.Forced`), all others are drawn.
+A mask on the finest scale says what to repaint; the other scales follow from it. The tokens to keep
+are the image's own (`autoregressive.KnownTokens`), all others are sampled.
 """
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-Box = tuple[float, float, float, float]  # y0, x0, y1, x1, fractions of the picture
+Box = tuple[float, float, float, float]  # y0, x0, y1, x1, fractions of the image
 
 
 def box_mask(box: Box, side: int) -> Bool[np.ndarray, "side side"]:
@@ -24,7 +24,7 @@ def pool_mask(mask: Float[np.ndarray, "H W"], side: int) -> Bool[np.ndarray, "si
     return mask.reshape(side, H // side, side, W // side).mean((1, 3)) >= 0.5
 
 
-def kept_tokens(
+def known_mask(
     repaint: Bool[np.ndarray, "side side"], patch_nums: tuple[int, ...]
 ) -> Bool[np.ndarray, " L"]:
     """The tokens to keep, scales concatenated, from the cells of the finest scale to repaint.

@@ -11,9 +11,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from var_jax import BadInput
+from var_jax.tools.trees import path_name
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+BATCH = ("data", "fsdp")  # the batch is split over both
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
@@ -85,26 +86,55 @@ def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch as global arrays, split over the batch axes."""
-    sharding = NamedSharding(mesh, BATCH)
+    sharding = NamedSharding(mesh, P(BATCH))
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def put_whole(batch: Any, mesh: Mesh) -> Any:
-    """Arrays that every process holds whole, as `put_batch` lays them out."""
-    sharding = NamedSharding(mesh, BATCH)
+def put_global_batch(batch: Any, mesh: Mesh) -> Any:
+    """Arrays that every process holds whole, laid out as `put_batch` does."""
+    sharding = NamedSharding(mesh, P(BATCH))
     put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
     return jax.tree.map(put, batch)
+
+
+def local_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """(row numbers, rows) of a batch that this process's devices hold, in order."""
+    if x.is_fully_addressable:
+        return np.arange(x.shape[0], dtype=np.int32), np.asarray(x)
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    starts = sorted(shards)
+    numbers = [np.arange(s, s + len(shards[s]), dtype=np.int32) for s in starts]
+    return np.concatenate(numbers), np.concatenate([np.asarray(shards[s]) for s in starts])
 
 
 def to_host(tree: Any) -> Any:
     """Arrays of any layout as NumPy, whole on every process; call it under `jax.set_mesh`."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    whole = lambda x: np.asarray(jax.sharding.reshard(x, P()).addressable_data(0))
-    return jax.tree.map(whole, tree)
+    gather = lambda x: np.asarray(jax.sharding.reshard(x, P()).addressable_data(0))
+    return jax.tree.map(gather, tree)
 
 
-def shard(tree: Any, mesh: Mesh, spec: Callable[[tuple, Any], P]) -> Any:
+def replicated(path: tuple, leaf: Any) -> P:
+    """The layout of a tree that every device holds whole."""
+    return P()
+
+
+def layout_of(table: dict[str, tuple]) -> Callable[[tuple, Any], P]:
+    """(path, leaf) → PartitionSpec by the last name in the path; what is not in `table` is whole.
+
+    Moments and averages lie as their weights do. Weights of stacked blocks have one axis more.
+    """
+
+    def layout(path: tuple, leaf: Any) -> P:
+        names = path_name(path).split(".")
+        spec = table.get(names[-1], ()) if leaf.ndim > 1 else ()
+        return P(None, *spec) if spec and "blocks" in names else P(*spec)
+
+    return layout
+
+
+def shard(tree: Any, mesh: Mesh, spec: Callable[[tuple, Any], P] = replicated) -> Any:
     """The tree of abstract leaves with shardings; `spec` maps (path, leaf) to a PartitionSpec."""
     place = lambda path, leaf: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec(path, leaf))

@@ -6,25 +6,22 @@ where that changes. Outside `jax.set_mesh` each of them is the plain operation.
 
 import functools
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
-BATCH = ("data", "fsdp")  # the batch is split over both
+from var_jax.sharding.mesh import BATCH
+
+T = TypeVar("T")
 Axes = str | tuple[str, ...] | None
 
 
 def on_mesh() -> bool:
     """Whether code is being traced under a mesh."""
     return not jax.sharding.get_abstract_mesh().empty
-
-
-def platform() -> str:
-    """What the code being traced will run on: the mesh's devices, or else jax's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
 
 
 def round_up(count: int) -> int:
@@ -34,9 +31,9 @@ def round_up(count: int) -> int:
     return -(-count // shares) * shares
 
 
-def pin(x: Array, *spec: Axes) -> Array:
-    """`x` laid out as `spec` says, one entry for each leading axis (the rest are not split)."""
-    return jax.sharding.reshard(x, P(*spec)) if on_mesh() else x
+def reshard(x: T, *spec: Axes) -> T:
+    """Arrays laid out as `spec` says, one entry for each leading axis (the rest are not split)."""
+    return jax.tree.map(lambda x: jax.sharding.reshard(x, P(*spec)), x) if on_mesh() else x
 
 
 def einsum(equation: str, x: Array, w: Array, *spec: Axes, **kwargs) -> Array:
@@ -45,7 +42,7 @@ def einsum(equation: str, x: Array, w: Array, *spec: Axes, **kwargs) -> Array:
     return jnp.einsum(equation, x, w, out_sharding=out, **kwargs)
 
 
-def rows(x: Float[Array, "B L D"]) -> Float[Array, "M D"]:
+def flatten_tokens(x: Float[Array, "B L D"]) -> Float[Array, "M D"]:
     """All tokens of all images in one axis, as matrix products want them."""
     shape = (x.shape[0] * x.shape[1], x.shape[2])
     if not on_mesh():
@@ -53,8 +50,8 @@ def rows(x: Float[Array, "B L D"]) -> Float[Array, "M D"]:
     return jax.lax.reshape(x, shape, out_sharding=P(BATCH, jax.typeof(x).sharding.spec[2]))
 
 
-def images(x: Float[Array, "M D"], batch: int) -> Float[Array, "B L D"]:
-    """The inverse of `rows`."""
+def unflatten_tokens(x: Float[Array, "M D"], batch: int) -> Float[Array, "B L D"]:
+    """The inverse of `flatten_tokens`."""
     shape = (batch, x.shape[0] // batch, x.shape[1])
     if not on_mesh():
         return x.reshape(shape)
@@ -70,9 +67,9 @@ def project(
     """x @ w, split over `out`, accumulated and returned in `dtype`.
 
     `w` is gathered from its 'fsdp' shards; its gradient leaves as a reduce-scatter to them, which
-    the compiler would make an all-reduce of all of it (ZeRO, arXiv 1910.02054, §5). Chips add up
-    their shares of it in `dtype`, or else in w's. An axis of `w` on 'fsdp' must not be on 'tensor'
-    in x or the result.
+    the compiler would make an all-reduce of all of it (ZeRO, arXiv 1910.02054, §5). Shares of it
+    are added up over 'fsdp' in `dtype`, or else in w's, and over 'data' in float32. An axis of `w`
+    on 'fsdp' must not be on 'tensor' in x or the result.
     """
     return product(x_MD, w_DF, out, dtype)
 
@@ -80,7 +77,7 @@ def project(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def product(x: Array, w: Array, out: Axes, dtype: jnp.dtype | None) -> Array:
     """`project`; apart, because type checkers know nothing of what custom_vjp returns."""
-    return matmul(x, whole(w), P(BATCH, out), dtype)
+    return matmul(x, gather_fsdp(w), P(BATCH, out), dtype)
 
 
 def product_forward(x: Array, w: Array, out: Axes, dtype: jnp.dtype | None):
@@ -91,17 +88,10 @@ def product_backward(out: Axes, dtype: jnp.dtype | None, kept: tuple[Array, Arra
     """The gradients of x and w, laid out as they are."""
     x, w = kept
     g = g.astype(x.dtype)  # of the float32 logits; TPUs would round it all the same
-    # XLA's CPU compiler reads x by columns at half the speed; where g is wide a copy costs less.
-    copied = platform() == "cpu" and w.shape[0] <= w.shape[1]
-
-    def share(x: Array, g: Array) -> Array:
-        x_T = jax.lax.optimization_barrier(x.T) if copied else x.T
-        return jnp.matmul(x_T, g, preferred_element_type=dtype or w.dtype)
-
+    share = lambda x, g: jnp.matmul(x.T, g, preferred_element_type=dtype or w.dtype)
     if not on_mesh():
         return jnp.matmul(g, w.T).astype(x.dtype), share(x, g).astype(w.dtype)
     x_spec, w_spec, g_spec = (jax.typeof(a).sharding.spec for a in (x, w, g))
-    split = "fsdp" in w_spec
     # What 'tensor' splits of x and g it splits of dw, whether or not w was split so.
     dw_spec = [
         "fsdp" if kept == "fsdp" else of_x_or_g
@@ -109,14 +99,14 @@ def product_backward(out: Axes, dtype: jnp.dtype | None, kept: tuple[Array, Arra
     ]
 
     def reduced(x: Array, g: Array) -> Array:
-        if not split:
-            return jax.lax.psum(share(x, g), BATCH)
+        if "fsdp" not in w_spec:
+            return jax.lax.psum(share(x, g).astype(jnp.float32), BATCH)
         axis = dw_spec.index("fsdp")
         dw = jax.lax.psum_scatter(share(x, g), "fsdp", scatter_dimension=axis, tiled=True)
-        return jax.lax.psum(dw, "data")
+        return jax.lax.psum(dw.astype(jnp.float32), "data")
 
     dw = jax.shard_map(reduced, in_specs=(x_spec, g_spec), out_specs=P(*dw_spec))(x, g)
-    return matmul(g, whole(w).T, x_spec).astype(x.dtype), pin(dw.astype(w.dtype), *w_spec)
+    return matmul(g, gather_fsdp(w).T, x_spec).astype(x.dtype), reshard(dw.astype(w.dtype), *w_spec)
 
 
 product.defvjp(product_forward, product_backward)
@@ -127,11 +117,11 @@ def matmul(x: Array, w: Array, spec: P, dtype: jnp.dtype | None = None) -> Array
     return jnp.matmul(x, w, preferred_element_type=dtype, out_sharding=spec if on_mesh() else None)
 
 
-def whole(w: Array) -> Array:
+def gather_fsdp(w: Array) -> Array:
     """A weight gathered from its 'fsdp' shards; what else splits it stays."""
     if not on_mesh():
         return w
-    return pin(w, *(None if axis == "fsdp" else axis for axis in jax.typeof(w).sharding.spec))
+    return reshard(w, *(None if axis == "fsdp" else axis for axis in jax.typeof(w).sharding.spec))
 
 
 def merge_heads(x: Float[Array, "*rest H N"], axis: int = -2) -> Float[Array, "*rest HN"]:
@@ -164,20 +154,37 @@ def split_rows(x: Float[Array, "B *rest"], parts: int) -> Float[Array, "b parts 
     return reshape(x, x.shape[0] // parts, parts, *x.shape[1:])
 
 
-def in_parts(
-    f: Callable[[Array], Array], x: Float[Array, "B *rest"], most: int, fewest: int = 1
-) -> Shaped[Array, "B *new"]:
-    """`f(x)` in equal parts, each of at most `most` of a device's rows, one after another.
+def data_parallel(f: Callable[..., T]) -> Callable[..., T]:
+    """`f(weights, *batch)` on each device's share of the batch, the weights replicated.
 
-    There are at least `fewest` parts, as far as a device has so many rows.
+    So `f` is plain single-device code. Batch and results are trees of arrays whose first axis is
+    the batch; gradients of the weights are summed over the devices.
     """
-    share = max(1, x.shape[0] // round_up(1))
-    counts = range(min(fewest, share), share + 1)
-    parts = next(n for n in counts if share % n == 0 and share <= n * most)
+
+    def run(weights: Any, *batch: Any) -> T:
+        if not on_mesh():
+            return f(weights, *batch)
+        split = P(BATCH)
+        specs = (P(), *[split] * len(batch))
+        return jax.shard_map(f, in_specs=specs, out_specs=split)(weights, *reshard(batch, BATCH))
+
+    return run
+
+
+def in_parts(f: Callable[[Any], Any], batch: Any, most: int, fewest: int = 1) -> Any:
+    """`f(batch)` in equal parts of at most `most` rows, one after another, to bound memory.
+
+    `batch` is a tree of arrays (B, ...), not split over devices; there are at least `fewest` parts
+    where it has so many rows. The last part is padded with copies of the last row.
+    """
+    count = jax.tree.leaves(batch)[0].shape[0]
+    parts = min(max(-(-count // most), fewest), count)
     if parts == 1:
-        return f(x)
-    made = jnp.moveaxis(jax.lax.map(f, jnp.moveaxis(split_rows(x, parts), 1, 0)), 0, 1)
-    return reshape(made, x.shape[0], *made.shape[2:])
+        return f(batch)
+    size = -(-count // parts)
+    rows = jnp.minimum(jnp.arange(parts * size), count - 1).reshape(parts, size)
+    made = jax.lax.map(lambda row: f(jax.tree.map(lambda x: x[row], batch)), rows)
+    return jax.tree.map(lambda x: x.reshape(parts * size, *x.shape[2:])[:count], made)
 
 
 def take(table_VC: Float[Array, "V C"], idx: Int[Array, "B *rest"]) -> Float[Array, "B *rest C"]:
@@ -185,9 +192,4 @@ def take(table_VC: Float[Array, "V C"], idx: Int[Array, "B *rest"]) -> Float[Arr
     if not on_mesh():
         return table_VC[idx]
     spec = P(BATCH, *[None] * idx.ndim)
-    return pin(table_VC, None, None).at[idx].get(out_sharding=spec)
-
-
-def path_name(path: tuple) -> str:
-    """A leaf's place in a model as text, like "blocks.qkv"."""
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+    return reshard(table_VC, None, None).at[idx].get(out_sharding=spec)

@@ -1,111 +1,119 @@
 """How every command starts and ends: flags in, one sentence and exit code 2 on bad input."""
 
 import errno
+import faulthandler
 import logging
 import math
 import os
 import re
 import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
 
-from absl import app, flags
+from absl import flags
 from absl import logging as absl_logging
 
 from var_jax import BadInput
+from var_jax.tools.configs import did_you_mean
 
-flags.disclaim_key_flags()  # --help lists those of `sampling_flags` as their command's
+Main = Callable[[flags.FlagValues], None]
 BAD_INPUT = 2
-OTHER_TYPE = re.compile(
-    r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type"
-    r" <class '(?:\w+\.)*(\w+)'> .* <class '(?:\w+\.)*(\w+)'>",
-    re.DOTALL,
-)
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it.
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
-    """Parses `sys.argv` and runs `main(argv without flags)`; never returns.
+def run(main: Main, define_flags: Callable[[], None]) -> NoReturn:
+    """Runs a command with the flags of `sys.argv`; never returns.
 
-    Wrong flags, `BadInput` and a full disk end in one sentence on stderr and exit code 2, Ctrl-C in
-    "interrupted" and 130. Any other exception is a bug and keeps its traceback.
+    Bad input and a full disk end in one sentence on stderr and exit code 2, Ctrl-C in "interrupted"
+    and 130. Any other exception is a bug and keeps its traceback.
     """
+    faulthandler.enable()
     _quiet_libraries()
-    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+    _cache_compiled_programs()
+    sys.exit(call(main, define_flags, sys.argv[1:]))
 
 
-def _guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
+def call(main: Main, define_flags: Callable[[], None], argv: Sequence[str] = ()) -> int:
+    """Runs a command inside this process with the flags `argv`; returns its exit code.
+
+    Its flags exist only meanwhile, so that commands can run one after another. Ends like `run`.
+    """
+    args = flags.FLAGS
+    before, was_parsed = set(args), args.is_parsed()
     try:
-        return main(argv)
-    except BadInput as error:
-        return _say(f"error: {error}", BAD_INPUT)
+        define_flags()
+        if any(re.match(r"--?h(elp|$)", word) for word in argv):
+            print(_help(main, [name for name in args if name not in before]))
+        else:
+            _parse(args, argv)
+            main(args)
     except KeyboardInterrupt:
         return _say("interrupted", INTERRUPTED)
     except Exception as error:
-        sentence = (
-            _disk_full(error) or _memory_full(error) or _unread_config(error) or _bad_path(error)
-        )
+        sentence = _sentence(error)
         if sentence is None:
             raise
         return _say(f"error: {sentence}", BAD_INPUT)
+    finally:
+        for name in set(args) - before:
+            delattr(args, name)
+        if not was_parsed:
+            args.unparse_flags()
+    return 0
 
 
-def _parse(argv: list[str]) -> list[str]:
-    flags.FLAGS.set_default("verbosity", absl_logging.FATAL)
-    flags.FLAGS["verbosity"].using_default_value = False  # absl would raise it to INFO.
-    home = os.path.expanduser("~/")  # as in --out=~/samples, which no shell expands
-    argv = [re.sub(r"^(--[\w.]+=)~/", lambda flag: flag[1] + home, word) for word in argv]
-    try:
-        rest = flags.FLAGS(argv)
-        for name, flag in flags.FLAGS.flag_values_dict().items():
-            if isinstance(flag, float) and not math.isfinite(flag):
-                raise BadInput(f"--{name}={flag}; expected a finite number.")
-        return rest
-    except SystemExit as end:
-        if not any(re.match(r"--?help|-\?", word) for word in argv):
-            raise  # of a config file
-        sys.exit(0 if end.code == 1 else end.code)  # absl ends --help with 1
-    except Exception as error:
-        sentence = _bad_flag(error)
-        if sentence is None:
-            raise
-        sys.exit(_say(f"error: {sentence}", BAD_INPUT))
+def define_config_flag() -> None:
+    """Defines --config and --config_field, for `configs.load_config`."""
+    flags.DEFINE_string(
+        "config",
+        None,
+        "NAME[:VARIANT] of a config in the package, or its path. --config.a.b=v changes a field.",
+        required=True,
+    )
+    flags.DEFINE_multi_string("config_field", [], "The long form of --config.a.b=v: a.b=v.")
 
 
-def sampling_flags() -> tuple[flags.FlagHolder, flags.FlagHolder, flags.FlagHolder]:
+def define_sampling_flags() -> None:
     """Defines --cfg, --top_k and --top_p, which default to what the checkpoint says."""
     say = lambda text: f"{text} Default: the checkpoint's."
-    cfg = flags.DEFINE_float("cfg", None, say("Guidance by class; 0: none."), lower_bound=0)
-    top_k = flags.DEFINE_integer("top_k", None, say("Draw from the k likeliest codes; 0: all."), 0)
-    text = "Draw from this share of probability; 0: all. One number, or one a scale: 1,0.5,0.5."
-    return cfg, top_k, flags.DEFINE_list("top_p", None, say(text))
+    flags.DEFINE_float("cfg", None, say("Guidance scale; 0: none."), lower_bound=0)
+    flags.DEFINE_integer("top_k", None, say("Sample from the k likeliest codes; 0: all."), 0)
+    text = "Sample from this share of probability; 0: all. One number, or one a scale: 1,0.5,0.5."
+    flags.DEFINE_list("top_p", None, say(text))
 
 
-def _bad_flag(error: Exception) -> str | None:
-    """The sentence for a user's mistake in the flags; None for a bug, such as in a config file."""
-    causes = [link for link in _chain(error) if isinstance(link, BadInput)]
-    if causes:  # Raised by a config file; absl and ml_collections wrap it in their own.
-        return str(causes[-1])
-    for link in _chain(error):  # a config file gave a field a value of another type
-        if isinstance(link, TypeError) and (said := OTHER_TYPE.search(str(link))):
-            return f"--config: {said[1]}={said[2]} is of type {said[3]}; expected {said[4]}"
-    text = " ".join(str(error.args[0] if error.args else error).split())
-    text = text.replace("invalid literal for int() with base 10: ", "expected a whole number, not ")
-    text = text.replace("could not convert string to float: ", "expected a number, not ")
-    if "Error whilst parsing config file" in text:
-        return None
-    if isinstance(error, flags.Error):
-        text = re.sub(r"^flag (--\w+)=None: .*", r"flag \1 is missing; expected a value", text)
-        return re.sub(r"\.\s+Did you mean: (.*) \?", r"; did you mean \1?", text)
-    # `--config.a.b=v` fails in ml_collections with plain Python errors.
-    if not _raised_in(error, "ml_collections"):
-        return None
-    if not isinstance(error, KeyError | AttributeError):
-        return f"--config: {text}"
-    meant = re.search(r'Did you mean "(\w+)"', text)
-    hint = f"; did you mean {meant[1]!r}?" if meant else ""
-    field = re.findall(r"\w+", text)[0]
-    return f"--config has no field {field!r}{hint}"
+def _parse(args: flags.FlagValues, argv: Sequence[str]) -> None:
+    home = os.path.expanduser("~/")  # as in --out=~/samples, which no shell expands
+    words = [re.sub(r"^(--[\w.]+=)~/", lambda flag: flag[1] + home, word) for word in argv]
+    words = [re.sub(r"^--config\.", "--config_field=", word) for word in words]
+    for i, word in enumerate(words[:-1]):  # --config.a.b v
+        if re.fullmatch(r"--config_field=[\w.]+", word) and not words[i + 1].startswith("--"):
+            words[i : i + 2] = [f"{word}={words[i + 1]}", ""]
+    try:
+        rest = args(["", *filter(None, words)])
+    except flags.UnrecognizedFlagError as error:
+        near = did_you_mean(error.flagname, args)
+        raise BadInput(f"unknown flag --{error.flagname}{near}") from error
+    except flags.Error as error:
+        text = str(error).splitlines()[0]  # of several the first
+        text = re.sub(r"=None: .*", " is missing; expected a value", text)
+        text = re.sub(r"invalid literal for int\(\).*?:", "expected a whole number, not", text)
+        text = text.replace("could not convert string to float:", "expected a number, not")
+        raise BadInput(text) from error
+    if len(rest) > 1:
+        raise BadInput(f"unexpected argument {rest[1]!r}; every option is a --flag.")
+    for name, value in args.flag_values_dict().items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BadInput(f"--{name}={value}; expected a finite number.")
+
+
+def _help(main: Main, names: list[str]) -> str:
+    """What the command's module says it does, and its flags."""
+    ours = flags.FlagValues()
+    for name in names:
+        ours[name] = flags.FLAGS[name]
+    return f"{sys.modules[main.__module__].__doc__}\n{ours.get_help(include_special_flags=False)}"
 
 
 def _say(sentence: str, code: int) -> int:
@@ -113,13 +121,14 @@ def _say(sentence: str, code: int) -> int:
     return code
 
 
-def _raised_in(error: Exception, package: str) -> bool:
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return frames[-1].f_globals.get("__name__", "").split(".")[0] == package
+def _sentence(error: Exception) -> str | None:
+    """What to tell about a mistake of the user's or a full disk; None for a bug."""
+    if isinstance(error, BadInput):
+        return str(error)
+    return _disk_full(error) or _memory_full(error) or _bad_path(error)
 
 
 def _disk_full(error: BaseException) -> str | None:
-    """The sentence for a full disk, whoever wrapped the error; None for other errors."""
     for link in _chain(error):
         text = str(link)
         by_code = isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -135,7 +144,6 @@ def _disk_full(error: BaseException) -> str | None:
 
 
 def _memory_full(error: BaseException) -> str | None:
-    """The sentence for a program that does not fit in memory; None for other errors."""
     if found := re.search(r"Out of memory allocating (\d+) bytes", str(error)):
         size = f"{int(found[1]) / 1e9:.1f} GB more"
     elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
@@ -145,23 +153,14 @@ def _memory_full(error: BaseException) -> str | None:
     return f"memory is full (it takes {size}); a smaller batch size needs less"
 
 
-def _unread_config(error: Exception) -> str | None:
-    """The sentence for a missing --config file, which ml_collections reports on first use."""
-    if isinstance(error, OSError) and _raised_in(error, "ml_collections"):
-        why = re.sub(r"^\[Errno \d+\] ", "", str(error).strip().splitlines()[-1].strip())
-        return f"the config file cannot be read: {why}"
-    return None
-
-
 def _bad_path(error: Exception) -> str | None:
-    """The sentence for a path that cannot be what a flag wants; None for other errors."""
     wrong = (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
     if isinstance(error, OSError) and error.filename and error.strerror:
         if not isinstance(error, wrong) and error.errno != errno.EROFS:
             return None
         return f"{error.filename}: {error.strerror.lower()}"
     if isinstance(error, ImportError) and "gcsfs" in str(error):
-        return "gs:// folders need one package more: pip install -e '.[gcs]'"
+        return "gs:// folders need one package more: pip install 'var_jax[gcs]'"
     return None
 
 
@@ -185,7 +184,13 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def no_arguments(argv: list[str]) -> None:
-    """Raises BadInput for a word that is no flag."""
-    if len(argv) > 1:
-        raise BadInput(f"unexpected argument {argv[1]!r}; every option is a --flag.")
+def _cache_compiled_programs() -> None:
+    """Keeps compiled programs on disk, so that a command that starts again compiles nothing twice.
+
+    In ~/.cache/var_jax, or where JAX_COMPILATION_CACHE_DIR says; an empty value turns it off.
+    """
+    import jax  # most commands have it already; --help of others need not
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "var_jax"))

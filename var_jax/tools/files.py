@@ -1,7 +1,6 @@
-"""Files that are whole or not there, or that one process holds."""
+"""Files that are whole or not there, and locks."""
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import PurePath
@@ -24,20 +23,27 @@ def replacing(path: str | PurePath) -> Iterator[epath.Path]:
         raise
 
 
-def held(path: str | PurePath) -> bool:
-    """Holds the file `path` until this process ends, however; False if another one holds it.
+def in_bucket(path: str | PurePath) -> bool:
+    """Returns whether a path is an address such as gs://..."""
+    return "://" in str(path)
 
-    Where there are no locks, as in a bucket, nothing is held and the answer is True.
+
+def acquire_lock(path: str | PurePath) -> bool:
+    """Locks the file `path` until this process ends, however; False if another process has it.
+
+    Where there are no locks, as in a bucket or on Windows, the answer is True.
     """
-    if "://" in str(path):
+    if in_bucket(path):
         return True
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)  # stays open: closing it would let go
+    file = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)  # closing it would release the lock
     try:
+        import fcntl
+
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
-    except OSError:  # a file system without locks
+    except (ImportError, OSError):  # a system or a file system without locks
         pass
     return True

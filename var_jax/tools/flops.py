@@ -1,5 +1,11 @@
 """Analytic operation counts: a multiplication and an addition are two operations."""
 
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
 from var_jax.config import TransformerConfig
 from var_jax.schedule import slices
 
@@ -34,3 +40,25 @@ def transformer_flops(config: TransformerConfig, *, backward: bool = True) -> in
     pairs = sum(s.stop * (s.stop - s.start) for s in slices(config.patch_nums))
     forward = 2 * (by_token * config.num_tokens + by_image) + 4 * config.depth * D * pairs
     return forward * (3 if backward else 1)
+
+
+def matmul_flops(f: Callable[..., Any], *args: Any) -> int:
+    """Operations of the matrix products and convolutions of `f(*args)`; args may be abstract."""
+    return _count(jax.make_jaxpr(f)(*args).jaxpr)
+
+
+def _count(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        out = math.prod(equation.outvars[0].aval.shape)
+        if equation.primitive.name == "dot_general":
+            (summed, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2 * out * math.prod(shape[axis] for axis in summed)
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            features = equation.params["dimension_numbers"].rhs_spec[0]
+            total += 2 * out * math.prod(kernel) // kernel[features]
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        total += times * sum(_count(inner) for inner in jax.core.jaxprs_in_params(equation.params))
+    return total

@@ -1,4 +1,4 @@
-"""Pictures for people: PNG files, grids of samples, labelled rows, line charts."""
+"""Images for people: PNG files, grids of samples, labelled rows, line charts."""
 
 import io
 from pathlib import PurePath

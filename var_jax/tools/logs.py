@@ -6,19 +6,20 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, SupportsFloat
 
 import jax
 import numpy as np
 from etils import epath
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
-from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
-from tensorboardX.summary import image as image_summary
+from jaxtyping import UInt8
 from tqdm import tqdm
 
-from var_jax.tools.files import replacing
+from var_jax.tools.files import in_bucket, replacing
+
+if TYPE_CHECKING:
+    from var_jax.tools.tensorboard import Board
 
 SECONDS_BETWEEN_LINES = 30.0
 SECONDS_BETWEEN_COPIES = 60.0
@@ -41,7 +42,7 @@ class Metrics:
         if self._remote:
             folder = tempfile.TemporaryDirectory(prefix="tensorboard")
             self._local, self._folder = epath.Path(folder.name), folder  # removed with this object
-        self._boards: dict[str, EventsWriter] = {}
+        self._boards: dict[str, Board] = {}
         if self._writes:
             self._workdir.mkdir(parents=True, exist_ok=True)
 
@@ -60,17 +61,14 @@ class Metrics:
         else:
             with path.open("a") as out:
                 out.write(line)
-        values = [
-            Summary.Value(tag=f"{stage}/{name}", simple_value=value)
-            for name, value in numbers.items()
-        ]
-        self._event(stage, step, summary=Summary(value=values))
+        self._board(stage).scalars(step, {f"{stage}/{name}": x for name, x in numbers.items()})
+        self._copy(SECONDS_BETWEEN_COPIES)
 
-    def image(self, stage: str, step: int, name: str, image: np.ndarray) -> None:
-        """Shows `image` (H, W, 3), uint8, in TensorBoard."""
+    def image(self, stage: str, step: int, name: str, image: UInt8[np.ndarray, "H W 3"]) -> None:
+        """Shows an image in TensorBoard."""
         if self._writes:
-            summary = image_summary(f"{stage}/{name}", np.asarray(image), dataformats="HWC")
-            self._event(stage, step, summary=summary)
+            self._board(stage).image(step, f"{stage}/{name}", image)
+            self._copy(SECONDS_BETWEEN_COPIES)
 
     def records(self) -> list[dict]:
         """What metrics.jsonl holds so far."""
@@ -89,7 +87,7 @@ class Metrics:
             with replacing(self._path) as beside:
                 beside.write_text(text)
         self.close()
-        self._event(stage, step + 1, session_log=SessionLog(status=SessionLog.START))  # hides those
+        self._board(stage).hide_from(step + 1)
 
     def close(self) -> None:
         """Closes TensorBoard's files."""
@@ -111,23 +109,12 @@ class Metrics:
     def _text(self) -> str:
         return self._path.read_text() if self._path.exists() else ""
 
-    def _event(self, stage: str, step: int, **content: Any) -> None:
-        """Adds to TensorBoard's file, and has it on disk before it returns.
-
-        tensorboardX's SummaryWriter does so on a thread, where nobody hears that the disk is full.
-        """
+    def _board(self, stage: str) -> "Board":
         if stage not in self._boards:
-            folder = self._local / "tensorboard" / stage
-            folder.mkdir(parents=True, exist_ok=True)
-            self._boards[stage] = EventsWriter(str(folder / "events"))
-        self._boards[stage].write_event(Event(wall_time=time.time(), step=step, **content))
-        self._boards[stage].flush()
-        self._copy(SECONDS_BETWEEN_COPIES)
+            from var_jax.tools.tensorboard import Board
 
-
-def in_bucket(path: str | PurePath) -> bool:
-    """Whether a path is an address such as gs://..."""
-    return "://" in str(path)
+            self._boards[stage] = Board(self._local / "tensorboard" / stage)
+        return self._boards[stage]
 
 
 def read_metrics(workdir: str | PurePath) -> list[dict]:
@@ -154,7 +141,7 @@ def progress(total: int, initial: int = 0, description: str = ""):
         bar.close()
 
 
-def _short(metrics: dict[str, Any]) -> dict[str, str]:
+def _short(metrics: Mapping[str, SupportsFloat]) -> dict[str, str]:
     """Numbers, or arrays of one number, in four digits."""
     return {name: f"{float(value):.4g}" for name, value in metrics.items()}
 
@@ -164,7 +151,7 @@ class _Bar:
         columns, rows = shutil.get_terminal_size()  # 80 x 24 where a terminal says 0
         self._bar = tqdm(total=total, initial=initial, desc=description, ncols=columns, nrows=rows)
 
-    def update(self, n: int = 1, **metrics: float) -> None:
+    def update(self, n: int = 1, **metrics: SupportsFloat) -> None:
         """Counts `n` more steps and shows `metrics`."""
         if metrics:
             self._bar.set_postfix(_short(metrics), refresh=False)
@@ -181,7 +168,7 @@ class _Lines:
         self._first: tuple[float, int] | None = None  # after the first step, which compiles
         self._printed = time.monotonic()
 
-    def update(self, n: int = 1, **metrics: float) -> None:
+    def update(self, n: int = 1, **metrics: SupportsFloat) -> None:
         """Counts `n` more steps; prints a line if the last one is old enough."""
         self._done += n
         self._metrics = metrics or self._metrics

@@ -1,4 +1,4 @@
-"""The codebook as moving averages, and a fresh start for codes that nothing uses.
+"""The codebook as moving averages, and dead-code restart.
 
 A code is the mean of the residuals it stood for, averaged over steps: far fewer steps than by
 gradient. Codes that fall out of use are the known way for this tokenizer to collapse; they restart
@@ -10,11 +10,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Bool, Float, Int32, Key
 
-from var_jax.config import StageConfig
 from var_jax.schedule import level_ids
-from var_jax.sharding.ops import BATCH, on_mesh
+from var_jax.sharding.mesh import BATCH
+from var_jax.sharding.ops import on_mesh
+
+RESTART_BELOW = 0.03  # codes used less than so many times the mean start anew
 
 
 class CodebookStats(NamedTuple):
@@ -35,24 +37,28 @@ def update_codebook(
     idx_BL: Int32[Array, "B L"],
     residual_BLC: Float[Array, "B L C"],
     key: Key[Array, ""],
-    config: StageConfig,
-) -> tuple[Float[Array, "V C"], CodebookStats, Int32[Array, ""]]:
-    """The codebook after a batch, its statistics, and how many codes were restarted."""
-    V, decay = codebook.shape[0], config.codebook_decay or 0.99
+    decay: float,
+) -> tuple[Float[Array, "V C"], CodebookStats, Bool[Array, " V"]]:
+    """The codebook after a batch, its statistics, and which codes were restarted.
+
+    With a `decay` of 0 codes are learned by gradient and only restarted here.
+    """
+    V, moving_average = codebook.shape[0], bool(decay)
+    decay = decay or 0.99
     rows = jax.random.randint(key, (V,), 0, idx_BL.size)
     hits, total, fresh = batch_stats(idx_BL, residual_BLC, rows)
     hits = decay * stats.hits + (1 - decay) * hits
     total = decay * stats.total + (1 - decay) * total
     mean_hits = idx_BL.size / V
-    dead = hits < config.restart_below * mean_hits
-    if config.codebook_decay:
+    dead = hits < RESTART_BELOW * mean_hits
+    if moving_average:
         used = hits[:, None] > 1e-12
         codebook = jnp.where(used, total / jnp.maximum(hits, 1e-12)[:, None], codebook)
     codebook = jnp.where(dead[:, None], fresh, codebook)
     # A restarted code counts as used a few times, so that the next batches can move it.
-    hits = jnp.where(dead, 3 * config.restart_below * mean_hits, hits)
+    hits = jnp.where(dead, 3 * RESTART_BELOW * mean_hits, hits)
     total = jnp.where(dead[:, None], fresh * hits[:, None], total)
-    return codebook, CodebookStats(hits, total), dead.sum()
+    return codebook, CodebookStats(hits, total), dead
 
 
 def batch_stats(

@@ -1,16 +1,17 @@
-"""The loop that both stages run in: resume, step, log, save, look."""
+"""The loop that every training runs in: resume, step, log, save, hooks."""
 
 import contextlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
@@ -18,89 +19,105 @@ from jaxtyping import Array, Key
 
 from var_jax import BadInput
 from var_jax.checkpoints.training import Checkpoints
-from var_jax.config import StageConfig
 from var_jax.data.pipeline import epoch
 from var_jax.data.sources import Source
-from var_jax.sharding.mesh import put_batch, put_whole, shard, to_host
+from var_jax.sharding.mesh import put_batch, shard
 from var_jax.tools.flops import peak_flops
 from var_jax.tools.logs import Metrics, progress
-from var_jax.training.state import Stage, TrainState, layout
+from var_jax.training.task import Frozen, Task
 
-Look = Callable[[int, TrainState], dict[str, Any]]
+
+class Hook(NamedTuple):
+    """What runs after every `every`-th step and the last one, and the figures that it returns."""
+
+    name: str
+    every: int  # 0: only after the last step
+    run: Callable[[int, Any], dict[str, Any]]  # (step, state)
+
+    def is_due(self, step: int, last: int) -> bool:
+        """Whether it runs after this step."""
+        return step == last or bool(self.every and step > 0 and step % self.every == 0)
 
 
 def run(
-    stage: Stage,
+    task: Task,
     batches: grain.DatasetIterator,
     *,
     mesh: jax.sharding.Mesh,
     seed: int,
     directory: str | PurePath,
     metrics: Metrics,
-    look: Look,
-    constants: dict[str, Any] | None = None,
+    frozen: Frozen | None = None,
+    hooks: Sequence[Hook] = (),
+    initialize: Callable[[Any], Any] | None = None,
     profile: int = 0,
-) -> TrainState:
-    """Trains `stage` to its last step and returns the state; call it under `jax.set_mesh(mesh)`.
+) -> Any:
+    """Trains `task` to its last step and returns the state; call it under `jax.set_mesh(mesh)`.
 
     Starts from the newest checkpoint under `directory`, with the data where it was, so that a run
-    stopped anywhere ends with the numbers of one never stopped. `constants` join every batch (the
-    frozen tokenizer). `look` makes pictures and validation figures every `sample_every` steps and
-    at the end, once that step is saved. Ctrl-C, SIGTERM and a preemption notice on any host save,
+    stopped anywhere ends with the numbers of one never stopped; or from step 0, where `initialize`
+    may replace weights (fine-tuning). Ctrl-C, SIGTERM and a preemption notice on any host save,
     then raise KeyboardInterrupt. `profile` many steps are traced, from the tenth of this start on.
 
     Raises: BadInput if the checkpoints are another config's, or the loss is no longer finite.
     """
-    config = stage.config
+    config, frozen = task.config, frozen or {}
     # Apart, because both number what they draw by folding small integers into their key.
     init_key, key = jax.random.split(jax.random.key(seed))
     checkpoints = Checkpoints(directory, keep_every=config.keep_every)
-    state, start = restore_or_init(stage, checkpoints, batches, mesh, init_key)
-    metrics.rewind(stage.name, start)
+    state, start = restore_or_init(task, checkpoints, batches, mesh, init_key, initialize)
+    metrics.rewind(task.name, start)
     if 0 < start < config.steps:
-        say(f"{stage.name}: going on from step {start}")
-    train_step = jax.jit(stage.train_step, donate_argnums=0)
+        say(f"{task.name}: going on from step {start}")
+    train_step = jax.jit(task.train_step, donate_argnums=0)
     step, pending = start, None  # metrics of the step before, read while this one runs
 
     def flush():
         if pending is not None:
-            write(metrics, stage.name, *pending)
+            write(metrics, task.name, *pending)
 
-    speed = Speed(stage)
+    def run_hooks(wanted: Sequence[Hook]):
+        for hook in wanted:
+            metrics.write(task.name, step, hook=hook.name, **hook.run(step, state))
+
+    speed = Speed(task)
     with (
         contextlib.closing(checkpoints),  # whatever happens, a save under way ends
         contextlib.closing(metrics),
-        progress(config.steps, start, stage.name) as bar,
+        progress(config.steps, start, task.name) as bar,
         deferred_interrupt() as interrupted,
         Trace(directory, start + 10, profile) as trace,
     ):
-        stopped = agree(start, interrupted)  # also tells the other hosts where this one is
-        if due(start, config) and not looked(metrics, stage.name, start):
-            metrics.write(stage.name, start, **look(start, state))
+        stopped = should_stop(start, interrupted)  # also tells the other hosts where this one is
+        run_hooks(missed_hooks(hooks, metrics, task.name, start, config.steps))
         for step in () if stopped else range(start + 1, config.steps + 1):
             trace(step)
             with speed.waiting():
-                batch = put_batch(next(batches), mesh) | (constants or {})
-            state, values = train_step(state, batch, key)
+                batch = put_batch(next(batches), mesh)
+            state, values = train_step(state, batch, frozen, key)
             bar.update(1, **({"loss": pending[1]["loss"]} if pending else {}))
-            last, stop = step == config.steps, agree(step, interrupted)
+            last, stop = step == config.steps, should_stop(step, interrupted)
+            if step == start + 1:
+                speed.start(values)
             if step % config.log_every == 0 or last:
                 flush()
-                pace = speed.since(step - start)
-                metrics.write(stage.name, step, file="speed.jsonl", **pace)
+                if pace := speed.since(step - start):
+                    metrics.write(task.name, step, file="speed.jsonl", **pace)
                 pending = (step, values)
-            if step % config.save_every == 0 or due(step, config) or stop:
+            if step % config.save_every == 0 or last or stop:
                 flush()
                 pending = None
-                check(stage.name, step, values)
+                check_finite(task.name, step, values)
                 checkpoints.save(step, state, batches.get_state(), wait=last or stop)
-            if due(step, config):
-                metrics.write(stage.name, step, **look(step, state))
+            if due := [hook for hook in hooks if hook.is_due(step, config.steps)]:
+                flush()
+                pending = None
+                run_hooks(due)
             if stopped := stop:
                 break
-        stopped = stopped or agree(config.steps + 1, interrupted)  # during the last look
+        stopped = stopped or should_stop(config.steps + 1, interrupted)  # during the last hooks
     if stopped:
-        say(f"{stage.name}: saved; the same command goes on from step {step}")
+        say(f"{task.name}: saved; the same command goes on from step {step}")
         raise KeyboardInterrupt
     return state
 
@@ -112,43 +129,43 @@ def say(sentence: str) -> None:
 
 
 def restore_or_init(
-    stage: Stage,
+    task: Task,
     checkpoints: Checkpoints,
     batches: grain.DatasetIterator,
     mesh: jax.sharding.Mesh,
     key: Key[Array, ""],
-) -> tuple[TrainState, int]:
+    initialize: Callable[[Any], Any] | None = None,
+) -> tuple[Any, int]:
     """The newest checkpoint, with `batches` set to where it was; or step 0, born sharded."""
-    abstract = shard(jax.eval_shape(stage.init, key), mesh, layout)
+    abstract = shard(jax.eval_shape(task.init, key), mesh, task.layout)
     restored = checkpoints.restore(abstract)
     if restored:
         step, state, position = restored
         batches.set_state(position)
         return state, step
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(stage.init, out_shardings=shardings)(key), 0
+    state = jax.jit(task.init, out_shardings=shardings)(key)
+    return initialize(state) if initialize else state, 0
 
 
-def due(step: int, config: StageConfig) -> bool:
-    """Whether pictures and validation figures are, after this step."""
-    regular = config.sample_every and step % config.sample_every == 0
-    return step > 0 and bool(regular or step == config.steps)
-
-
-def looked(metrics: Metrics, name: str, step: int) -> bool:
-    """Whether the look after a saved step was logged, or the run stopped in between."""
+def missed_hooks(
+    hooks: Sequence[Hook], metrics: Metrics, name: str, step: int, last: int
+) -> list[Hook]:
+    """The hooks due after a saved step that the run was stopped before, the same on every host."""
     records = metrics.records() if jax.process_index() == 0 else []
-    at = [r for r in records if (r["stage"], r["step"]) == (name, step)]
-    return bool(multihost_utils.broadcast_one_to_all(any("loss" not in r for r in at)))
+    done = {r["hook"] for r in records if (r["stage"], r["step"]) == (name, step) and "hook" in r}
+    missed = [step > 0 and hook.is_due(step, last) and hook.name not in done for hook in hooks]
+    agreed = multihost_utils.broadcast_one_to_all(np.array(missed, bool))
+    return [hook for hook, runs in zip(hooks, agreed, strict=True) if runs]
 
 
 def write(metrics: Metrics, name: str, step: int, values: dict) -> None:
     """Logs one step. Raises: BadInput if it diverged."""
-    check(name, step, values)
+    check_finite(name, step, values)
     metrics.write(name, step, **jax.device_get(values))
 
 
-def check(name: str, step: int, values: dict) -> None:
+def check_finite(name: str, step: int, values: dict) -> None:
     """Raises BadInput if a step diverged, so that its weights are never saved."""
     for what in ("loss", "grad_norm"):
         if not np.isfinite(value := float(values[what])):
@@ -159,31 +176,43 @@ def check(name: str, step: int, values: dict) -> None:
 
 
 def evaluate(
-    stage: Stage,
-    state: TrainState,
-    source: Source,
-    batch_size: int,
-    *,
-    mesh: jax.sharding.Mesh,
-    constants: dict[str, Any] | None = None,
+    task: Task, state: Any, source: Source, *, mesh: jax.sharding.Mesh, frozen: Frozen | None = None
 ) -> dict[str, float]:
-    """Means over all of `source`, as `val_NAME`."""
-    step, total, count = jax.jit(stage.eval_step), {}, 0
-    for batch in epoch(source, batch_size):
+    """Means over all of `source`, as `val_NAME`.
+
+    Each process reads its share, in batches no larger than the parts of a training step. Sums stay
+    on the devices until the end.
+    """
+
+    @jax.jit
+    def add(total, state, batch, mask, frozen):
+        values = task.eval_step(state, batch, frozen)
+        values = {name: jnp.where(mask, value, 0.0).sum() for name, value in values.items()}
+        return values if total is None else jax.tree.map(jnp.add, total, values)
+
+    total, count = None, len(source)
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    for batch in epoch(source, task.config.batch_size // task.parts, **share):
+        batch = put_batch(batch, mesh)
         mask = batch.pop("mask")
-        values = to_host(step(state, put_whole(batch, mesh) | (constants or {})))
-        for name, value in values.items():
-            total[name] = total.get(name, 0.0) + float(value[mask].sum())
-        count += int(mask.sum())
-    return {f"val_{name}": value / count for name, value in total.items()}
+        total = add(total, state, batch, mask, frozen or {})
+    return {f"val_{name}": float(value) / count for name, value in (total or {}).items()}
 
 
 class Speed:
-    """Images a second, share of the peak the chips make (MFU), share of time waited for data."""
+    """Images a second, share of the peak the chips make (MFU), share of time waited for data.
 
-    def __init__(self, stage: Stage):
-        self._stage, self._peak = stage, peak_flops(jax.devices()[0].device_kind)
+    The clock starts after the first step, which compiles.
+    """
+
+    def __init__(self, task: Task):
+        self._task, self._peak = task, peak_flops(jax.devices()[0].device_kind)
         self._steps, self._since, self._waited = 0, time.monotonic(), 0.0
+
+    def start(self, values: dict) -> None:
+        """Starts the clock at the end of the first step, whose metrics these are."""
+        jax.block_until_ready(values)
+        self._steps, self._since, self._waited = 1, time.monotonic(), 0.0
 
     @contextlib.contextmanager
     def waiting(self):
@@ -193,12 +222,14 @@ class Speed:
         self._waited += time.monotonic() - started
 
     def since(self, steps: int) -> dict[str, Any]:
-        """The figures since the last call, after so many steps in all."""
+        """The figures since the last call, after so many steps in all; none after no step."""
+        if steps == self._steps:
+            return {}
         seconds = max(time.monotonic() - self._since, 1e-9)
-        rate = (steps - self._steps) * self._stage.config.batch_size / seconds
+        rate = (steps - self._steps) * self._task.config.batch_size / seconds
         found = {"images_per_second": rate, "data_wait": self._waited / seconds}
-        if self._peak and self._stage.image_flops:
-            found["mfu"] = rate * self._stage.image_flops / self._peak / jax.device_count()
+        if self._peak and self._task.image_flops:
+            found["mfu"] = rate * self._task.image_flops / self._peak / jax.device_count()
         self._steps, self._since, self._waited = steps, time.monotonic(), 0.0
         return found
 
@@ -227,8 +258,8 @@ class Trace:
             self._on = False
 
 
-def agree(step: int, interrupted: list[int]) -> bool:
-    """Whether to stop after this step; the same answer on every host, whichever was told to."""
+def should_stop(step: int, interrupted: list[int]) -> bool:
+    """Whether to stop after this step; the same answer on every host, whichever was signalled."""
     if jax.process_count() == 1:
         return bool(interrupted)
     return multihost_utils.reached_preemption_sync_point(step)
@@ -251,8 +282,8 @@ def deferred_interrupt():
         if jax.process_count() > 1:
             signal.raise_signal(signal.SIGTERM)
 
-    heard = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
-    old = {number: signal.signal(number, handle) for number in heard}
+    signals = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+    old = {number: signal.signal(number, handle) for number in signals}
     try:
         yield received
     finally:

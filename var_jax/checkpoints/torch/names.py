@@ -18,7 +18,7 @@ from jaxtyping import Float
 from var_jax import BadInput
 from var_jax.config import TokenizerConfig
 from var_jax.schedule import level_ids
-from var_jax.sharding.ops import path_name
+from var_jax.tools.trees import path_name
 
 T = TypeVar("T", bound=nnx.Module)
 Tensors = Mapping[str, Any]  # arrays, or anything with shape and dtype that NumPy can read

@@ -1,0 +1,293 @@
+"""The library: `var_jax.load` gives a model that samples, encodes, decodes and edits.
+
+    import var_jax
+    model = var_jax.load("emoji")
+    model.sample(["Flags", "Animals & Nature"], seed=0)
+"""
+
+import contextlib
+import dataclasses
+import io
+import re
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Bool, Int32, UInt8
+from PIL import Image
+
+from var_jax import BadInput
+from var_jax.config import SamplingConfig
+from var_jax.data.decoding import Unreadable, crop, decode
+from var_jax.models.load import Models, load_models
+from var_jax.models.tokenizer import encode_images
+from var_jax.sampling.autoregressive import KnownTokens, Weights, sampler
+from var_jax.sampling.generate import Generated, coarse_to_fine, collect, decode_tokens, generate
+from var_jax.sampling.generate import in_batches
+from var_jax.sampling.masks import Box, box_mask, known_mask, pool_mask
+from var_jax.tools.images import grid
+
+Label = str | int
+LARGEST = 1024  # side of what any model paints; larger images may be read reduced
+
+
+class Images(np.ndarray):
+    """A uint8 array (N, H, W, 3), or a single image (H, W, 3), that a notebook shows as a grid."""
+
+    def _repr_png_(self) -> bytes | None:
+        if self.dtype != np.uint8 or self.ndim not in (3, 4) or self.shape[-1] != 3:
+            return None
+        images = np.asarray(self).reshape(-1, *self.shape[-3:])
+        sheet = grid(images, columns=min(len(images), 10), scale=max(1, 96 // images.shape[1]))
+        data = io.BytesIO()
+        Image.fromarray(sheet).save(data, format="PNG")
+        return data.getvalue()
+
+
+def load(
+    checkpoint: str | PurePath, *, mesh: jax.sharding.Mesh | None = None, dtype: str = "auto"
+) -> "Model":
+    """Loads a checkpoint: a folder that training or `convert` left, or "emoji" from the package.
+
+    It lies on `mesh`, or the one that is set (`jax.set_mesh`), or else on the first device. `dtype`
+    is what the transformer computes in: "float32", "bfloat16", or as the checkpoint says.
+
+    Raises: BadInput if there is no such checkpoint, or it is damaged.
+    """
+    current = jax.sharding.get_mesh()
+    mesh = mesh or (None if current.empty else current)
+    return Model(load_models(checkpoint, mesh, dtype), mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A tokenizer and a transformer, ready to use. Images are uint8 (N, H, W, 3) of `image_size`.
+
+    Of several processes each gets the images that its own devices make.
+    """
+
+    models: Models
+    mesh: jax.sharding.Mesh | None = None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, in order of their numbers."""
+        return self.models.class_names
+
+    @property
+    def image_size(self) -> int:
+        """The side of the images in pixels."""
+        return self.models.tokenizer.config.image_size
+
+    @property
+    def patch_nums(self) -> tuple[int, ...]:
+        """The sides of the scales in tokens, coarse to fine."""
+        return self.models.tokenizer.config.patch_nums
+
+    def sample(
+        self,
+        labels: Label | Sequence[Label],
+        *,
+        seed: int = 0,
+        cfg: float | None = None,
+        top_k: int | None = None,
+        top_p: float | Sequence[float] | None = None,
+        smooth: bool = False,
+        batch_size: int = 64,
+    ) -> Images:
+        """Samples an image for each label, a class name or number.
+
+        Image i depends on `seed` and i alone. `cfg` (guidance scale, 0: none), `top_k` (0: all
+        codes) and `top_p` (0: all; one number or one a scale) default to what the checkpoint says;
+        `smooth` mixes codes, which is nicer to look at and not for metrics.
+
+        Raises: BadInput for an unknown class, or settings out of range.
+        """
+        how = self.settings(cfg, top_k, top_p)
+        return self._generate(labels, how, seed, batch_size, smooth=smooth).images.view(Images)
+
+    def sample_tokens(
+        self,
+        labels: Label | Sequence[Label],
+        *,
+        seed: int = 0,
+        cfg: float | None = None,
+        top_k: int | None = None,
+        top_p: float | Sequence[float] | None = None,
+        batch_size: int = 64,
+    ) -> Int32[np.ndarray, "N L"]:
+        """The tokens of what `sample` returns."""
+        tokens = self._generate(labels, self.settings(cfg, top_k, top_p), seed, batch_size).tokens
+        assert tokens is not None
+        return tokens
+
+    def encode(
+        self, images: UInt8[np.ndarray, "*N H W 3"], *, batch_size: int = 64
+    ) -> Int32[np.ndarray, "N L"]:
+        """The tokens of images, coarse scale first.
+
+        Raises: BadInput unless they are uint8 of the model's size (`crop` makes them so).
+        """
+        images = np.asarray(images)
+        images = images[None] if images.ndim == 3 else images
+        shape = (self.image_size, self.image_size, 3)
+        if images.dtype != np.uint8 or images.shape[1:] != shape:
+            raise BadInput(
+                f"images are {images.dtype} of shape {images.shape}; expected uint8 (N, {shape[0]},"
+                f" {shape[1]}, 3)."
+            )
+        with self._on_mesh():
+            return in_batches(encode_images, self.models.tokenizer, images, batch_size)
+
+    def decode(
+        self, tokens: Int32[np.ndarray, "N L"], *, batch_size: int = 64
+    ) -> Images:
+        """The images of tokens."""
+        tokens = np.asarray(tokens, np.int32)
+        with self._on_mesh():
+            images = in_batches(decode_tokens, self.models.tokenizer, tokens, batch_size)
+        return images.view(Images)
+
+    def coarse_to_fine(self, tokens: Int32[np.ndarray, "N L"]) -> UInt8[np.ndarray, "N K H W 3"]:
+        """What the images of tokens look like after each of the K scales."""
+        with self._on_mesh():
+            return coarse_to_fine(self.models.tokenizer, np.asarray(tokens, np.int32))[1]
+
+    def edit(
+        self,
+        image: UInt8[np.ndarray, "H W 3"],
+        repaint: Bool[np.ndarray, "H W"] | Box,
+        *,
+        label: Label | None = None,
+        num: int = 1,
+        seed: int = 0,
+        cfg: float | None = None,
+        top_k: int | None = None,
+        top_p: float | Sequence[float] | None = None,
+        smooth: bool = False,
+        batch_size: int = 8,
+    ) -> Images:
+        """Repaints part of an image, `num` times; no training is needed (VAR §5.3).
+
+        `repaint` is true where to, or a box (y0, x0, y1, x1) in fractions of the image; it snaps to
+        the cells of the finest scale. With a `label` what is painted is of that class. Outside,
+        tokens are kept, and pixels up to how the tokenizer reconstructs them.
+
+        Raises: BadInput if nothing is left to repaint, or the arguments are out of range.
+        """
+        return self.edit_tokens(
+            image, repaint, label=label, num=num, seed=seed, smooth=smooth, batch_size=batch_size,
+            settings=self.settings(cfg, top_k, top_p),
+        )[0].images.view(Images)  # fmt: skip
+
+    def edit_tokens(
+        self,
+        image: UInt8[np.ndarray, "H W 3"],
+        repaint: Bool[np.ndarray, "H W"] | Box,
+        *,
+        settings: SamplingConfig,
+        label: Label | None = None,
+        num: int = 1,
+        seed: int = 0,
+        smooth: bool = False,
+        batch_size: int = 8,
+    ) -> tuple[Generated, Bool[np.ndarray, " L"]]:
+        """`edit` with its tokens, and which tokens were kept."""
+        cells = self.patch_nums[-1]
+        if isinstance(repaint, tuple):
+            where = box_mask(repaint, cells)
+        else:
+            where = pool_mask(np.asarray(repaint, np.float32), cells)
+        if not where.any():
+            raise BadInput(f"nothing is left to repaint on the {cells} x {cells} cells.")
+        keep = known_mask(where, self.patch_nums)
+        tokens = self.encode(image)[0]
+        known = KnownTokens(np.stack([tokens] * num), np.stack([keep] * num))  # type: ignore
+        if label is None:  # guidance from no class to no class changes nothing
+            settings, label = dataclasses.replace(settings, cfg=0.0), len(self.class_names)
+        else:
+            label = self.class_index(label)
+        labels = np.full(num, label, np.int32)
+        return self._generate(labels, settings, seed, batch_size, smooth=smooth, known=known), keep
+
+    def crop(self, image: str | PurePath | UInt8[np.ndarray, "H W 3"]) -> Images:
+        """An image file or array as the model takes it: resized to its shorter edge, centre cropped.
+
+        Raises: BadInput if it cannot be read.
+        """
+        opened = Image.fromarray(image) if isinstance(image, np.ndarray) else read_image(image)
+        return crop(opened, self.image_size, resize=1).view(Images)
+
+    def settings(
+        self,
+        cfg: float | None = None,
+        top_k: int | None = None,
+        top_p: float | Sequence[float] | None = None,
+    ) -> SamplingConfig:
+        """The checkpoint's settings of sampling, where arguments do not replace them.
+
+        Raises: BadInput if they are out of range, or `top_p` has another number of scales.
+        """
+        given: dict[str, Any] = {"cfg": cfg, "top_k": top_k}
+        if top_p is not None:
+            given["top_p"] = tuple(map(float, np.atleast_1d(top_p)))
+        given = {name: value for name, value in given.items() if value is not None}
+        settings = dataclasses.replace(self.models.sampling, **given)
+        settings.check(self.patch_nums)
+        return settings
+
+    def class_index(self, label: Label, name: str = "label") -> int:
+        """The number of a class that is given by number or by name, in any case.
+
+        Raises: BadInput, which calls the argument `name`, if there is no such class.
+        """
+        names = self.class_names
+        if isinstance(label, (int, np.integer)) or re.fullmatch("-?[0-9]+", label):
+            if 0 <= int(label) < len(names):
+                return int(label)
+            raise BadInput(f"{name} holds {label}; classes are 0 to {len(names) - 1}.")
+        found = [i for i, known in enumerate(names) if known.lower() == label.lower()]
+        if not found:
+            some = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+            raise BadInput(f"{name} holds {label!r}; the classes of this checkpoint are {some}.")
+        return found[0]
+
+    def _generate(
+        self,
+        labels: Label | Sequence[Label] | Int32[np.ndarray, " N"],
+        settings: SamplingConfig,
+        seed: int,
+        batch_size: int,
+        *,
+        smooth: bool = False,
+        known: KnownTokens | None = None,
+    ) -> Generated:
+        if not isinstance(labels, np.ndarray):
+            several = [labels] if isinstance(labels, (str, int)) else labels
+            labels = np.array([self.class_index(label) for label in several], np.int32)
+        if not len(labels):
+            raise BadInput("no labels are given; expected at least one class.")
+        weights = Weights(self.models.tokenizer, self.models.transformer)
+        with self._on_mesh():
+            return collect(
+                generate(
+                    sampler(settings, smooth), weights, labels, batch_size=batch_size, seed=seed,
+                    known=known,
+                )
+            )  # fmt: skip
+
+    def _on_mesh(self):
+        return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
+
+
+def read_image(path: str | PurePath, name: str = "image") -> Image.Image:
+    """An image file, upright, in RGB. Raises: BadInput, which calls it `name`, if it is none."""
+    try:
+        return decode(epath.Path(path).read_bytes(), LARGEST)
+    except OSError as error:
+        raise BadInput(f"{name}={path} cannot be read: {error.strerror or error}.") from error
+    except Unreadable as error:
+        raise BadInput(f"{name}={path} cannot be read: {error}.") from error

@@ -1,0 +1,145 @@
+"""What training checkpoints and exports share: flat trees on Orbax, and a record of their files.
+
+Both store a pytree as a flat `{"path/of/leaf": array}`, so the files depend on no class, and both
+work on local and `gs://` directories and from any mesh to any other.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from var_jax import BadInput
+from var_jax.tools.trees import flatten
+
+RECORD = "files.json"
+MAX_CHECKSUMMED = 2**32  # bytes of a checkpoint; larger ones would take seconds to read twice
+
+
+def resolve(directory: str | PurePath) -> epath.Path:
+    """The absolute path of a local directory, or the address of a bucket."""
+    path = epath.Path(directory)
+    # `resolve` would take a bucket's name for a local folder; Orbax wants local paths absolute.
+    return path if "://" in str(directory) else path.expanduser().resolve()
+
+
+def context(before_commit: Callable[[], None] | None = None) -> ocp.Context:
+    """How Orbax saves and loads here; `before_commit` runs when all is written but not visible."""
+    context = ocp.Context()
+    # Orbax calls it "post finalization"; the rename that makes a checkpoint visible comes after it.
+    context.async_options.post_finalization_callback = before_commit
+    context.array.saving.enable_write_sharding_file = False  # The caller always says where to.
+    registry = ocp.handlers.local_registry()
+    # Without this a dict of numbers is taken for a pytree, and stored as arrays.
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name="data")
+    context.checkpointables.registry = registry
+    return context
+
+
+def with_shardings(abstract: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """`flatten` of abstract leaves, on the first device where they have no sharding."""
+    anywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or anywhere)
+        for name, x in flatten(abstract).items()
+    }
+
+
+def compare(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: str, *, dtypes: bool):
+    """Compares names, shapes and kinds of tensors, or also their exact dtypes.
+
+    Raises: BadInput on the first tensor that is not in both, or differs.
+    """
+    for name, want in wanted.items():
+        have, reason = saved.get(name), ""
+        if have is None:
+            reason = f"has no tensor {name!r}; expected one of shape {want.shape} for this config"
+        elif have.shape != want.shape:
+            shapes = f"{have.shape}; expected {want.shape}"
+            reason = f"holds {name!r} with shape {shapes} for this config"
+        elif have.dtype != want.dtype and (dtypes or not _both_floats(have.dtype, want.dtype)):
+            reason = f"holds {name!r} as {have.dtype}; expected {want.dtype}"
+        if reason:
+            raise BadInput(f"{where} {reason}.")
+    for name in (name for name in saved if name not in wanted):
+        raise BadInput(
+            f"{where} holds a tensor {name!r} of shape {saved[name].shape}; expected no such "
+            "tensor for this config."
+        )
+
+
+def _both_floats(*dtypes: Any) -> bool:
+    return all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes)
+
+
+def record_files(directory: epath.Path) -> None:
+    """Records size and CRC-32 of every file in `directory`/files.json, for `damage`."""
+    paths = {str(path.relative_to(directory)): path for path in _files(directory)}
+    paths.pop("_CHECKPOINT_METADATA", None)  # Orbax rewrites it later, and does without it.
+    sizes = {name: path.stat().length for name, path in paths.items()}
+    read = sum(sizes.values()) <= MAX_CHECKSUMMED
+    record = {name: [sizes[name], _crc32(path) if read else None] for name, path in paths.items()}
+    (directory / RECORD).write_text(json.dumps(record, indent=1))
+
+
+def damage(directory: epath.Path) -> str:
+    """Which file is missing or has other bytes than it was written with; "" if none.
+
+    Orbax notices files that are missing or cut short, after many tracebacks of its own, but no
+    changed bytes of an array.
+    """
+    path = directory / RECORD
+    try:
+        for name, (size, crc) in json.loads(path.read_text()).items() if path.exists() else ():
+            path = directory / name
+            if not path.exists():
+                return f"{name} is missing"
+            if (found := path.stat().length) != size:
+                return f"{name} has {found} bytes; expected {size}"
+            if crc is not None and _crc32(path) != crc:
+                return f"{name} fails its checksum"
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        return f"{path.name} cannot be read ({type(error).__name__})"
+    return ""
+
+
+def _files(directory: epath.Path) -> Iterator[epath.Path]:
+    for path in directory.iterdir():
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
+
+
+def _crc32(path: epath.Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while part := file.read(2**24):
+            crc = zlib.crc32(part, crc)
+    return crc
+
+
+def reason(error: Exception) -> str:
+    """The error as part of a sentence: its root's first line, cut where it gets long."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text if len(text) <= 160 else text[:160] + '…'}"
+
+
+def remove(path: epath.Path) -> None:
+    """Deletes a folder, if it is there."""
+    if path.exists():
+        path.rmtree()
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here."""
+    multihost_utils.sync_global_devices(name)

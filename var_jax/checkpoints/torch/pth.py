@@ -1,0 +1,294 @@
+"""Tensors in PyTorch's `.pth` files, read and written without torch.
+
+A `.pth` file is a zip archive: a pickle that describes the tensors, and an uncompressed entry of
+bytes for each storage. Unpickling can run any code, so `Unpickler` knows only the few instructions
+and names that describe tensors. The values stay on disk until NumPy asks for them.
+"""
+
+import dataclasses
+import functools
+import io
+import math
+import pickle
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from var_jax import BadInput
+
+MAX_DESCRIPTION = 8 << 20  # bytes of the pickle; d36's has under 1, and each may become 100
+DTYPES = {
+    "DoubleStorage": np.dtype(np.float64),
+    "FloatStorage": np.dtype(np.float32),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(jnp.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+
+
+class Storage(NamedTuple):
+    """Bytes in a file, and their checksum."""
+
+    path: Path
+    start: int
+    size: int
+    crc: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor that lies in a file; `np.asarray` maps it into memory."""
+
+    storage: Storage
+    dtype: np.dtype
+    offset: int  # in elements, from the start of the storage
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements
+    name: str = ""
+
+    def check(self) -> None:
+        """Raises BadInput unless the tensor lies inside its storage."""
+        axes = (self.shape, self.strides)
+        if any(type(axis) is not tuple for axis in axes) or len(self.shape) != len(self.strides):
+            raise self.damaged("has no readable shape")
+        numbers = (*self.shape, *self.strides, self.offset)
+        if len(self.shape) > 8 or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
+            raise self.damaged("has shape and strides that no tensor has")
+        reach = self.offset + sum((n - 1) * s for n, s in zip(*axes, strict=True))
+        if 0 not in self.shape and (reach + 1) * self.dtype.itemsize > self.storage.size:
+            raise self.damaged(f"reaches beyond its {self.storage.size} bytes")
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if 0 in self.shape:
+            return np.zeros(self.shape, dtype or self.dtype)
+        if not intact(self.storage):
+            raise self.damaged("fails its checksum; download the file again")
+        size = self.dtype.itemsize
+        start, strides = self.storage.start + self.offset * size, [s * size for s in self.strides]
+        mapped = np.memmap(self.storage.path, np.uint8, mode="r")
+        array = np.ndarray(self.shape, self.dtype, mapped, start, strides)  # type: ignore[arg-type]
+        return array if dtype is None else array.astype(dtype)
+
+    def damaged(self, what: str) -> BadInput:
+        return BadInput(f"{self.storage.path} is damaged: tensor {self.name!r} {what}.")
+
+
+@functools.lru_cache
+def intact(storage: Storage) -> bool:
+    """Whether the bytes have their checksum."""
+    crc, left = 0, storage.size
+    with storage.path.open("rb") as file:
+        file.seek(storage.start)
+        while left and (part := file.read(min(left, 1 << 24))):
+            crc, left = zlib.crc32(part, crc), left - len(part)
+    return crc == storage.crc
+
+
+def read_pth(path: Path, *keys: str) -> dict[str, Tensor]:
+    """The tensors of a state dict by name; reads their description alone.
+
+    `keys` lead to it inside a training checkpoint; those that a file does not have are passed over.
+
+    Raises: BadInput if the file holds something else, or is damaged.
+    """
+    with path.open("rb") as file:
+        archive = Archive(path, file)
+        state = archive.unpickle()
+    for key in keys:
+        state = state[key] if isinstance(state, dict) and key in state else state
+    if not isinstance(state, dict) or not state:
+        raise BadInput(f"{path} holds no tensors by name; expected a state dict.")
+    tensors = {}
+    for name, value in state.items():
+        if type(name) is not str or not isinstance(value, Tensor):
+            kind = type(value).__name__.lower()
+            raise BadInput(f"{path} holds {name!r} of type {kind}, where a state dict has tensors.")
+        tensors[name] = dataclasses.replace(value, name=name)
+        tensors[name].check()
+    total = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
+    if total > 2 * archive.size:  # many views of one storage: a file that would fill the memory
+        raise BadInput(f"{path} describes {total} bytes of tensors but has only {archive.size}.")
+    return tensors
+
+
+class Archive:
+    """The zip archive around a pickle and the bytes of its tensors."""
+
+    def __init__(self, path: Path, file: BinaryIO):
+        self.path, self.file, self.size = path, file, file.seek(0, io.SEEK_END)
+        try:
+            entries = zipfile.ZipFile(file).infolist()
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+            raise self.damaged("its table of contents cannot be read") from error
+        self.table = {entry.filename: entry for entry in entries}
+        if len(self.table) != len(entries):
+            raise self.damaged("two of its entries have the same name")
+        roots = [n.removesuffix("data.pkl") for n in self.table if n.endswith("/data.pkl")]
+        if len(roots) != 1:
+            raise BadInput(f"{path} is a zip archive without weights (no data.pkl of torch.save).")
+        self.root = roots[0]
+
+    def damaged(self, what: str) -> BadInput:
+        return BadInput(f"{self.path} is damaged or cut short: {what}.")
+
+    def locate(self, name: str) -> Storage:
+        """Where the bytes of an entry lie."""
+        entry = self.table.get(self.root + name)
+        if entry is None:
+            raise self.damaged(f"its entry {name!r} is missing")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+            raise self.damaged(f"its entry {name!r} is compressed or encrypted; torch's are not")
+        self.file.seek(entry.header_offset)
+        header = self.file.read(30)  # ends in the lengths of the name and of the padding after it
+        start = entry.header_offset + 30 + sum(struct.unpack("<2H", header[26:].ljust(4, b"\0")))
+        beyond = header[:4] != b"PK\x03\x04" or start + entry.file_size > self.size
+        if beyond or entry.compress_size != entry.file_size:
+            raise self.damaged(f"its entry {name!r} reaches beyond the file")
+        return Storage(self.path, start, entry.file_size, entry.CRC)
+
+    def content(self, name: str) -> bytes:
+        """An entry of moderate size."""
+        found = self.locate(name)
+        if found.size > MAX_DESCRIPTION:
+            raise self.damaged(f"its entry {name!r} has {found.size} bytes")
+        self.file.seek(found.start)
+        return self.file.read(found.size)
+
+    def unpickle(self) -> Any:
+        """The object that was saved: containers, numbers, text and tensors."""
+        if self.root + "byteorder" in self.table and self.content("byteorder") != b"little":
+            raise BadInput(f"{self.path} is of a big-endian machine; only little-endian is read.")
+        try:
+            return Unpickler(self).load()
+        except BadInput:
+            raise
+        except NotWeights as error:
+            raise BadInput(
+                f"{self.path} holds more than weights ({error}), which could run code; it was not"
+                " loaded."
+            ) from None
+        except Exception as error:  # whatever Python says to instructions that make no sense
+            raise self.damaged("the description of its tensors cannot be read") from error
+
+
+class NotWeights(Exception):
+    """The pickle holds an instruction or a name that no description of tensors needs."""
+
+
+class Dict(dict):
+    """A dict with plain keys only: hashing a deep tuple would overflow the C stack."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if type(key) not in (str, int):
+            raise NotWeights(f"a key of type {type(key).__name__}")
+        super().__setitem__(key, value)
+
+
+# What a pickle may name: nothing of it is looked up or imported.
+NAMES = {
+    "collections.OrderedDict": lambda: Dict(),
+    "torch._utils._rebuild_tensor_v2": lambda storage, offset, shape, strides, *_: (
+        dataclasses.replace(storage, offset=offset, shape=shape, strides=strides)
+    ),
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+} | {f"torch.{name}": dtype for name, dtype in DTYPES.items()}
+# Of these, only what `NAMES` gives can be called.
+INSTRUCTIONS = (
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE),
+    *(pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
+    *(pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.EMPTY_TUPLE),
+    *(pickle.EMPTY_LIST, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+    *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
+    *(pickle.SETITEM, pickle.SETITEMS, pickle.APPEND, pickle.APPENDS, pickle.GLOBAL),
+    *(pickle.STACK_GLOBAL, pickle.BINPERSID, pickle.REDUCE),
+)
+
+
+class Unpickler(pickle._Unpickler):
+    """Python's unpickler in Python (the one in C allocates what a pickle says), cut down."""
+
+    def __init__(self, archive: Archive):
+        super().__init__(io.BytesIO(archive.content("data.pkl")))
+        self.archive = archive
+
+    def refuse(self) -> None:
+        raise NotWeights("an instruction that no tensor needs")
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (found := NAMES.get(f"{module}.{name}")) is None:
+            raise NotWeights(f"it asks for {f'{module}.{name}'!r}")
+        return found
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        """The storage that a pickle refers to, as the tensor of its first value."""
+        tag, dtype, key, _, count = pid
+        if tag != "storage" or not isinstance(dtype, np.dtype) or type(key) is not str:
+            raise NotWeights("a persistent object")
+        found = self.archive.locate(f"data/{key}")
+        if type(count) is not int or found.size != count * dtype.itemsize:
+            what = f"its entry 'data/{key}' has {found.size} bytes, not {count} values"
+            raise self.archive.damaged(what)
+        return Tensor(found, dtype, 0, (), ())
+
+    def load_dict(self) -> None:
+        self.append(Dict())  # type: ignore[attr-defined]
+
+    def load_build(self) -> None:  # attributes of a state dict: the versions of its modules
+        self.stack.pop()  # type: ignore[attr-defined]
+
+    dispatch: ClassVar[dict[int, Any]] = dict.fromkeys(range(256), refuse) | {
+        code[0]: pickle._Unpickler.dispatch[code[0]] for code in INSTRUCTIONS
+    }
+    dispatch |= {pickle.EMPTY_DICT[0]: load_dict, pickle.BUILD[0]: load_build}
+
+
+def write_pth(
+    path: Path, tensors: Mapping[str, np.ndarray], done: Callable[[], object] = lambda: None
+) -> None:
+    """Writes what `torch.save` of a state dict writes; `done` is called after each tensor."""
+    with zipfile.ZipFile(path, "w") as archive:
+        store(archive, "data.pkl", describe(tensors))
+        store(archive, "byteorder", b"little")
+        for key, array in enumerate(tensors.values()):
+            store(archive, f"data/{key}", np.asarray(array, order="C").reshape(-1).view(np.uint8))
+            done()
+        store(archive, "version", b"3\n")
+
+
+def store(archive: zipfile.ZipFile, name: str, content: Any) -> None:
+    """Adds an entry whose bytes begin at a multiple of 64, as torch's do, for memory mapping."""
+    entry = zipfile.ZipInfo(f"archive/{name}")
+    assert archive.fp is not None
+    padding = -(archive.fp.tell() + 30 + len(entry.filename) + 4) % 64
+    entry.extra = struct.pack("<2H", 0x4246, padding) + bytes(padding)  # "FB", torch's own tag
+    archive.writestr(entry, memoryview(content))  # type: ignore[arg-type]
+
+
+def describe(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """The pickle of a state dict, protocol 2."""
+    text = lambda s: pickle.BINUNICODE + struct.pack("<I", len(s.encode())) + s.encode()
+    number = lambda n: pickle.LONG1 + b"\x08" + struct.pack("<q", n)
+    numbers = lambda ns: pickle.MARK + b"".join(map(number, ns)) + pickle.TUPLE
+    named = lambda module, name: pickle.GLOBAL + f"{module}\n{name}\n".encode()
+    empty = named("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+    kinds = {dtype: named("torch", name) for name, dtype in DTYPES.items()}
+    parts = [pickle.PROTO + b"\x02", empty, pickle.MARK]
+    for key, (name, array) in enumerate(tensors.items()):
+        about = (text("storage"), kinds[array.dtype], text(str(key)), text("cpu"))
+        strides = numbers(math.prod(array.shape[i + 1 :]) for i in range(array.ndim))
+        view = (number(0), numbers(array.shape), strides, pickle.NEWFALSE, empty)
+        parts += [text(name), named("torch._utils", "_rebuild_tensor_v2"), pickle.MARK]
+        parts += [pickle.MARK, *about, number(array.size), pickle.TUPLE, pickle.BINPERSID]
+        parts += [*view, pickle.TUPLE, pickle.REDUCE]
+    return b"".join([*parts, pickle.SETITEMS, pickle.STOP])

@@ -1,0 +1,39 @@
+"""What depends on the platform that code will run on, in one place."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from var_jax.models import cpu
+
+
+def platform() -> str:
+    """What the code being traced will run on: the mesh's devices, or else jax's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The dtype of that name; "auto" is bfloat16 on accelerators and float32 on CPU."""
+    if name == "auto":
+        name = "float32" if platform() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def unrolls(depth: int, remat: str) -> bool:
+    """Whether layers are unrolled rather than scanned."""
+    return platform() == "cpu" and cpu.unrolls(depth, remat)
+
+
+def convolve(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "h w C F"], strides, padding, **how
+) -> Float[Array, "B H W F"]:
+    """`jax.lax.conv_general_dilated`, as `nnx.Conv` calls it."""
+    if platform() == "cpu" and cpu.winograd_pays(x, kernel, strides, padding):
+        return cpu.winograd(x, kernel)
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **how)
+
+
+def fewest_encoder_parts() -> int:
+    """Outside a loop XLA's TPU compiler tiles the encoder's convolutions badly (benchmarks/aot.md)."""
+    return 2 if platform() == "tpu" else 1

@@ -1,0 +1,170 @@
+"""Builds the models of an export, and writes them to one."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from var_jax import BadInput
+from var_jax.checkpoints.export import find_export, load_config, load_weights, save_export
+from var_jax.config import (
+    Config,
+    SamplingConfig,
+    TokenizerConfig,
+    TransformerConfig,
+    from_dict,
+    settings,
+)
+from var_jax.models import var
+from var_jax.models.patch_codec import make_tokenizer
+from var_jax.models.tokenizer import Tokenizer
+from var_jax.models.var import Transformer
+from var_jax.sharding.mesh import shard
+
+T = TypeVar("T")
+
+
+class Models(NamedTuple):
+    """What an export holds."""
+
+    tokenizer: Tokenizer
+    transformer: Transformer
+    class_names: tuple[str, ...]
+    sampling: SamplingConfig
+
+
+def build(config: TokenizerConfig | TransformerConfig) -> Any:
+    """The model of a config, with abstract weights."""
+    model = make_tokenizer if isinstance(config, TokenizerConfig) else Transformer
+    return jax.eval_shape(lambda: model(config, rngs=nnx.Rngs(0)))  # type: ignore[arg-type]
+
+
+def save_models(
+    directory: str | PurePath, parts: dict[str, Any], class_names: Sequence[str], config: Config
+) -> None:
+    """Writes an export of `tokenizer` and maybe `transformer`, as `config` trained them."""
+    parts = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(config.export_dtype)), parts)
+    save_parts(directory, parts, class_names, config.sampling, trained=settings(config))
+
+
+def save_parts(
+    directory: str | PurePath,
+    parts: dict[str, Any],
+    class_names: Sequence[str],
+    sampling: SamplingConfig,
+    torch_buffers: dict[str, np.ndarray] | None = None,
+    trained: dict[str, Any] | None = None,
+) -> None:
+    """Writes an export of `tokenizer` and maybe `transformer`, weights as they are.
+
+    `torch_buffers` are tensors of a PyTorch file that only matter on the way back; `trained` is the
+    config of the run.
+    """
+    buffers = torch_buffers or {}
+    about = {
+        **{name: dataclasses.asdict(model.config) for name, model in parts.items()},
+        "class_names": list(class_names),
+        "sampling": dataclasses.asdict(sampling),
+        "torch_buffers": {name: list(array.shape) for name, array in buffers.items()},
+    }
+    if trained:
+        about["trained"] = trained
+    save_export(directory, parts | {"torch_buffers": buffers}, about)
+
+
+def as_exported(parts: T, dtype: str) -> T:
+    """Weights as `save_models` stores them in `dtype` and `load_models` reads them."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)).astype(leaf.dtype), parts)
+
+
+def load_models(
+    directory: str | PurePath, mesh: jax.sharding.Mesh | None = None, dtype: str = "auto"
+) -> Models:
+    """Reads an export onto the mesh, or onto the first device; weights in float32.
+
+    Another `dtype` than "auto" is what the transformer computes in, and bfloat16 also what its
+    large weights are held in: half the memory.
+
+    Raises: BadInput if there is none, it is damaged, or holds a tokenizer only.
+    """
+    folder, about, abstract = describe(directory, dtype)
+    if "transformer" not in abstract:
+        raise BadInput(
+            f"{folder} holds a tokenizer but no transformer; convert it with --transformer too."
+        )
+    sampling = section(SamplingConfig, about, "sampling", folder)
+    if dtype == "bfloat16":
+        abstract["transformer"] = in_bfloat16(abstract["transformer"])
+    if mesh is not None:
+        layouts = {"tokenizer": shard(abstract["tokenizer"], mesh)}
+        abstract = layouts | {"transformer": shard(abstract["transformer"], mesh, var.layout)}
+    weights = load_weights(folder, abstract)
+    names = tuple(about["class_names"])
+    return Models(weights["tokenizer"], weights["transformer"], names, sampling)
+
+
+def in_bfloat16(transformer: Transformer) -> Transformer:
+    """The abstract transformer with its large weights in bfloat16."""
+    cast = lambda path, leaf: jax.ShapeDtypeStruct(
+        leaf.shape, jnp.bfloat16 if len(var.layout(path, leaf)) else leaf.dtype
+    )
+    return jax.tree_util.tree_map_with_path(cast, transformer)
+
+
+def load_tokenizer(directory: str | PurePath, mesh: jax.sharding.Mesh | None = None) -> Tokenizer:
+    """Reads the tokenizer of an export, on every device of the mesh, weights in float32.
+
+    Raises: BadInput if there is none, or it is damaged.
+    """
+    folder, _, abstract = describe(directory)
+    tokenizer = abstract["tokenizer"]
+    tokenizer = tokenizer if mesh is None else shard(tokenizer, mesh)
+    return load_weights(folder, {"tokenizer": tokenizer})["tokenizer"]
+
+
+def load_parts(directory: str | PurePath) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """`parts` and `torch_buffers` of `save_parts` as NumPy arrays, in the dtypes they were saved.
+
+    Raises: BadInput if there is no export, or it is damaged.
+    """
+    folder, about, abstract = describe(directory)
+    buffers = about.get("torch_buffers", {})
+    kept = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in buffers.items()}
+    parts = load_weights(folder, {**abstract, "torch_buffers": kept}, as_stored=True)
+    return parts, parts.pop("torch_buffers")
+
+
+def describe(
+    directory: str | PurePath, dtype: str = "auto"
+) -> tuple[epath.Path, dict, dict[str, Any]]:
+    """The folder, its config.json, and its models with abstract weights.
+
+    Another `dtype` than "auto" replaces the one that the transformer computes in.
+
+    Raises: BadInput if it is no export.
+    """
+    folder, about = find_export(directory), load_config(directory)
+    if not isinstance(about.get("tokenizer"), dict) or "class_names" not in about:
+        raise BadInput(f"{folder}/config.json describes no tokenizer; expected a checkpoint.")
+    about["tokenizer"].pop("skip", None)  # of older exports: what patch_size > 1 says
+    models = {"tokenizer": build(section(TokenizerConfig, about, "tokenizer", folder))}
+    if "transformer" in about:
+        config = section(TransformerConfig, about, "transformer", folder)
+        if dtype != "auto":
+            config = dataclasses.replace(config, dtype=dtype)
+        models["transformer"] = build(config)
+    return folder, about, models
+
+
+def section(cls: type[T], about: dict, name: str, folder: PurePath) -> T:
+    """A section of config.json in `folder`. Raises: BadInput, naming the file."""
+    try:
+        return from_dict(cls, about.get(name, {}), name)
+    except BadInput as error:
+        raise BadInput(f"{folder}/config.json: {error}") from None

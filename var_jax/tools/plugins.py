@@ -1,0 +1,20 @@
+"""Functions that users name in flags and configs."""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from var_jax import BadInput
+
+
+def find_function(name: str, spec: str) -> Callable[..., Any]:
+    """The function MODULE:FUNCTION. Raises: BadInput, naming the setting, if there is none."""
+    module, _, attribute = spec.partition(":")
+    try:
+        found = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise BadInput(f"{name}={spec} is no MODULE:FUNCTION here ({error}).") from error
+    if not callable(found):
+        raise BadInput(f"{name}={spec} is no function.")
+    return found

@@ -1,0 +1,92 @@
+"""Step 0 from the weights of an export, where classes, schedule and vocabulary may differ."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from var_jax import BadInput
+from var_jax.checkpoints.export import load_config
+from var_jax.models.load import load_parts
+from var_jax.models.resize import bicubic_matrix
+from var_jax.models.var import Transformer
+from var_jax.schedule import slices
+from var_jax.sharding.mesh import to_host
+from var_jax.tools.trees import path_name
+
+SAME = ("depth", "width", "num_heads", "mlp_ratio", "qk_norm", "shared_adaln")
+
+
+def transformer_from(
+    fresh: Transformer, directory: str, class_names: tuple[str, ...]
+) -> Transformer:
+    """`fresh`, whose leaves lie on the mesh, with the weights of the export in `directory`.
+
+    - Classes: a class of the same name keeps its embedding, and so does "no class"; others start
+      fresh.
+    - Schedule or resolution: positions are interpolated from the scale at the same place in the
+      schedule, embeddings of levels from the nearest.
+    - Vocabulary: with another number of codes the head starts fresh, with another width of them
+      the input layer.
+
+    Raises: BadInput if it holds no transformer, or one of another depth, width or kind.
+    """
+    parts = load_parts(directory)[0]
+    if "transformer" not in parts:
+        raise BadInput(f"init_from={directory} holds no transformer to start from.")
+    old: Transformer = parts["transformer"]
+    for name in SAME:
+        ours, theirs = getattr(fresh.config, name), getattr(old.config, name)
+        if ours != theirs:
+            raise BadInput(
+                f"init_from={directory} holds a transformer with {name}={theirs}, but"
+                f" config.transformer.{name} is {ours}."
+            )
+    old_names = tuple(load_config(directory)["class_names"])
+    given = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(old)}
+    sides = old.config.patch_nums, fresh.config.patch_nums
+    if sides[0] != sides[1]:
+        given["pos_embed"] = resize_positions(np.float32(given["pos_embed"]), *sides)
+        levels = matching_scales(*map(len, sides))
+        given["level_embed"] = np.asarray(given["level_embed"])[levels]
+
+    def place(path: tuple, leaf: Any) -> Any:
+        name = path_name(path)
+        value = given[name]
+        if name == "class_embed":
+            value = matched_classes(to_host(leaf), value, old_names, class_names)
+        if value.shape != leaf.shape:  # another vocabulary
+            return leaf
+        return jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(place, fresh)
+
+
+def matched_classes(
+    fresh: Float[np.ndarray, "A D"],
+    given: Float[np.ndarray, "B D"],
+    given_names: tuple[str, ...],
+    names: tuple[str, ...],
+) -> Float[np.ndarray, "A D"]:
+    """The table of class embeddings, its last row "no class": rows of the same name, else fresh."""
+    rows = {name: row for name, row in zip(given_names, given[:-1], strict=True)}
+    kept = [rows.get(name, row) for name, row in zip(names, fresh[:-1], strict=True)]
+    return np.stack([*kept, given[-1]])
+
+
+def matching_scales(given: int, wanted: int) -> Int[np.ndarray, " wanted"]:
+    """For each of `wanted` scales the one of `given` at the nearest place in the schedule."""
+    return np.rint(np.linspace(0, given - 1, wanted)).astype(int)
+
+
+def resize_positions(
+    pos_embed: Float[np.ndarray, "L D"], given: tuple[int, ...], wanted: tuple[int, ...]
+) -> Float[np.ndarray, "M D"]:
+    """Position embeddings of another schedule, each scale resized bicubically from its match."""
+    parts, places = [], slices(given)
+    for side, k in zip(wanted, matching_scales(len(given), len(wanted)), strict=True):
+        grid = pos_embed[places[k]].reshape(given[k], given[k], -1)
+        matrix = bicubic_matrix(given[k], side)
+        parts.append(np.einsum("Hh,hwD,Ww->HWD", matrix, grid, matrix).reshape(side * side, -1))
+    return np.concatenate(parts)

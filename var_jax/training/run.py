@@ -1,0 +1,320 @@
+"""An experiment: its data, mesh and work directory, both trainings, and what they leave."""
+
+import dataclasses
+import functools
+import json
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
+
+from var_jax import BadInput
+from var_jax.checkpoints.export import load_fingerprint
+from var_jax.config import Config, TrainConfig, from_dict, settings
+from var_jax.data.augmentation import augment_items
+from var_jax.data.pipeline import batches
+from var_jax.data.records import read_json
+from var_jax.data.sources import Source, open_source
+from var_jax.data.token_cache import TokenCache, check_cache, open_tokens
+from var_jax.models.load import Models, as_exported, describe, load_tokenizer, save_models
+from var_jax.models.tokenizer import Tokenizer
+from var_jax.models.var import Transformer
+from var_jax.sharding.mesh import check_batch, check_hosts, check_model, make_mesh
+from var_jax.tools.files import acquire_lock, replacing
+from var_jax.tools.images import curves, save_png
+from var_jax.tools.logs import Metrics, read_metrics
+from var_jax.tools.plugins import find_function
+from var_jax.training import hooks, loop
+from var_jax.training.autoregressive import TransformerState, autoregressive_task
+from var_jax.training.init_from import transformer_from
+from var_jax.training.tokenizer import reconstruct, tokenizer_task
+
+# What may differ between starts in one work directory.
+UNBOUND = ("mesh", "sampling", "report")
+
+
+def train(config: Config, workdir: epath.Path, *, profile: int = 0) -> dict[str, Any]:
+    """Runs both trainings in `workdir` and returns the figures of summary.json.
+
+    `profile` many steps of each are traced. Raises: BadInput, before anything is computed, if the
+    config does not fit its data, the devices or the work directory.
+    """
+    started = time.monotonic()
+    run = Run(config, workdir, profile)
+    with jax.set_mesh(run.mesh):
+        tokenizer = run.tokenizer()
+        parts: dict[str, Any] = {"tokenizer": tokenizer}
+        if config.train_transformer.steps:
+            parts["transformer"] = run.transformer(tokenizer)
+        save_models(workdir / "checkpoint", parts, run.train.class_names, run.config)
+        summary = last_validation(workdir)
+        if "transformer" in parts:
+            exported = as_exported(parts, config.export_dtype)
+            models = Models(**exported, class_names=run.train.class_names, sampling=config.sampling)
+            summary |= run.report(models)
+            image = hooks.sample_rows(models, config.seed)
+            if jax.process_index() == 0:
+                save_png(workdir / "samples.png", image)
+    if jax.process_index() == 0:
+        plot(workdir)
+        summary["minutes, this start"] = (time.monotonic() - started) / 60
+        with replacing(workdir / "summary.json") as beside:
+            beside.write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+class Run:
+    """The parts of an experiment, checked before anything is computed."""
+
+    def __init__(self, config: Config, workdir: epath.Path, profile: int = 0):
+        self.workdir, self.profile, data = workdir, profile, config.data
+        self.train, self.validation = (
+            open_source(data.source, split, data.size, data.resize)
+            for split in ("train", "validation")
+        )
+        self.config = config = with_classes(config, len(self.train.class_names))
+        self.mesh = make_mesh(**dataclasses.asdict(config.mesh))
+        check_hosts(self.mesh)
+        c = config.transformer
+        check_model(c.width, c.num_heads, c.vocab_size, self.mesh)
+        check_batches("train_tokenizer", config.train_tokenizer, 1, self.mesh)
+        accumulate = config.train_transformer.accumulate
+        check_batches("train_transformer", config.train_transformer, accumulate, self.mesh)
+        check_tokenizer(config)
+        self.pretrained: Tokenizer | None = None
+        self.cached: tuple[TokenCache, TokenCache] | None = None
+        fingerprint = ""
+        if config.pretrained_tokenizer:
+            if data.tokens:
+                check_cache(data.tokens)  # ahead of a fingerprint, which may take long
+            self.pretrained = load_tokenizer(config.pretrained_tokenizer, self.mesh)
+            fingerprint = load_fingerprint(
+                config.pretrained_tokenizer, "tokenizer", self.pretrained
+            )
+            if data.tokens:
+                self.cached = self.open_cache(fingerprint)
+        occupy(workdir, config, fingerprint)
+        self.metrics = Metrics(workdir)
+
+    def batches(self, source: Source, batch_size: int, augmented: bool = True):
+        """An endless stream of this process's share of the batches."""
+        data = self.config.data
+        return batches(
+            source,
+            batch_size=batch_size,
+            seed=self.config.seed,
+            augment=augment_items(flip=data.flip, shift=data.shift) if augmented else None,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=data.workers,
+        )
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer: trained here, or taken from another checkpoint."""
+        if self.pretrained:
+            return self.pretrained
+        task = tokenizer_task(self.config.tokenizer, self.config.train_tokenizer)
+        looks = {"mesh": self.mesh, "workdir": self.workdir}
+        state = loop.run(
+            task,
+            self.batches(self.train, task.config.batch_size),
+            mesh=self.mesh,
+            seed=self.config.seed,
+            directory=self.workdir / "tokenizer",
+            metrics=self.metrics,
+            hooks=(
+                hooks.validation(task, self.validation, mesh=self.mesh),
+                hooks.reconstructions(task, self.validation, self.metrics, **looks),
+            ),
+            profile=self.profile,
+        )
+        return state.autoencoder.best
+
+    def transformer(self, tokenizer: Tokenizer) -> Transformer:
+        """The transformer, trained on cached tokens or on images."""
+        config, frozen = self.config, {"tokenizer": tokenizer}
+        task = autoregressive_task(config.transformer, config.train_transformer)
+        source, validation = self.cached or (self.train, self.validation)
+        models = Models(tokenizer, None, self.train.class_names, config.sampling)  # type: ignore
+        looks = {"seed": config.seed, "workdir": self.workdir}
+        state = loop.run(
+            task,
+            self.batches(source, task.config.batch_size, augmented=not self.cached),
+            mesh=self.mesh,
+            seed=config.seed,
+            directory=self.workdir / "transformer",
+            metrics=self.metrics,
+            frozen=frozen,
+            hooks=(
+                hooks.validation(task, validation, mesh=self.mesh, frozen=frozen),
+                hooks.samples(task, models, self.metrics, **looks),
+            ),
+            initialize=self.initialize if config.init_from else None,
+            profile=self.profile,
+        )
+        return state.transformer.best
+
+    def initialize(self, state: TransformerState) -> TransformerState:
+        """Step 0 with the weights of `config.init_from`."""
+        learner, names = state.transformer, self.train.class_names
+        params = transformer_from(learner.params, self.config.init_from, names)
+        ema = None if learner.ema is None else jax.tree.map(jax.numpy.copy, params)
+        return state._replace(transformer=learner._replace(params=params, ema=ema))
+
+    def open_cache(self, fingerprint: str) -> tuple[TokenCache, TokenCache]:
+        """The token cache on disk, both splits. Raises: BadInput if it does not fit this run."""
+        data, patch_nums = self.config.data, self.config.tokenizer.patch_nums
+        how = {name: getattr(data, name) for name in ("size", "resize", "flip", "shift")}
+        how |= {"seed": self.config.seed}
+        return (
+            open_tokens(data.tokens, "train", fingerprint, patch_nums, self.train, **how),
+            open_tokens(data.tokens, "validation", fingerprint, patch_nums, self.validation, **how),
+        )
+
+    def report(self, models: Models) -> dict[str, float]:
+        """What the config's `report` finds, if it names one."""
+        if not self.config.report:
+            return {}
+        function = find_function("config.report", self.config.report)
+        draw = functools.partial(hooks.draw_samples, models, seed=self.config.seed + 1)
+        again = functools.partial(reconstruct, models.tokenizer, mesh=self.mesh)
+        return function(self.train, self.validation, draw, again)
+
+
+def with_classes(config: Config, classes: int) -> Config:
+    """The config with the number of classes of its data.
+
+    Raises: BadInput if it says another one.
+    """
+    wanted = config.transformer.num_classes
+    if not config.train_transformer.steps or wanted == classes:
+        return config
+    if wanted:
+        raise BadInput(
+            f"transformer.num_classes={wanted}, but {config.data.source} has {classes} classes; 0"
+            " stands for as many as there are."
+        )
+    transformer = dataclasses.replace(config.transformer, num_classes=classes)
+    return dataclasses.replace(config, transformer=transformer)
+
+
+def check_batches(name: str, config: TrainConfig, parts: int, mesh: jax.sharding.Mesh) -> None:
+    """Raises BadInput if a training with steps cannot split its batches over the mesh."""
+    if config.steps:
+        check_batch(f"{name}.batch_size", config.batch_size, mesh)
+        if parts > 1:
+            what = f"{name}.batch_size / {name}.accumulate"
+            check_batch(what, config.batch_size // parts, mesh)
+
+
+def check_tokenizer(config: Config) -> None:
+    """Raises BadInput if there would be no trained tokenizer, or another than the config's."""
+    if config.pretrained_tokenizer:
+        _, _, parts = describe(config.pretrained_tokenizer)
+        wanted, found = map(dataclasses.asdict, (config.tokenizer, parts["tokenizer"].config))
+        for name in wanted:
+            if found[name] != wanted[name]:
+                raise BadInput(
+                    f"{config.pretrained_tokenizer} holds a tokenizer with {name}={found[name]},"
+                    f" but config.tokenizer.{name} is {wanted[name]}; it goes with the config that"
+                    " trained it (emoji with configs/emoji.py:large)."
+                )
+        return
+    if not config.train_tokenizer.steps:
+        raise BadInput(
+            "train_tokenizer.steps=0 leaves the tokenizer untrained; name a checkpoint that holds"
+            " one as --config.pretrained_tokenizer=DIR."
+        )
+    if config.data.tokens:
+        raise BadInput(
+            f"data.tokens={config.data.tokens} holds the codes of a tokenizer; name its checkpoint"
+            " as --config.pretrained_tokenizer=DIR."
+        )
+
+
+def occupy(workdir: epath.Path, config: Config, tokenizer: str) -> None:
+    """Makes `workdir` this config's, and a pretrained tokenizer's of this fingerprint.
+
+    Raises: BadInput if it is another's, or another process is at work in it.
+    """
+    ours = jax.process_index() > 0 or acquire_lock(workdir / ".lock")
+    if not process_allgather(np.asarray(ours)).all():
+        raise BadInput(
+            f"another run is at work in {workdir}; name another --workdir (or, if its machine is"
+            " gone, remove .lock there)."
+        )
+    path, wanted = workdir / "config.json", json.loads(json.dumps(settings(config)))
+    if jax.process_index() == 0 and not path.exists():
+        with replacing(path) as beside:
+            beside.write_text(json.dumps(wanted | {"fingerprint": tokenizer}, indent=2) + "\n")
+    sync_global_devices("work directory is ours")
+    if not path.exists():
+        return
+    found = read_json(path)
+    if found.pop("fingerprint", tokenizer) != tokenizer:
+        raise BadInput(
+            f"{workdir} belongs to a run with other weights in {config.pretrained_tokenizer}; name"
+            " another --workdir."
+        )
+    try:  # A field that is newer than the run has its default.
+        found = json.loads(json.dumps(settings(from_dict(Config, found))))
+    except BadInput as error:
+        raise BadInput(
+            f"{path} is of another version of var_jax, with which the run can be finished: {error}"
+        ) from None
+    found["data"]["workers"] = wanted["data"]["workers"]
+    for section in wanted:
+        if section not in UNBOUND and found[section] != wanted[section]:
+            raise BadInput(
+                f"{workdir} belongs to a run whose config.{difference(section, found, wanted)};"
+                " name another --workdir."
+            )
+
+
+def difference(section: str, found: dict, wanted: dict) -> str:
+    """The first field of a section that differs, as text."""
+    ours, theirs = wanted[section], found.get(section)
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return f"{section} is {theirs}, not {ours}"
+    name = next(n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n))
+    return f"{section}.{name} is {theirs.get(name)}, not {ours.get(name)}"
+
+
+def last_validation(workdir: epath.Path) -> dict[str, float]:
+    """The newest validation figures of both trainings."""
+    shown = {"val_psnr": "validation PSNR (dB)", "val_loss": "validation loss (nats a token)"}
+    found = {}
+    for record in read_metrics(workdir):
+        found.update({shown[name]: record[name] for name in shown.keys() & record.keys()})
+    return found
+
+
+def plot(workdir: epath.Path) -> None:
+    """curves.png from metrics.jsonl."""
+    records = read_metrics(workdir)
+
+    def line(stage: str, name: str):
+        points = [(r["step"], r[name]) for r in records if r["stage"] == stage and name in r]
+        return tuple(zip(*points, strict=True)) if points else ((), ())
+
+    both = lambda stage, name: {
+        "training": line(stage, name), "validation": line(stage, f"val_{name}")
+    }  # fmt: skip
+    by_scale = {name for record in records for name in record if name.startswith("loss_")}
+    by_scale = sorted(by_scale, key=lambda name: (len(name) if "scale" in name else 99, name))
+    panels = {
+        "tokenizer: PSNR (dB)": both("tokenizer", "psnr"),
+        "tokenizer: perplexity of codes": {"": line("tokenizer", "codebook_perplexity")},
+        "transformer: loss (nats a token)": both("transformer", "loss"),
+        "transformer: accuracy": both("transformer", "accuracy"),
+        "transformer: loss by scale": {
+            n.removeprefix("loss_"): line("transformer", n) for n in by_scale
+        },
+        "learning rate": {s: line(s, "learning_rate") for s in ("tokenizer", "transformer")},
+    }
+    drawn = {title: lines for title, lines in panels.items() if any(x for x, _ in lines.values())}
+    if drawn:  # a training that did not run has no panels
+        curves(workdir / "curves.png", drawn)
