@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from var_jax import BadInput
+from var_jax.checkpoints.export import fingerprint
 from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import Batch, ordered
 from var_jax.data.records import (
@@ -28,7 +29,6 @@ from var_jax.data.records import (
 )
 from var_jax.data.sources import ArraySource, ImageSource, Source
 from var_jax.data.sources.base import Item
-from var_jax.checkpoints.export import fingerprint
 from var_jax.models.tokenizer import Tokenizer, encode_images
 from var_jax.sharding.mesh import put_batch
 from var_jax.tools.logs import progress
