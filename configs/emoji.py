@@ -1,10 +1,10 @@
 """Emoji from nothing on two CPU cores: 1,906 Noto emoji, nine Unicode groups as classes.
 
-    python -m var_jax.train --config configs/emoji.py        # 32x32, minutes
-    python -m var_jax.train --config configs/emoji.py:large  # 32x32, hours
-    python -m var_jax.train --config configs/emoji.py:64     # 64x64, minutes on a GPU
+    python -m var_jax.train --config emoji        # 32x32, minutes
+    python -m var_jax.train --config emoji:large  # 32x32, hours
+    python -m var_jax.train --config emoji:64     # 64x64, minutes on a GPU
 
-The second left the checkpoint that ships in the package (seed 0). Figures: benchmarks/emoji.md.
+Figures: benchmarks/emoji.md.
 """
 
 from typing import NamedTuple
@@ -18,8 +18,8 @@ from var_jax.config import defaults
 class Variant(NamedTuple):
     """What differs. Patches are of 8x8 pixels.
 
-    Few places, many passes: what one pass leaves open the next settles, seeing all of it, so that
-    few tokens are drawn at once without seeing each other.
+    A coarse grid predicted many times: few tokens are sampled at once without seeing each other,
+    and each pass refines all of the image.
     """
 
     patch_nums: tuple[int, ...] = (1, 1, 2, 2, 4, 4, 4, 4, 4)
@@ -33,10 +33,9 @@ class Variant(NamedTuple):
     shared_adaln: bool = False
     drop_path: float = 0.0
     ema_decay: float = 0.99
-    augmented_copies: int = 9  # of what may be mirrored 45 % is, of 39 copies 49 %
-    mistakes: float = 0.2
+    token_noise: float = 0.2
     sample_every: int = 300
-    # The first scales choose the picture, the others draw it: wide for variety, then narrow.
+    # The first scales choose the image, the others refine it: wide for variety, then narrow.
     top_p: tuple[float, ...] = (0.8, 0.6, 0.4, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1)
 
 
@@ -47,7 +46,7 @@ VARIANTS = {
     "large": Variant(
         (1, 1, 1, 2, 2, 4, 4, 4, 4, 4, 4, 4), 4000, 4000, vocab_size=2048, latent_dim=128,
         depth=6, width=256, shared_adaln=True, drop_path=0.1, ema_decay=0.999,
-        augmented_copies=39, mistakes=0.3, sample_every=500,
+        token_noise=0.3, sample_every=500,
         top_p=(0.9, 0.8, 0.7, 0.5, 0.3) + 7 * (0.1,),
     ),
 }  # fmt: skip
@@ -61,27 +60,28 @@ def get_config(variant: str = "") -> ConfigDict:
     sizes = dict(patch_nums=this.patch_nums, vocab_size=this.vocab_size, latent_dim=this.latent_dim)
     config = defaults()
     config.seed = 0
-    # Mirrored, but never moved: a picture moved against the grid of patches has other codes.
+    # Mirrored, but never moved: an image moved against the grid of patches has other codes.
     config.data.update(source="emoji", size=this.size, flip=True, shift=0)
     config.tokenizer.update(
-        sizes, channels=32, channel_mults=(1,), num_res_blocks=0, norm_groups=8,
-        patch_size=8, skip=True,
+        sizes, channels=32, channel_mults=(1,), num_res_blocks=0, norm_groups=8, patch_size=8,
     )  # fmt: skip
     config.transformer.update(
-        sizes, num_classes=9, depth=this.depth, width=this.width, num_heads=this.width // 64,
+        num_classes=0, depth=this.depth, width=this.width, num_heads=this.width // 64,
         shared_adaln=this.shared_adaln, drop_path=this.drop_path,
     )  # fmt: skip
     config.train_tokenizer.update(
         steps=this.tokenizer_steps, batch_size=32, learning_rate=8e-3, schedule="cos",
         warmup_steps=30, final_lr_ratio=0.0, weight_decay=0.0, final_weight_decay=0.0,
-        clip_norm=1.0, ema_decay=0.995, log_every=10, save_every=250, sample_every=500,
+        clip_norm=1.0, ema_decay=0.995, log_every=10, save_every=250, eval_every=500,
+        sample_every=500,
     )  # fmt: skip
     config.train_transformer.update(
-        steps=this.transformer_steps, batch_size=32, optimizer="muon", learning_rate=1.6e-2,
-        schedule="lin0", warmup_steps=50, final_lr_ratio=0.01, ema_decay=this.ema_decay,
-        augmented_copies=this.augmented_copies, mistakes=this.mistakes, log_every=10,
-        save_every=200, sample_every=this.sample_every,
+        steps=this.transformer_steps, batch_size=32, learning_rate=1.6e-2, schedule="lin0",
+        warmup_steps=50, final_lr_ratio=0.01, ema_decay=this.ema_decay,
+        token_noise=this.token_noise, log_every=10, save_every=200, eval_every=this.sample_every,
+        sample_every=this.sample_every,
     )  # fmt: skip
     config.sampling.update(cfg=0.0, top_k=0, top_p=this.top_p)
     config.export_dtype = "bfloat16"
+    config.report = "var_jax.evaluation.pixel_report:report"
     return config

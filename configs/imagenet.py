@@ -1,10 +1,10 @@
 """The paper's class-conditional models on ImageNet (VAR §4.1, and the release's training commands).
 
-    python -m var_jax.train --config configs/imagenet.py:d16 --workdir gs://BUCKET/d16 \
+    python -m var_jax.train --config imagenet:d16 --workdir gs://BUCKET/d16 \
         --config.pretrained_tokenizer=gs://BUCKET/tokenizer/checkpoint
-    python -m var_jax.aot --config configs/imagenet.py:d30 --topology v5e:8x16
+    python -m var_jax.aot --config imagenet:d30 --topology v5e:8x16
 
-The tokenizer is the released one (var_jax.convert) or what configs/tokenizer.py leaves.
+The tokenizer is the released one (var_jax.convert) or what `--config tokenizer` leaves.
 d16, d20, d24 and d30 are 256 px models, d36 is the 512 px one. FID of the released weights at
 50,000 samples: d16 3.36-3.55, d20 2.67-2.95, d24 2.33-2.39, d30 1.95-2.02. Training loss of d16
 over all scales / the last scale at epoch 1, 10, 50, 100, 200: 8.03/8.02, 6.54/5.96, 6.25/5.58,
@@ -43,13 +43,14 @@ def get_config(variant: str = "d16") -> ConfigDict:
     config.data.update(source="imagenet", size=512 if large else 256)
     config.tokenizer.update(patch_nums=patch_nums)
     config.transformer.update(
-        patch_nums=patch_nums, depth=depth, width=64 * depth, num_heads=depth,
+        depth=depth, width=64 * depth, num_heads=depth,
         drop_path=0.1 * depth / 24, shared_adaln=large, gamma_std=gates, remat="selective",
     )  # fmt: skip
     config.train_transformer.update(
         steps=steps, batch_size=batch_size, learning_rate=rate, schedule="lin0",
         warmup_steps=steps // 50, final_lr_ratio=final_rate, weight_decay=0.05,
         final_weight_decay=final_decay, log_every=100, save_every=2500,
+        eval_every=2500, sample_every=2500,
     )  # fmt: skip
     # Few enough shards of the width that the rows of each, 64 to 120, fill tiles of a TPU's memory.
     config.mesh.fsdp = 32 if large else 16

@@ -1,6 +1,6 @@
 """The image tokenizer of the paper, f16 with 4096 codes of 32 dims (VAR §3.1, appendix).
 
-    python -m var_jax.train --config configs/tokenizer.py:256 --workdir gs://BUCKET/tokenizer
+    python -m var_jax.train --config tokenizer:256 --workdir gs://BUCKET/tokenizer
 
 The release's tokenizer, trained with adversarial and perceptual losses on OpenImages, reaches an
 rFID of about 0.9; what trains here so far is the squared error, as shown, and the quantizer's loss.
@@ -24,12 +24,11 @@ def get_config(variant: str = "256") -> ConfigDict:
     config.seed = 0
     config.data.update(source="imagenet", size=int(variant))
     config.tokenizer.update(sizes)
-    config.transformer.update(sizes)
     config.train_tokenizer.update(
         steps=100_000, batch_size=768 if variant == "256" else 192, learning_rate=4e-5,
         schedule="cos", warmup_steps=2000, final_lr_ratio=0.01, b1=0.5, b2=0.9,
         weight_decay=0.0, final_weight_decay=0.0, clip_norm=10.0, ema_decay=0.9999, log_every=100,
-        save_every=2500,
+        save_every=2500, eval_every=2500, sample_every=2500,
     )  # fmt: skip
     config.train_transformer.update(steps=0)
     return config

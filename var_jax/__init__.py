@@ -1,8 +1,8 @@
 """VAR, image generation by next-scale prediction (arXiv 2404.02905), in JAX.
 
-    import var_jax
-    model = var_jax.load("emoji")
-    model.sample(["Flags", "Animals & Nature"], seed=0)
+import var_jax
+model = var_jax.load("emoji")
+model.sample(["Flags", "Animals & Nature"], seed=0)
 """
 
 from typing import TYPE_CHECKING, Any

@@ -24,9 +24,7 @@ from var_jax.training.aot import CHIPS, PROGRAMS, batch_of, examine, largest, tp
 def define_flags() -> None:
     """Defines the flags of this command."""
     cli.define_config_flag()
-    flags.DEFINE_string(
-        "topology", None, "Like v5e:8x16, v5p:4x4x4 or v6e:8x8.", required=True
-    )
+    flags.DEFINE_string("topology", None, "Like v5e:8x16, v5p:4x4x4 or v6e:8x8.", required=True)
     flags.DEFINE_integer("slices", 1, "So many such slices; the config's mesh.data splits them.")
     flags.DEFINE_enum(
         "program", "transformer", PROGRAMS,

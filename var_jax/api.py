@@ -1,8 +1,8 @@
 """The library: `var_jax.load` gives a model that samples, encodes, decodes and edits.
 
-    import var_jax
-    model = var_jax.load("emoji")
-    model.sample(["Flags", "Animals & Nature"], seed=0)
+import var_jax
+model = var_jax.load("emoji")
+model.sample(["Flags", "Animals & Nature"], seed=0)
 """
 
 import contextlib
@@ -25,8 +25,14 @@ from var_jax.data.decoding import Unreadable, crop, decode
 from var_jax.models.load import Models, load_models
 from var_jax.models.tokenizer import encode_images
 from var_jax.sampling.autoregressive import KnownTokens, Weights, sampler
-from var_jax.sampling.generate import Generated, coarse_to_fine, collect, decode_tokens, generate
-from var_jax.sampling.generate import in_batches
+from var_jax.sampling.generate import (
+    Generated,
+    coarse_to_fine,
+    collect,
+    decode_tokens,
+    generate,
+    in_batches,
+)
 from var_jax.sampling.masks import Box, box_mask, known_mask, pool_mask
 from var_jax.tools.images import grid
 
@@ -142,9 +148,7 @@ class Model:
         with self._on_mesh():
             return in_batches(encode_images, self.models.tokenizer, images, batch_size)
 
-    def decode(
-        self, tokens: Int32[np.ndarray, "N L"], *, batch_size: int = 64
-    ) -> Images:
+    def decode(self, tokens: Int32[np.ndarray, "N L"], *, batch_size: int = 64) -> Images:
         """The images of tokens."""
         tokens = np.asarray(tokens, np.int32)
         with self._on_mesh():
@@ -214,7 +218,7 @@ class Model:
         return self._generate(labels, settings, seed, batch_size, smooth=smooth, known=known), keep
 
     def crop(self, image: str | PurePath | UInt8[np.ndarray, "H W 3"]) -> Images:
-        """An image file or array as the model takes it: resized to its shorter edge, centre cropped.
+        """An image file or array as the model takes it: shorter edge resized, centre cropped.
 
         Raises: BadInput if it cannot be read.
         """

@@ -55,7 +55,9 @@ class TokenizerConfig:
     channel_mults: tuple[int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2
     norm_groups: int = 32
-    patch_size: int = 1  # above 1: patches of pixels, with a linear map beside the CNN (patch_codec)
+    patch_size: int = (
+        1  # above 1: patches of pixels, with a linear map beside the CNN (patch_codec)
+    )
     num_phi: int = 4  # 0: one for each scale
     phi_ratio: float = 0.5
     codebook_znorm: bool = False  # nearest code by cosine instead of Euclidean distance
@@ -203,7 +205,9 @@ def parse_lr_scale(text: str) -> list[tuple[re.Pattern[str], float]]:
         except (re.error, ValueError):
             pairs.append((re.compile(""), -1.0))
         if not pattern or not 0 <= pairs[-1][1] < math.inf:
-            raise BadInput(f"lr_scale={text!r}; expected REGEX=FACTOR,... like 'blocks=0.1,head=1'.")
+            raise BadInput(
+                f"lr_scale={text!r}; expected REGEX=FACTOR,... like 'blocks=0.1,head=1'."
+            )
     return pairs
 
 

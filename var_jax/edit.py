@@ -4,10 +4,10 @@
 
 inpaint repaints inside the box and outpaint outside it, for no class or for --label; class repaints
 inside it as --label. --mask, an image, says freely what to repaint: white. Any image will do: its
-shorter edge is resized to the model's size (Lanczos) and its centre cropped; the box is in fractions
-of the crop, the mask is cropped alike. Writes result.png (or result_0.png ...), strip.png (input,
-what is repainted, results) and edit.npz (`arr_0` uint8 N,H,W,3; `tokens` int32 N,L; `keep` L: 1 if
-kept).
+shorter edge is resized to the model's size (Lanczos) and its centre cropped; the box is in
+fractions of the crop, the mask is cropped alike. Writes result.png (or result_0.png ...), strip.png
+(input, what is repainted, results) and edit.npz (`arr_0` uint8 N,H,W,3; `tokens` int32 N,L; `keep`
+L: 1 if kept).
 """
 
 import numpy as np

@@ -65,7 +65,9 @@ def define_flags() -> None:
         " checkpoint says, which by default is bfloat16 on accelerators and float32 on CPU.",
     )
     flags.DEFINE_bool(
-        "show_scales", False, "Also write scales.png: the first images after each scale, a row each."
+        "show_scales",
+        False,
+        "Also write scales.png: the first images after each scale.",
     )
     flags.DEFINE_string("out", "samples", "Folder to write.")
 
@@ -74,7 +76,8 @@ def main(args: flags.FlagValues) -> None:
     """Samples in batches, each saved at once; joins them at the end."""
     if args.show_scales and args.smooth:
         raise BadInput("--show_scales needs tokens, and --smooth mixes them; give one of the two.")
-    model = var_jax.load(args.checkpoint, mesh=make_mesh(data=-1, fsdp=1, tensor=1), dtype=args.dtype)
+    mesh = make_mesh(data=-1, fsdp=1, tensor=1)
+    model = var_jax.load(args.checkpoint, mesh=mesh, dtype=args.dtype)
     labels, out = wanted_labels(args, model), epath.Path(args.out)
     score = load_scorer(args, model) if args.reject < 1 else None
     settings = model.settings(args.cfg, args.top_k, cli.numbers("--top_p", args.top_p))
@@ -83,7 +86,7 @@ def main(args: flags.FlagValues) -> None:
         sampler(settings, args.smooth), weights, labels, out, args.batch_size, args.seed,
         with_tokens=not args.smooth,
     )  # fmt: skip
-    with jax.set_mesh(model.mesh):
+    with jax.set_mesh(mesh):
         job.begin(settings_of(args, model, settings))
         index = np.arange(len(labels), dtype=np.int32)
         if score is not None:
@@ -144,12 +147,12 @@ def settings_of(args: flags.FlagValues, model: var_jax.Model, settings: Any) -> 
     parts = {"tokenizer": model.models.tokenizer, "transformer": model.models.transformer}
     weights = "".join(load_fingerprint(args.checkpoint, n, part) for n, part in parts.items())
     flag_values = {name: args[name].value for name in SETTINGS}
-    return flag_values | dataclasses.asdict(settings) | {"weights": weights, "top_p": settings.listed}
+    return (
+        flag_values | dataclasses.asdict(settings) | {"weights": weights, "top_p": settings.listed}
+    )
 
 
-def scales(
-    model: var_jax.Model, tokens: Int32[np.ndarray, "N L"]
-) -> UInt8[np.ndarray, "H W 3"]:
+def scales(model: var_jax.Model, tokens: Int32[np.ndarray, "N L"]) -> UInt8[np.ndarray, "H W 3"]:
     """A row for each image: what it looks like after each scale."""
     rows = model.coarse_to_fine(tokens)
     flat = rows.reshape(-1, *rows.shape[2:])

@@ -12,13 +12,13 @@ def get_config() -> ConfigDict:
     config.data.update(source="emoji", size=16, flip=False, shift=1)
     config.tokenizer.update(
         sizes, channels=16, channel_mults=(1,), num_res_blocks=0, norm_groups=4, patch_size=4,
-        skip=True,
     )  # fmt: skip
-    config.transformer.update(sizes, num_classes=9, depth=2, width=32, num_heads=2)
+    config.transformer.update(num_classes=9, depth=2, width=32, num_heads=2)
     stage = dict(
         steps=12, batch_size=16, learning_rate=1e-2, ema_decay=0.9, log_every=1, save_every=4,
-        sample_every=6,
+        eval_every=6, sample_every=6,
     )  # fmt: skip
     config.train_tokenizer.update(stage)
-    config.train_transformer.update(stage, optimizer="muon", augmented_copies=1, mistakes=0.2)
+    config.train_transformer.update(stage, token_noise=0.2)
+    config.report = "var_jax.evaluation.pixel_report:report"
     return config

@@ -35,5 +35,5 @@ def convolve(
 
 
 def fewest_encoder_parts() -> int:
-    """Outside a loop XLA's TPU compiler tiles the encoder's convolutions badly (benchmarks/aot.md)."""
+    """Outside a loop XLA's TPU compiler tiles its convolutions badly (benchmarks/aot.md)."""
     return 2 if platform() == "tpu" else 1

@@ -3,9 +3,9 @@
 - Unrolled layers: a training step of configs/emoji.py takes an eighth less time.
 - Winograd's F(2×2, 3×3) (Lavin and Gray, arXiv 1509.09308, §4.1) for 3×3 convolutions of wide
   images, 16 products for four pixels instead of 36: encoding at 256 px takes a third less time.
-  Tiles of 4×4 pixels, every two pixels, and kernels are transformed by additions, multiplied channel
-  by channel, and transformed back to 2×2 pixels. A few rows at a time, so that the tiles stay in the
-  processor's cache.
+  Tiles of 4×4 pixels, every two pixels, and kernels are transformed by additions, multiplied
+  channel by channel, and transformed back to 2×2 pixels. A few rows at a time, so that the tiles
+  stay in the processor's cache.
 """
 
 import jax

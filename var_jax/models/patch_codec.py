@@ -43,7 +43,9 @@ class PatchCodec(Tokenizer):
         """Quantized latent → image, not clipped."""
         patches = jnp.matmul(f_hat, self.synthesis[...], precision=HIGH)
         folded = self.decoder(self.post_conv(f_hat))
-        return depth_to_space(folded, self.config.patch_size) + depth_to_space(patches, self.config.downsample)
+        return depth_to_space(folded, self.config.patch_size) + depth_to_space(
+            patches, self.config.downsample
+        )
 
 
 def make_tokenizer(config: TokenizerConfig, *, rngs: nnx.Rngs) -> Tokenizer:

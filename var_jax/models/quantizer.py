@@ -114,7 +114,7 @@ class Quantizer(nnx.Module):
         return Encoded(codes, used, residuals, sums)
 
     def __call__(self, f_BhwC: Float[Array, "B h w C"]) -> Quantized:
-        """Quantizes, with each image's loss (VAR eq. 5): codebook + beta · commitment, scales' mean."""
+        """Quantizes, with each image's loss (VAR eq. 5): mean of codebook + beta · commitment."""
         code = self.encode(f_BhwC)
         fixed = jax.lax.stop_gradient
         mean = lambda error: jnp.mean(error**2, axis=(1, 2, 3))

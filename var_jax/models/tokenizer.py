@@ -13,9 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32, UInt8
 
 from var_jax.config import TokenizerConfig
+from var_jax.models import backend
 from var_jax.models.quantizer import Quantized, Quantizer
 from var_jax.sharding.ops import data_parallel, in_parts
-from var_jax.models import backend
 
 HIGH = jax.lax.Precision.HIGH
 
@@ -32,9 +32,7 @@ def conv(c_in: int, c_out: int, size: int, rngs: nnx.Rngs, **kwargs) -> nnx.Conv
 
 def group_norm(channels: int, groups: int) -> nnx.GroupNorm:
     """Normalizes groups of channels over the whole image; variance about the mean, in float32."""
-    return nnx.GroupNorm(
-        channels, groups, epsilon=1e-6, use_fast_variance=False, rngs=nnx.Rngs(0)
-    )
+    return nnx.GroupNorm(channels, groups, epsilon=1e-6, use_fast_variance=False, rngs=nnx.Rngs(0))
 
 
 class ResBlock(nnx.Module):
@@ -218,8 +216,6 @@ def encode(
 
 
 @jax.jit
-def encode_images(
-    tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"]
-) -> Int32[Array, "B L"]:
+def encode_images(tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"]) -> Int32[Array, "B L"]:
     """The codes of images, on every device of a mesh."""
     return data_parallel(encode)(tokenizer, image)[0]

@@ -127,7 +127,10 @@ class Transformer(nnx.Module):
 
     def position(self) -> Float[Array, "L D"]:
         """Where a token lies plus which scale it belongs to."""
-        return gather_fsdp(self.pos_embed[...]) + self.level_embed[...][level_ids(self.config.patch_nums)]
+        return (
+            gather_fsdp(self.pos_embed[...])
+            + self.level_embed[...][level_ids(self.config.patch_nums)]
+        )
 
     def embed_labels(self, labels: Int32[Array, " B"]) -> Float[Array, "B D"]:
         """The class as a vector, which also conditions every AdaLN."""

@@ -1,4 +1,4 @@
-"""Sampling from VAR: class labels → tokens, scale by scale → images. One jitted program (VAR §3.2)."""
+"""Sampling from VAR: labels → tokens, scale by scale → images. One jitted program (VAR §3.2)."""
 
 import functools
 from collections.abc import Callable
@@ -74,7 +74,9 @@ def sample_latent(
     both = lambda x, y: jnp.concatenate([x, y]) if guided else x
     labels = reshard(both(labels, jnp.full_like(labels, num_classes)), BATCH)
     cache = transformer.empty_cache(len(labels))
-    x, f_hat, tokens = transformer.embed_start(labels), None, []
+    x, tokens = transformer.embed_start(labels), []
+    side, C = patch_nums[-1], quantizer.config.latent_dim
+    f_hat = reshard(jnp.zeros((len(keys), side, side, C)), BATCH)
     for k, here in enumerate(slices(patch_nums)):
         ratio = k / max(len(patch_nums) - 1, 1)
         logits, cache = transformer.decode(k, x, labels, cache)
@@ -104,14 +106,13 @@ def embed(quantizer, idx_Bl: Int32[Array, "B l"]) -> Float[Array, "B l C"]:
 
 
 def next_scale(
-    quantizer, code_BlC: Float[Array, "B l C"], f_hat: Float[Array, "B h w C"] | None, *, k: int
-) -> tuple[Float[Array, "B h w C"], Float[Array, "B m C"] | None]:
+    quantizer, code_BlC: Float[Array, "B l C"], f_hat: Float[Array, "B h w C"], *, k: int
+) -> tuple[Float[Array, "B h w C"], Float[Array, "B m C"]]:
     """The running sum with scale k in it, and what the transformer reads at the scale after it."""
     B, l, C = code_BlC.shape
-    side, scales = round(l**0.5), len(quantizer.config.patch_nums)
-    h = quantizer.contribution(k, code_BlC.reshape(B, side, side, C))
-    f_hat = h if f_hat is None else f_hat + h
-    return f_hat, quantizer.next_input(f_hat, k + 1) if k + 1 < scales else None
+    side, last = round(l**0.5), len(quantizer.config.patch_nums) - 1
+    f_hat = f_hat + quantizer.contribution(k, code_BlC.reshape(B, side, side, C))
+    return f_hat, quantizer.next_input(f_hat, min(k + 1, last))
 
 
 def mix(
@@ -128,9 +129,7 @@ def mix(
     return jnp.einsum("BlV,VC->BlC", weight, codebook, precision=jax.lax.Precision.HIGHEST)
 
 
-def decode_latent(
-    tokenizer: Tokenizer, f_hat: Float[Array, "B h w C"]
-) -> UInt8[Array, "B H W 3"]:
+def decode_latent(tokenizer: Tokenizer, f_hat: Float[Array, "B h w C"]) -> UInt8[Array, "B H W 3"]:
     """Quantized latents → images 0..255, a few at a time on each device."""
     to_images = lambda tokenizer, f_hat: in_parts(
         lambda f_hat: to_bytes(tokenizer.decode_latent(f_hat)),

@@ -83,6 +83,16 @@ def define_sampling_flags() -> None:
     flags.DEFINE_list("top_p", None, say(text))
 
 
+def numbers(name: str, words: list[str] | None) -> tuple[float, ...] | None:
+    """A list flag as numbers. Raises: BadInput, naming the flag, for anything else."""
+    if words is None:
+        return None
+    try:
+        return tuple(map(float, words))
+    except ValueError as error:
+        raise BadInput(f"{name}={','.join(words)}; expected numbers.") from error
+
+
 def _parse(args: flags.FlagValues, argv: Sequence[str]) -> None:
     home = os.path.expanduser("~/")  # as in --out=~/samples, which no shell expands
     words = [re.sub(r"^(--[\w.]+=)~/", lambda flag: flag[1] + home, word) for word in argv]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.core import jaxprs_in_params
 
 from var_jax.config import TransformerConfig
 from var_jax.schedule import slices
@@ -60,5 +61,5 @@ def _count(jaxpr: Any) -> int:
             features = equation.params["dimension_numbers"].rhs_spec[0]
             total += 2 * out * math.prod(kernel) // kernel[features]
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        total += times * sum(_count(inner) for inner in jax.core.jaxprs_in_params(equation.params))
+        total += times * sum(_count(inner) for inner in jaxprs_in_params(equation.params))
     return total

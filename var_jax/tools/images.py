@@ -4,13 +4,14 @@ import io
 from pathlib import PurePath
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from var_jax.tools.files import replacing
 
 GAP = 2
 PAPER = 255
+TINT = (255, 0, 128)
 
 
 def save_png(path: str | PurePath, image: UInt8[np.ndarray, "H W 3"]) -> None:
@@ -33,6 +34,16 @@ def grid(
         y, x = (i // columns) * (height + pad), (i % columns) * (width + pad)
         sheet[y : y + height, x : x + width] = image
     return sheet
+
+
+def before_and_after(
+    image: UInt8[np.ndarray, "H W 3"],
+    repaint: Bool[np.ndarray, "H W"],
+    results: UInt8[np.ndarray, "N H W 3"],
+) -> UInt8[np.ndarray, "M H W 3"]:
+    """An edited image, the same with what is repainted tinted, and the results; M = N+2."""
+    tinted = (image * 0.4 + np.array(TINT) * 0.6).astype(np.uint8)
+    return np.stack([image, np.where(repaint[..., None], tinted, image), *results])
 
 
 def labelled_rows(

@@ -6,7 +6,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
-from typing import IO
 
 import numpy as np
 from etils import epath
@@ -41,14 +40,14 @@ class Images:
                 left -= count
 
     @contextlib.contextmanager
-    def _open(self) -> Iterator[IO[bytes]]:
+    def _open(self) -> Iterator[zipfile.ZipExtFile]:
         try:
             with self.path.open("rb") as whole, zipfile.ZipFile(whole) as archive:
                 if "arr_0.npy" not in archive.namelist():
                     names = ", ".join(n.removesuffix(".npy") for n in archive.namelist())
                     raise BadInput(f"{self.path} holds {names or 'nothing'}, expected 'arr_0'.")
                 with archive.open("arr_0.npy") as file:
-                    yield file
+                    yield file  # type: ignore[misc]
         except OSError as error:
             raise BadInput(f"{self.path} cannot be read: {error.strerror or error}.") from error
         except DAMAGED as error:
@@ -56,7 +55,7 @@ class Images:
                 raise
             raise BadInput(f"{self.path} is no npz file, or a damaged one ({error}).") from error
 
-    def _header(self, file: IO[bytes]) -> tuple[int, ...]:
+    def _header(self, file: zipfile.ZipExtFile) -> tuple[int, ...]:
         version = np.lib.format.read_magic(file)
         read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
         shape, by_column, dtype = read[min(version[0], 2)](file)

@@ -1,6 +1,6 @@
 """Training of the transformer: it learns to predict each scale from all coarser ones (VAR §3.2)."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,9 +58,7 @@ def autoregressive_task(model_config: TransformerConfig, config: TrainTransforme
                 noise = token_noise(jax.random.fold_in(key, 2), shape, *codes)
             tokens, inputs = targets_and_inputs(batch, frozen, noise)
             withheld = jax.random.bernoulli(drop_label, config.label_dropout, tokens.shape[:1])
-            labels = jnp.where(
-                reshard(withheld, BATCH), model_config.num_classes, batch["label"]
-            )
+            labels = jnp.where(reshard(withheld, BATCH), model_config.num_classes, batch["label"])
             logits = transformer(labels, inputs, key=drop_path)
             loss, metrics = cross_entropy_metrics(
                 logits, tokens, model_config.patch_nums, config.label_smoothing

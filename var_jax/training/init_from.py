@@ -47,7 +47,7 @@ def transformer_from(
     given = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(old)}
     sides = old.config.patch_nums, fresh.config.patch_nums
     if sides[0] != sides[1]:
-        given["pos_embed"] = resize_positions(np.float32(given["pos_embed"]), *sides)
+        given["pos_embed"] = resize_positions(np.asarray(given["pos_embed"], np.float32), *sides)
         levels = matching_scales(*map(len, sides))
         given["level_embed"] = np.asarray(given["level_embed"])[levels]
 

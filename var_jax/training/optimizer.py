@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from var_jax.tools.trees import path_name
 from var_jax.config import TrainConfig, parse_lr_scale
+from var_jax.tools.trees import path_name
 
 # Positions, and what only shifts or scales, keep their size; biases and 1-D tensors do too.
 NO_DECAY = ("start", "pos_embed", "level_embed", "log_scale", "ada_offset")

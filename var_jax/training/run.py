@@ -16,9 +16,9 @@ from var_jax.checkpoints.export import load_fingerprint
 from var_jax.config import Config, TrainConfig, from_dict, settings
 from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import batches
-from var_jax.data.records import read_json
+from var_jax.data.records import read_json, read_manifest
 from var_jax.data.sources import Source, open_source
-from var_jax.data.token_cache import TokenCache, check_cache, open_tokens
+from var_jax.data.token_cache import KIND, TokenCache, open_tokens
 from var_jax.models.load import Models, as_exported, describe, load_tokenizer, save_models
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.var import Transformer
@@ -89,7 +89,9 @@ class Run:
         fingerprint = ""
         if config.pretrained_tokenizer:
             if data.tokens:
-                check_cache(data.tokens)  # ahead of a fingerprint, which may take long
+                read_manifest(
+                    epath.Path(data.tokens), KIND
+                )  # ahead of a fingerprint, which may take long
             self.pretrained = load_tokenizer(config.pretrained_tokenizer, self.mesh)
             fingerprint = load_fingerprint(
                 config.pretrained_tokenizer, "tokenizer", self.pretrained

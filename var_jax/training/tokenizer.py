@@ -9,12 +9,12 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int32, Key, UInt8
 
-from var_jax.tools.trees import path_name
 from var_jax.config import TokenizerConfig, TrainTokenizerConfig
 from var_jax.models.patch_codec import make_tokenizer
 from var_jax.models.tokenizer import Tokenizer, to_bytes, to_float
 from var_jax.sharding.mesh import put_global_batch, replicated, to_host
 from var_jax.sharding.ops import data_parallel, round_up
+from var_jax.tools.trees import path_name
 from var_jax.training.codebook import CodebookStats, codes_by_scale, init_stats, update_codebook
 from var_jax.training.losses import psnr, squared_error
 from var_jax.training.optimizer import learning_rate, make_optimizer
@@ -89,9 +89,7 @@ def reconstruction_error(tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"]):
     return squared_error(made, target), code
 
 
-def reconstruction_psnr(
-    tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"]
-) -> Float[Array, " B"]:
+def reconstruction_psnr(tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"]) -> Float[Array, " B"]:
     """PSNR in dB of each image, by way of its codes."""
     target = to_float(image)
     return psnr(squared_error(tokenizer.decode(tokenizer.encode(target)), target))

@@ -1,0 +1,37 @@
+"""Fine-tunes the transformer of a checkpoint, converted or own, on other data.
+
+    python -m var_jax.train --config finetune:d16 --workdir runs/pets --config.data.source=pets
+
+The variant is the checkpoint. Tokenizer, sizes and image size are its own; classes are those of the
+data: one of a name that the checkpoint knows keeps its embedding. The learning rate is a tenth of
+the rate for training from nothing, warmed up; `--config.train_transformer.lr_scale=head=1,.*=0`
+would train the head alone.
+"""
+
+from ml_collections import ConfigDict
+
+from var_jax.checkpoints.export import load_config
+from var_jax.config import SHARED, defaults
+
+
+def get_config(variant: str = "emoji") -> ConfigDict:
+    """The config that starts from the checkpoint `variant`."""
+    about = load_config(variant)
+    config = defaults()
+    config.seed = 0
+    config.init_from = config.pretrained_tokenizer = variant
+    tokenizer, transformer = about["tokenizer"], about["transformer"]
+    sizes = {name: tuple(v) if isinstance(v, list) else v for name, v in tokenizer.items()}
+    config.tokenizer.update({name: sizes[name] for name in config.tokenizer if name in sizes})
+    same = {name: transformer[name] for name in transformer if name not in SHARED}
+    config.transformer.update(same, num_classes=0)
+    downsample = tokenizer["patch_size"] * 2 ** (len(tokenizer["channel_mults"]) - 1)
+    config.data.size = tokenizer["patch_nums"][-1] * downsample
+    config.train_transformer.update(
+        steps=2000, batch_size=64, learning_rate=1e-4, schedule="lin0", warmup_steps=100,
+        final_lr_ratio=0.1, ema_decay=0.99, log_every=10, save_every=200, eval_every=200,
+        sample_every=200,
+    )  # fmt: skip
+    sampling = {k: tuple(v) if isinstance(v, list) else v for k, v in about["sampling"].items()}
+    config.sampling.update(sampling)
+    return config
