@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from running import complaint, run, start, wait_for
-from var_jax.data.write_tokens import fingerprint
 
+from var_jax.checkpoints.export import fingerprint
 from var_jax.models.load import load_models
 from var_jax.sharding.mesh import make_mesh
 from var_jax.tools.npz import load_npz, save_npz

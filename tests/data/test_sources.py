@@ -3,10 +3,10 @@
 import io
 import json
 import tarfile
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from absl import flags
 from etils import epath
 from PIL import Image
 
@@ -118,7 +118,11 @@ def test_prepared_set_is_the_tree(tree, tmp_path, monkeypatch, capsys):
     pack(splits, epath.Path(tmp_path) / "out")
     shards = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert shards[0] == "manifest.json" and len(shards) == 1 + 4 + 2 and written[0] in shards
-    prepare.main(SimpleNamespace(source=str(tree), out=str(tmp_path / "out")))  # nothing is left
+    args = flags.FlagValues()
+    for name, value in (("source", tree), ("out", tmp_path / "out")):
+        flags.DEFINE_string(name, str(value), "", flag_values=args)
+    args.mark_as_parsed()
+    prepare.main(args)  # nothing is left to do
     assert capsys.readouterr().out.startswith("15 train and 6 validation images of 3 classes")
     for split, source in splits.items():
         prepared = open_encoded(str(tmp_path / "out"), split)

@@ -8,23 +8,23 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import nnx
-from var_jax.data.write_tokens import fingerprint
 
 from var_jax import BadInput
-from var_jax.config import StageConfig, TokenizerConfig, TransformerConfig
+from var_jax.checkpoints.export import fingerprint
+from var_jax.config import TokenizerConfig, TrainTransformerConfig, TransformerConfig
 from var_jax.data import records, token_cache
 from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import batches
 from var_jax.data.sources import ArraySource
 from var_jax.data.token_cache import open_tokens, write_cache
-from var_jax.models.tokenizer import Tokenizer
+from var_jax.models.patch_codec import make_tokenizer
+from var_jax.models.tokenizer import encode_images
 from var_jax.sharding.mesh import make_mesh, put_batch
-from var_jax.training.autoregressive import transformer_stage
+from var_jax.training.autoregressive import autoregressive_task
 
 SIZES = dict(patch_nums=(1, 2), vocab_size=32, latent_dim=8)
 TINY = TokenizerConfig(
     **SIZES, channels=8, channel_mults=(1,), num_res_blocks=0, norm_groups=4, patch_size=4,
-    skip=True,
 )  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def make(seed):
     """A tokenizer with noise for weights: initialising one compiles for long."""
     rng = np.random.default_rng(seed)
     noise = lambda leaf: jax.numpy.asarray(rng.normal(size=leaf.shape), leaf.dtype)
-    return jax.tree.map(noise, jax.eval_shape(lambda: Tokenizer(TINY, rngs=nnx.Rngs(0))))
+    return jax.tree.map(noise, jax.eval_shape(lambda: make_tokenizer(TINY, rngs=nnx.Rngs(0))))
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +102,12 @@ def test_it_holds_what_training_sees(cache, tokenizer, sources, mesh):
         for _ in range(3):  # two epochs
             want, got = next(pixels), next(codes)
             padded = np.resize(want["image"], (16, *want["image"].shape[1:]))
-            tokens = token_cache.encode(tokenizer, put_batch({"x": padded}, mesh)["x"])
+            tokens = encode_images(tokenizer, put_batch({"x": padded}, mesh)["x"])
             assert (np.asarray(tokens)[:12] == got["tokens"]).all()
             assert (want["label"] == got["label"]).all()
+    rng = np.random.default_rng(0)
     crops = [
-        [source.train_item(i, epoch, None)["tokens"].tolist() for i in range(18)]
+        [source.train_item(i, epoch, rng)["tokens"].tolist() for i in range(18)]
         for epoch in range(3)
     ]
     assert crops[0] == crops[2] and crops[0] != crops[1]
@@ -132,14 +133,15 @@ def test_validation_is_the_centre(cache, tokenizer, sources, mesh):
     images = np.stack([sources["validation"][i]["image"] for i in range(6)])
     with jax.set_mesh(mesh):
         padded = put_batch({"x": np.resize(images, (8, *images.shape[1:]))}, mesh)["x"]
-        tokens = np.asarray(token_cache.encode(tokenizer, padded))[:6]
+        tokens = np.asarray(encode_images(tokenizer, padded))[:6]
     assert (tokens == np.stack([source[i]["tokens"] for i in range(6)])).all()
 
 
 @pytest.mark.slow
 def test_training_from_it_gives_the_losses_of_pixels(cache, tokenizer, sources, mesh):
     model = TransformerConfig(**SIZES, num_classes=3, depth=1, width=16, num_heads=1)
-    stage = transformer_stage(model, StageConfig(steps=4, batch_size=8, warmup_steps=1))
+    config = TrainTransformerConfig(steps=4, batch_size=8, warmup_steps=1)
+    task = autoregressive_task(model, config)
     source = opened(cache, tokenizer, sources, "train")
     streams = (
         batches(
@@ -152,14 +154,13 @@ def test_training_from_it_gives_the_losses_of_pixels(cache, tokenizer, sources, 
     )
     losses = []
     with jax.set_mesh(mesh):
-        step, key = jax.jit(stage.train_step), jax.random.key(0)
-        start = jax.jit(stage.init)(key)
+        step, key = jax.jit(task.train_step), jax.random.key(0)
+        start = jax.jit(task.init)(key)
         for stream in streams:
             state, found = start, []
             for _ in range(4):
-                state, metrics = step(
-                    state, put_batch(next(stream), mesh) | {"tokenizer": tokenizer}, key
-                )
+                batch = put_batch(next(stream), mesh)
+                state, metrics = step(state, batch, {"tokenizer": tokenizer}, key)
                 found.append(float(metrics["loss"]))
             losses.append(found)
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
@@ -189,7 +190,7 @@ def test_other_crops_and_images_are_refused(cache, tokenizer, sources):
         ({"images": 255 - train.images}, "made with checksum_of_train_images="),
         ({"labels": 2 - train.labels}, "made with checksum_of_train_images="),
         (
-            {"labels": train.labels[:-1]},
+            {"images": train.images[:-1], "labels": train.labels[:-1]},
             "train_images=18, but this run has train_images=17",
         ),
         ({"class_names": ("a", "b", "d")}, "different classes"),
