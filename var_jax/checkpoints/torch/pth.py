@@ -24,16 +24,12 @@ from var_jax import BadInput
 
 MAX_DESCRIPTION = 8 << 20  # bytes of the pickle; d36's has under 1, and each may become 100
 DTYPES = {
-    "DoubleStorage": np.dtype(np.float64),
-    "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(jnp.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
+    f"{name}Storage": np.dtype(kind)
+    for name, kind in (
+        *(("Double", "f8"), ("Float", "f4"), ("Half", "f2"), ("BFloat16", jnp.bfloat16)),
+        *(("Long", "i8"), ("Int", "i4"), ("Short", "i2"), ("Char", "i1"), ("Byte", "u1")),
+        ("Bool", "?"),
+    )
 }
 
 
@@ -52,18 +48,18 @@ class Tensor:
 
     storage: Storage
     dtype: np.dtype
-    offset: int  # in elements, from the start of the storage
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]  # in elements
+    offset: int = 0  # in elements, from the start of the storage
+    shape: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()  # in elements
     name: str = ""
 
     def check(self) -> None:
         """Raises BadInput unless the tensor lies inside its storage."""
         axes = (self.shape, self.strides)
-        if any(type(axis) is not tuple for axis in axes) or len(self.shape) != len(self.strides):
-            raise self.damaged("has no readable shape")
-        numbers = (*self.shape, *self.strides, self.offset)
-        if len(self.shape) > 8 or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
+        tuples = all(type(axis) is tuple for axis in axes)
+        numbers = (*self.shape, *self.strides, self.offset) if tuples else ("",)
+        readable = tuples and len(self.shape) == len(self.strides) <= 8
+        if not readable or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
             raise self.damaged("has shape and strides that no tensor has")
         reach = self.offset + sum((n - 1) * s for n, s in zip(*axes, strict=True))
         if 0 not in self.shape and (reach + 1) * self.dtype.itemsize > self.storage.size:
@@ -76,9 +72,8 @@ class Tensor:
             raise self.damaged("fails its checksum; download the file again")
         size = self.dtype.itemsize
         start, strides = self.storage.start + self.offset * size, [s * size for s in self.strides]
-        mapped = np.memmap(self.storage.path, np.uint8, mode="r")
-        array = np.ndarray(self.shape, self.dtype, mapped, start, strides)  # type: ignore[arg-type]
-        return array if dtype is None else array.astype(dtype)
+        mapped: Any = np.memmap(self.storage.path, np.uint8, mode="r")
+        return np.asarray(np.ndarray(self.shape, self.dtype, mapped, start, strides), dtype)
 
     def damaged(self, what: str) -> BadInput:
         return BadInput(f"{self.storage.path} is damaged: tensor {self.name!r} {what}.")
@@ -87,12 +82,8 @@ class Tensor:
 @functools.lru_cache
 def intact(storage: Storage) -> bool:
     """Whether the bytes have their checksum."""
-    crc, left = 0, storage.size
-    with storage.path.open("rb") as file:
-        file.seek(storage.start)
-        while left and (part := file.read(min(left, 1 << 24))):
-            crc, left = zlib.crc32(part, crc), left - len(part)
-    return crc == storage.crc
+    bytes_ = np.memmap(storage.path, np.uint8, "r")[storage.start : storage.start + storage.size]
+    return zlib.crc32(bytes_.data) == storage.crc
 
 
 def read_pth(path: Path, *keys: str) -> dict[str, Tensor]:
@@ -203,16 +194,12 @@ NAMES = {
     ),
     "torch._utils._rebuild_parameter": lambda data, *_: data,
 } | {f"torch.{name}": dtype for name, dtype in DTYPES.items()}
-# Of these, only what `NAMES` gives can be called.
-INSTRUCTIONS = (
-    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE),
-    *(pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
-    *(pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.EMPTY_TUPLE),
-    *(pickle.EMPTY_LIST, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
-    *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
-    *(pickle.SETITEM, pickle.SETITEMS, pickle.APPEND, pickle.APPENDS, pickle.GLOBAL),
-    *(pickle.STACK_GLOBAL, pickle.BINPERSID, pickle.REDUCE),
-)
+# The instructions that may occur. Those that call something can only call what `NAMES` gives.
+INSTRUCTIONS = """
+    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE
+    SHORT_BINUNICODE EMPTY_TUPLE EMPTY_LIST TUPLE TUPLE1 TUPLE2 TUPLE3 BINPUT LONG_BINPUT MEMOIZE
+    BINGET LONG_BINGET SETITEM SETITEMS APPEND APPENDS GLOBAL STACK_GLOBAL BINPERSID REDUCE
+"""
 
 
 class Unpickler(pickle._Unpickler):
@@ -239,7 +226,7 @@ class Unpickler(pickle._Unpickler):
         if type(count) is not int or found.size != count * dtype.itemsize:
             what = f"its entry 'data/{key}' has {found.size} bytes, not {count} values"
             raise self.archive.damaged(what)
-        return Tensor(found, dtype, 0, (), ())
+        return Tensor(found, dtype)
 
     def load_dict(self) -> None:
         self.append(Dict())  # type: ignore[attr-defined]
@@ -248,7 +235,8 @@ class Unpickler(pickle._Unpickler):
         self.stack.pop()  # type: ignore[attr-defined]
 
     dispatch: ClassVar[dict[int, Any]] = dict.fromkeys(range(256), refuse) | {
-        code[0]: pickle._Unpickler.dispatch[code[0]] for code in INSTRUCTIONS
+        code: pickle._Unpickler.dispatch[code]
+        for code in (getattr(pickle, name)[0] for name in INSTRUCTIONS.split())
     }
     dispatch |= {pickle.EMPTY_DICT[0]: load_dict, pickle.BUILD[0]: load_build}
 
