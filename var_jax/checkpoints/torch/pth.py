@@ -6,16 +6,14 @@ and names that describe tensors. The values stay on disk until NumPy asks for th
 """
 
 import dataclasses
-import functools
 import io
 import math
 import pickle
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,57 +31,97 @@ DTYPES = {
 }
 
 
-class Storage(NamedTuple):
-    """Bytes in a file, and their checksum."""
+class Archive:
+    """The zip archive around a pickle and the bytes of its tensors."""
 
-    path: Path
-    start: int
-    size: int
-    crc: int
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.zip = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+            raise self.damaged("its table of contents cannot be read") from error
+        names = self.zip.namelist()
+        if len(set(names)) != len(names):
+            raise self.damaged("two of its entries have the same name")
+        roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
+        if len(roots) != 1:
+            raise BadInput(f"{path} is a zip archive without weights (no data.pkl of torch.save).")
+        self.root = roots[0]
+
+    def damaged(self, what: str) -> BadInput:
+        return BadInput(f"{self.path} is damaged or cut short: {what}.")
+
+    def entry(self, name: str) -> zipfile.ZipInfo:
+        """An entry as torch writes it: uncompressed."""
+        try:
+            entry = self.zip.getinfo(self.root + name)
+        except KeyError:
+            raise self.damaged(f"its entry {name!r} is missing") from None
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise self.damaged(f"its entry {name!r} is compressed; torch's are not")
+        return entry
+
+    def read(self, entry: zipfile.ZipInfo) -> bytes:
+        """The bytes of an entry, whose checksum holds."""
+        try:
+            return self.zip.read(entry)
+        except Exception as error:  # zipfile has no common error for damage
+            what = f"its entry {entry.filename!r} cannot be read ({error}); download the file again"
+            raise self.damaged(what) from error
+
+    def unpickle(self) -> Any:
+        """The object that was saved: containers, numbers, text and tensors."""
+        has_order = self.root + "byteorder" in self.zip.namelist()
+        if has_order and self.read(self.entry("byteorder")) != b"little":
+            raise BadInput(f"{self.path} is of a big-endian machine; only little-endian is read.")
+        pickled = self.entry("data.pkl")
+        if pickled.file_size > MAX_DESCRIPTION:
+            raise self.damaged(f"the description of its tensors has {pickled.file_size} bytes")
+        try:
+            return Unpickler(self, self.read(pickled)).load()
+        except BadInput:
+            raise
+        except NotWeights as error:
+            raise BadInput(
+                f"{self.path} holds more than weights ({error}), which could run code; it was not"
+                " loaded."
+            ) from None
+        except Exception as error:  # whatever Python says to instructions that make no sense
+            raise self.damaged("the description of its tensors cannot be read") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor that lies in a file; `np.asarray` maps it into memory."""
+    """A tensor that lies in a file; `np.asarray` reads it."""
 
-    storage: Storage
+    archive: Archive
+    entry: zipfile.ZipInfo
     dtype: np.dtype
-    offset: int = 0  # in elements, from the start of the storage
+    offset: int = 0  # in elements, from the start of the entry
     shape: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()  # in elements
     name: str = ""
 
     def check(self) -> None:
-        """Raises BadInput unless the tensor lies inside its storage."""
+        """Raises BadInput unless the tensor lies inside its entry."""
         axes = (self.shape, self.strides)
         tuples = all(type(axis) is tuple for axis in axes)
         numbers = (*self.shape, *self.strides, self.offset) if tuples else ("",)
         readable = tuples and len(self.shape) == len(self.strides) <= 8
         if not readable or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
-            raise self.damaged("has shape and strides that no tensor has")
+            raise self.archive.damaged(f"tensor {self.name!r} has shape and strides of no tensor")
         reach = self.offset + sum((n - 1) * s for n, s in zip(*axes, strict=True))
-        if 0 not in self.shape and (reach + 1) * self.dtype.itemsize > self.storage.size:
-            raise self.damaged(f"reaches beyond its {self.storage.size} bytes")
+        size = self.entry.file_size
+        if 0 not in self.shape and (reach + 1) * self.dtype.itemsize > size:
+            raise self.archive.damaged(f"tensor {self.name!r} reaches beyond its {size} bytes")
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if 0 in self.shape:
             return np.zeros(self.shape, dtype or self.dtype)
-        if not intact(self.storage):
-            raise self.damaged("fails its checksum; download the file again")
-        size = self.dtype.itemsize
-        start, strides = self.storage.start + self.offset * size, [s * size for s in self.strides]
-        mapped: Any = np.memmap(self.storage.path, np.uint8, mode="r")
-        return np.asarray(np.ndarray(self.shape, self.dtype, mapped, start, strides), dtype)
-
-    def damaged(self, what: str) -> BadInput:
-        return BadInput(f"{self.storage.path} is damaged: tensor {self.name!r} {what}.")
-
-
-@functools.lru_cache
-def intact(storage: Storage) -> bool:
-    """Whether the bytes have their checksum."""
-    bytes_ = np.memmap(storage.path, np.uint8, "r")[storage.start : storage.start + storage.size]
-    return zlib.crc32(bytes_.data) == storage.crc
+        size, values = self.dtype.itemsize, self.archive.read(self.entry)
+        strides = [stride * size for stride in self.strides]
+        array = np.ndarray(self.shape, self.dtype, values, self.offset * size, strides)
+        return np.asarray(array, dtype)
 
 
 def read_pth(path: Path, *keys: str) -> dict[str, Tensor]:
@@ -93,9 +131,7 @@ def read_pth(path: Path, *keys: str) -> dict[str, Tensor]:
 
     Raises: BadInput if the file holds something else, or is damaged.
     """
-    with path.open("rb") as file:
-        archive = Archive(path, file)
-        state = archive.unpickle()
+    state = Archive(path).unpickle()
     for key in keys:
         state = state[key] if isinstance(state, dict) and key in state else state
     if not isinstance(state, dict) or not state:
@@ -108,69 +144,9 @@ def read_pth(path: Path, *keys: str) -> dict[str, Tensor]:
         tensors[name] = dataclasses.replace(value, name=name)
         tensors[name].check()
     total = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
-    if total > 2 * archive.size:  # many views of one storage: a file that would fill the memory
-        raise BadInput(f"{path} describes {total} bytes of tensors but has only {archive.size}.")
+    if total > 2 * (size := path.stat().st_size):  # many views of the same bytes fill the memory
+        raise BadInput(f"{path} describes {total} bytes of tensors but has only {size}.")
     return tensors
-
-
-class Archive:
-    """The zip archive around a pickle and the bytes of its tensors."""
-
-    def __init__(self, path: Path, file: BinaryIO):
-        self.path, self.file, self.size = path, file, file.seek(0, io.SEEK_END)
-        try:
-            entries = zipfile.ZipFile(file).infolist()
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-            raise self.damaged("its table of contents cannot be read") from error
-        self.table = {entry.filename: entry for entry in entries}
-        if len(self.table) != len(entries):
-            raise self.damaged("two of its entries have the same name")
-        roots = [n.removesuffix("data.pkl") for n in self.table if n.endswith("/data.pkl")]
-        if len(roots) != 1:
-            raise BadInput(f"{path} is a zip archive without weights (no data.pkl of torch.save).")
-        self.root = roots[0]
-
-    def damaged(self, what: str) -> BadInput:
-        return BadInput(f"{self.path} is damaged or cut short: {what}.")
-
-    def locate(self, name: str) -> Storage:
-        """Where the bytes of an entry lie."""
-        entry = self.table.get(self.root + name)
-        if entry is None:
-            raise self.damaged(f"its entry {name!r} is missing")
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-            raise self.damaged(f"its entry {name!r} is compressed or encrypted; torch's are not")
-        self.file.seek(entry.header_offset)
-        header = self.file.read(30)  # ends in the lengths of the name and of the padding after it
-        start = entry.header_offset + 30 + sum(struct.unpack("<2H", header[26:].ljust(4, b"\0")))
-        beyond = header[:4] != b"PK\x03\x04" or start + entry.file_size > self.size
-        if beyond or entry.compress_size != entry.file_size:
-            raise self.damaged(f"its entry {name!r} reaches beyond the file")
-        return Storage(self.path, start, entry.file_size, entry.CRC)
-
-    def content(self, name: str) -> bytes:
-        """An entry of moderate size."""
-        found = self.locate(name)
-        if found.size > MAX_DESCRIPTION:
-            raise self.damaged(f"its entry {name!r} has {found.size} bytes")
-        self.file.seek(found.start)
-        return self.file.read(found.size)
-
-    def unpickle(self) -> Any:
-        """The object that was saved: containers, numbers, text and tensors."""
-        if self.root + "byteorder" in self.table and self.content("byteorder") != b"little":
-            raise BadInput(f"{self.path} is of a big-endian machine; only little-endian is read.")
-        try:
-            return Unpickler(self).load()
-        except BadInput:
-            raise
-        except NotWeights as error:
-            raise BadInput(
-                f"{self.path} holds more than weights ({error}), which could run code; it was not"
-                " loaded."
-            ) from None
-        except Exception as error:  # whatever Python says to instructions that make no sense
-            raise self.damaged("the description of its tensors cannot be read") from error
 
 
 class NotWeights(Exception):
@@ -205,8 +181,8 @@ INSTRUCTIONS = """
 class Unpickler(pickle._Unpickler):
     """Python's unpickler in Python (the one in C allocates what a pickle says), cut down."""
 
-    def __init__(self, archive: Archive):
-        super().__init__(io.BytesIO(archive.content("data.pkl")))
+    def __init__(self, archive: Archive, pickled: bytes):
+        super().__init__(io.BytesIO(pickled))
         self.archive = archive
 
     def refuse(self) -> None:
@@ -218,15 +194,15 @@ class Unpickler(pickle._Unpickler):
         return found
 
     def persistent_load(self, pid: Any) -> Tensor:
-        """The storage that a pickle refers to, as the tensor of its first value."""
+        """The entry that a pickle refers to, as the tensor of its first value."""
         tag, dtype, key, _, count = pid
         if tag != "storage" or not isinstance(dtype, np.dtype) or type(key) is not str:
             raise NotWeights("a persistent object")
-        found = self.archive.locate(f"data/{key}")
-        if type(count) is not int or found.size != count * dtype.itemsize:
-            what = f"its entry 'data/{key}' has {found.size} bytes, not {count} values"
+        entry = self.archive.entry(f"data/{key}")
+        if type(count) is not int or entry.file_size != count * dtype.itemsize:
+            what = f"its entry 'data/{key}' has {entry.file_size} bytes, not {count} values"
             raise self.archive.damaged(what)
-        return Tensor(found, dtype)
+        return Tensor(self.archive, entry, dtype)
 
     def load_dict(self) -> None:
         self.append(Dict())  # type: ignore[attr-defined]
