@@ -97,9 +97,10 @@ class Tensor:
     archive: Archive
     entry: zipfile.ZipInfo
     dtype: np.dtype
-    offset: int = 0  # in elements, from the start of the entry
-    shape: tuple[int, ...] = ()
-    strides: tuple[int, ...] = ()  # in elements
+    # As the pickle says, so anything until `check` has seen it. Offset and strides in elements.
+    offset: Any = 0
+    shape: Any = ()
+    strides: Any = ()
     name: str = ""
 
     def check(self) -> None:
