@@ -357,7 +357,7 @@ def settings(config: Config) -> dict[str, Any]:
     return fields
 
 
-def from_dict(cls: type[T], section: Mapping[str, Any] | ConfigDict, name: str = "config") -> T:
+def from_dict(cls: type[T], section: Any, name: str = "config") -> T:
     """Builds a frozen config, nested ones included, from an experiment's (section of a) config.
 
     Raises: BadInput naming the field for an unknown field, a value of the wrong type or range.

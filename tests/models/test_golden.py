@@ -19,7 +19,7 @@ pytestmark = pytest.mark.parametrize("case", CASES)
 
 
 def nhwc(x):
-    return np.moveaxis(x, -3, -1)
+    return jnp.moveaxis(x, -3, -1)
 
 
 def test_tokenizer(case):
@@ -57,20 +57,24 @@ def test_quantizer_loss_and_gradient(case):
 
 def test_transformer_logits(case):
     _, transformer, gold = models(case)
-    logits = jax.jit(transformer.__call__)(gold["labels"], gold["teacher_forcing_input"])
+    labels, inputs = map(jnp.asarray, (gold["labels"], gold["teacher_forcing_input"]))
+    logits = jax.jit(transformer.__call__)(labels, inputs)
     np.testing.assert_allclose(logits, gold["logits"], atol=2e-4)
-    no_class = np.full_like(gold["labels"], transformer.config.num_classes)
-    logits = jax.jit(transformer.__call__)(no_class, gold["teacher_forcing_input"])
+    no_class = jnp.full_like(labels, transformer.config.num_classes)
+    logits = jax.jit(transformer.__call__)(no_class, inputs)
     np.testing.assert_allclose(logits, gold["logits_uncond"], atol=2e-4)
 
 
 def test_transformer_loss_and_gradients(case):
     _, transformer, gold = models(case)
 
+    labels, inputs = map(jnp.asarray, (gold["labels"], gold["teacher_forcing_input"]))
+    tokens = jnp.asarray(gold["tokens"])
+
     def loss(transformer, smoothing):
-        logits = transformer(gold["labels"], gold["teacher_forcing_input"])
+        logits = transformer(labels, inputs)
         sides = transformer.config.patch_nums
-        return cross_entropy_metrics(logits, gold["tokens"], sides, smoothing)[0].mean()
+        return cross_entropy_metrics(logits, tokens, sides, smoothing)[0].mean()
 
     plain, smooth = (functools.partial(loss, smoothing=amount) for amount in (0.0, 0.1))
     value, grads = jax.jit(jax.value_and_grad(plain))(transformer)

@@ -16,7 +16,7 @@ GOLD = load("filters")
 @pytest.mark.parametrize("name", [name for name in GOLD if name.startswith("probs")])
 def test_golden(name):
     k, p = re.fullmatch(r"probs_k(\d+)_p([\d.]+)", name).groups()
-    probabilities = jax.nn.softmax(top_p(top_k(GOLD["logits"], int(k)), float(p)))
+    probabilities = jax.nn.softmax(top_p(top_k(jnp.asarray(GOLD["logits"]), int(k)), float(p)))
     np.testing.assert_allclose(probabilities, GOLD[name], atol=1e-6)
 
 

@@ -27,7 +27,7 @@ def unrolls(depth: int, remat: str) -> bool:
 
 def convolve(
     x: Float[Array, "B H W C"], kernel: Float[Array, "h w C F"], strides, padding, **how
-) -> Float[Array, "B H W F"]:
+) -> Float[Array, "B _ _ F"]:
     """`jax.lax.conv_general_dilated`, as `nnx.Conv` calls it."""
     if platform() == "cpu" and cpu.winograd_pays(x, kernel, strides, padding):
         return cpu.winograd(x, kernel)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from var_jax.config import TransformerConfig
@@ -66,7 +67,7 @@ class Block(nnx.Module):
         self.fc2, self.fc2_bias = draw((F, D), out_std), zeros(D)
         self.config = config
 
-    def modulation(self, cond: Float[Array, "B ..."], dtype: jnp.dtype) -> list[Array]:
+    def modulation(self, cond: Float[Array, "B ..."], dtype: DTypeLike) -> list[Array]:
         """gamma1, gamma2, scale1, scale2, shift1, shift2, each (B,1,D).
 
         `cond` is the class embedding (B,D), or under shared AdaLN its projection (B,6,D).
@@ -102,7 +103,7 @@ class Block(nnx.Module):
         """
         proj = merge_heads(self.proj[...].astype(mixed.dtype), axis=0)
         v_bias = merge_heads(reshard(self.v_bias[...].astype(proj.dtype), "tensor"))
-        bias = self.proj_bias + einsum("F,FD->D", v_bias, gather_fsdp(proj))
+        bias = self.proj_bias + einsum("F,FD->D", v_bias, gather_fsdp(proj)).astype(jnp.float32)
         return project(mixed, proj) + bias.astype(mixed.dtype)[None]
 
     def mlp_in(
@@ -192,7 +193,7 @@ def drop_path(
 
 
 def modulate(
-    cond: Float[Array, "B D"], w: nnx.Param, bias: nnx.Param, dtype: jnp.dtype
+    cond: Float[Array, "B D"], w: nnx.Param, bias: nnx.Param, dtype: DTypeLike
 ) -> Float[Array, "B x E"]:
     """Scales, shifts and gates from a condition: silu, then a linear layer; float32."""
     D, *shape = w.shape

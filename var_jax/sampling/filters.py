@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, UInt32
 
 
 def guide(
-    logits_2BlV: Float[Array, "2B l V"], strength: Float[Array, ""] | float
+    logits_2BlV: Float[Array, "twice l V"], strength: Float[Array, ""] | float
 ) -> Float[Array, "B l V"]:
     """Classifier-free guidance: (1+t)·cond − t·uncond; the batch holds cond, then uncond."""
     cond, uncond = jnp.split(logits_2BlV, 2)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from var_jax.sharding.mesh import BATCH
@@ -62,7 +63,7 @@ def project(
     x_MD: Float[Array, "M D"],
     w_DF: Float[Array, "D F"],
     out: Axes = None,
-    dtype: jnp.dtype | None = None,
+    dtype: DTypeLike | None = None,
 ) -> Float[Array, "M F"]:
     """x @ w, split over `out`, accumulated and returned in `dtype`.
 
@@ -75,16 +76,16 @@ def project(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def product(x: Array, w: Array, out: Axes, dtype: jnp.dtype | None) -> Array:
+def product(x: Array, w: Array, out: Axes, dtype: DTypeLike | None) -> Array:
     """`project`; apart, because type checkers know nothing of what custom_vjp returns."""
     return matmul(x, gather_fsdp(w), P(BATCH, out), dtype)
 
 
-def product_forward(x: Array, w: Array, out: Axes, dtype: jnp.dtype | None):
+def product_forward(x: Array, w: Array, out: Axes, dtype: DTypeLike | None):
     return product(x, w, out, dtype), (x, w)
 
 
-def product_backward(out: Axes, dtype: jnp.dtype | None, kept: tuple[Array, Array], g: Array):
+def product_backward(out: Axes, dtype: DTypeLike | None, kept: tuple[Array, Array], g: Array):
     """The gradients of x and w, laid out as they are."""
     x, w = kept
     g = g.astype(x.dtype)  # of the float32 logits; TPUs would round it all the same
@@ -112,7 +113,7 @@ def product_backward(out: Axes, dtype: jnp.dtype | None, kept: tuple[Array, Arra
 product.defvjp(product_forward, product_backward)
 
 
-def matmul(x: Array, w: Array, spec: P, dtype: jnp.dtype | None = None) -> Array:
+def matmul(x: Array, w: Array, spec: P, dtype: DTypeLike | None = None) -> Array:
     """x @ w laid out as `spec` says."""
     return jnp.matmul(x, w, preferred_element_type=dtype, out_sharding=spec if on_mesh() else None)
 

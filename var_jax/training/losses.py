@@ -29,7 +29,7 @@ def cross_entropy_metrics(
     because it may be split over devices; all in two passes over the logits.
     """
     top = jax.lax.stop_gradient(logits.max(axis=-1))
-    is_target = jnp.arange(logits.shape[-1]) == tokens[..., None]
+    is_target = jnp.arange(logits.shape[-1])[None, None] == tokens[..., None]
     target = jnp.where(is_target, logits, 0.0).sum(axis=-1)
     total = top + jnp.log(jnp.exp(logits - top[..., None]).sum(axis=-1))
     loss, right = total - target, target >= top
