@@ -47,8 +47,9 @@ class Metrics:
             self._workdir.mkdir(parents=True, exist_ok=True)
 
     def write(self, stage: str, step: int, *, file: str = "metrics.jsonl", **scalars) -> None:
-        """One record {"stage", "step", scalars…}; values are numbers or arrays of one number.
+        """One record {"stage", "step", scalars…}: numbers, arrays of one number, or text.
 
+        TensorBoard gets the numbers.
         Figures that no two runs share, of time and speed, go to another `file`.
         """
         if not self._writes:
@@ -61,7 +62,8 @@ class Metrics:
         else:
             with path.open("a") as out:
                 out.write(line)
-        self._board(stage).scalars(step, {f"{stage}/{name}": x for name, x in numbers.items()})
+        numbers = {f"{stage}/{n}": x for n, x in numbers.items() if not isinstance(x, str)}
+        self._board(stage).scalars(step, numbers)
         self._copy(SECONDS_BETWEEN_COPIES)
 
     def image(self, stage: str, step: int, name: str, image: UInt8[np.ndarray, "H W 3"]) -> None:
