@@ -49,8 +49,8 @@ class Metrics:
     def write(self, stage: str, step: int, *, file: str = "metrics.jsonl", **scalars) -> None:
         """One record {"stage", "step", scalars…}: numbers, arrays of one number, or text.
 
-        TensorBoard gets the numbers.
-        Figures that no two runs share, of time and speed, go to another `file`.
+        Figures that no two runs share, of time and speed, go to another `file`. TensorBoard gets
+        no text.
         """
         if not self._writes:
             return
