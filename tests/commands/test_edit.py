@@ -9,7 +9,7 @@ from PIL import Image
 from running import complaint, run
 
 from var_jax.data.decoding import crop
-from var_jax.sampling.masks import box_mask, kept_tokens
+from var_jax.sampling.masks import box_mask, known_mask
 from var_jax.tools.npz import load_npz
 
 SCALES = (1, 2, 4)
@@ -37,7 +37,7 @@ def test_box_and_paste(untrained, picture, tmp_path):
     assert (result != original)[outside].mean() > 0.5
     arrays = load_npz(tmp_path / "out" / "edit.npz")
     np.testing.assert_array_equal(arrays["arr_0"], result[None])
-    np.testing.assert_array_equal(arrays["keep"], kept_tokens(outside[::4, ::4], SCALES))
+    np.testing.assert_array_equal(arrays["keep"], known_mask(outside[::4, ::4], SCALES))
 
 
 def test_mask_and_class(untrained, picture, tmp_path):
@@ -50,7 +50,7 @@ def test_mask_and_class(untrained, picture, tmp_path):
     assert code == 0, err
     arrays = load_npz(out / "edit.npz")
     right = box_mask((0, 0.5, 1, 1), SCALES[-1])
-    np.testing.assert_array_equal(arrays["keep"], kept_tokens(right, SCALES))
+    np.testing.assert_array_equal(arrays["keep"], known_mask(right, SCALES))
     kept = arrays["tokens"][:, arrays["keep"] == 1]
     assert arrays["tokens"].shape == (3, 21) and (kept == kept[0]).all()
     assert len(np.unique(arrays["tokens"], axis=0)) == 3

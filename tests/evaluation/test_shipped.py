@@ -3,14 +3,13 @@
 import functools
 
 import jax
-import numpy as np
 import pytest
 
 from var_jax.data.sources import open_source
 from var_jax.evaluation.pixel_report import arrays, psnr, report
 from var_jax.models.load import load_models
-from var_jax.sampling.generate import generate
 from var_jax.sharding.mesh import make_mesh
+from var_jax.training.hooks import draw_samples
 from var_jax.training.tokenizer import reconstruct
 
 
@@ -22,7 +21,7 @@ def shipped():
         yield models, functools.partial(reconstruct, models.tokenizer, mesh=mesh)
 
 
-def test_it_reconstructs_held_out_pictures(shipped):
+def test_it_reconstructs_held_out_images(shipped):
     images = arrays(open_source("emoji", "validation", 32))[0]
     assert psnr(images, shipped[1](images)) > 26
 
@@ -32,13 +31,7 @@ def test_its_samples_are_of_their_class_and_vary(shipped):
     models, again = shipped
     train, validation = (open_source("emoji", split, 32) for split in ("train", "validation"))
 
-    def draw(labels):
-        made = generate(
-            models.transformer, models.tokenizer, labels, batch_size=64, seed=1,
-            **models.sampling.arguments,
-        )  # fmt: skip
-        return np.concatenate([images for images, _ in made])
-
+    draw = functools.partial(draw_samples, models, seed=1)
     found = report(train, validation, draw, again)
     assert found["samples / real"] > 1.2
     assert found["copies, samples"] < 0.29

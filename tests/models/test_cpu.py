@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from var_jax.models import winograd
+from var_jax.models import backend, cpu
 from var_jax.models.tokenizer import conv
 from var_jax.sharding.mesh import make_mesh
-from var_jax.sharding.ops import pin
+from var_jax.sharding.ops import data_parallel, reshard
 
 
 def example(shape=(8, 32, 40), channels=(5, 7), key=0):
@@ -25,14 +25,13 @@ def example(shape=(8, 32, 40), channels=(5, 7), key=0):
 def test_values_and_gradients(mesh_shape):
     x, kernel, weight = example()
     run = lambda f: lambda x, kernel: (f(x, kernel) * weight).sum()
-    wanted = jax.jit(jax.value_and_grad(run(winograd.plain), (0, 1)))(x, kernel)
+    wanted = jax.jit(jax.value_and_grad(run(cpu.plain), (0, 1)))(x, kernel)
     with jax.set_mesh(make_mesh(*mesh_shape)) if mesh_shape else contextlib.nullcontext():
-        got = jax.jit(winograd.winograd)(pin(x, ("data", "fsdp")), pin(kernel))
-        chex.assert_trees_all_close(
-            jax.device_get(got), winograd.plain(x, kernel), rtol=1e-5, atol=1e-4
-        )
-        grads = jax.jit(jax.value_and_grad(run(winograd.winograd), (0, 1)))
-        got = jax.device_get(grads(pin(x, ("data", "fsdp")), pin(kernel)))
+        winograd = lambda x, kernel: data_parallel(lambda k, x: cpu.winograd(x, k))(kernel, x)
+        inputs = reshard(x, ("data", "fsdp")), reshard(kernel)
+        got = jax.device_get(jax.jit(winograd)(*inputs))
+        chex.assert_trees_all_close(got, cpu.plain(x, kernel), rtol=1e-5, atol=1e-4)
+        got = jax.device_get(jax.jit(jax.value_and_grad(run(winograd), (0, 1)))(*inputs))
     chex.assert_trees_all_close(got, wanted, rtol=1e-4, atol=1e-3)
 
 
@@ -53,19 +52,19 @@ def test_values_and_gradients(mesh_shape):
     ],
 )
 def test_only_what_gains_is_given_to_it(change, used, monkeypatch):
-    monkeypatch.setattr(winograd, "platform", lambda: change.get("platform", "cpu"))
-    monkeypatch.setattr(winograd, "winograd", lambda x, kernel: "winograd")
+    monkeypatch.setattr(backend, "platform", lambda: change.get("platform", "cpu"))
+    monkeypatch.setattr(cpu, "winograd", lambda x, kernel: "winograd")
     monkeypatch.setattr(jax.lax, "conv_general_dilated", lambda *args, **how: "XLA")
     x = jnp.zeros(change.get("shape", (1, 32, 64, 128)), change.get("dtype", "float32"))
     kernel = jnp.zeros(change.get("kernel", (3, 3, x.shape[-1], 128)))
     how = {"strides": (1, 1), "padding": "SAME"}
     how |= {name: change[name] for name in how if name in change}
-    assert winograd.convolve(x, kernel, **how) == ("winograd" if used else "XLA")
+    assert backend.convolve(x, kernel, **how) == ("winograd" if used else "XLA")
 
 
 def test_the_tokenizer_uses_it(monkeypatch):
     layer = conv(128, 128, 3, nnx.Rngs(0))
     x = example((1, 32, 64), (128, 1))[0]
     plain = layer(x)
-    monkeypatch.setattr(winograd, "winograd", lambda x, kernel: 0 * winograd.plain(x, kernel) + 1)
-    chex.assert_trees_all_close(layer(x), jnp.ones_like(plain) + layer.bias[...])
+    monkeypatch.setattr(cpu, "winograd", lambda x, kernel: 0 * cpu.plain(x, kernel) + 1)
+    chex.assert_trees_all_close(layer(x), jnp.ones_like(plain) + layer.bias[...][None, None, None])

@@ -11,8 +11,9 @@ from golden_cases import CASES, models
 
 from var_jax.checkpoints.torch.names import to_torch
 from var_jax.models.tokenizer import Tokenizer
-from var_jax.sampling.autoregressive import image_keys, sample
-from var_jax.training.autoregressive import judge
+from var_jax.sampling.autoregressive import Weights, sample_latent
+from var_jax.sampling.generate import image_keys
+from var_jax.training.losses import cross_entropy_metrics
 
 pytestmark = pytest.mark.parametrize("case", CASES)
 
@@ -36,8 +37,8 @@ def test_tokenizer(case):
         nhwc(gold["reconstruction"]),
         atol=2e-4,
     )
-    teacher = jax.jit(lambda m, i: m.quantizer.teacher_input(i))(tokenizer, code.idx)
-    np.testing.assert_allclose(teacher, gold["teacher_forcing_input"], atol=2e-4)
+    inputs = jax.jit(lambda m, i: m.quantizer.teacher_forcing_inputs(i))(tokenizer, code.idx)
+    np.testing.assert_allclose(inputs, gold["teacher_forcing_input"], atol=2e-4)
 
 
 def test_quantizer_loss_and_gradient(case):
@@ -45,7 +46,7 @@ def test_quantizer_loss_and_gradient(case):
 
     def loss(f):
         quantized = tokenizer.quantizer(f)
-        return quantized.loss, quantized.f_hat
+        return quantized.loss.mean(), quantized.f_hat
 
     latent = nhwc(gold["latent"])
     (value, f_hat), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(latent)
@@ -58,8 +59,8 @@ def test_transformer_logits(case):
     _, transformer, gold = models(case)
     logits = jax.jit(transformer.__call__)(gold["labels"], gold["teacher_forcing_input"])
     np.testing.assert_allclose(logits, gold["logits"], atol=2e-4)
-    nobody = np.full_like(gold["labels"], transformer.config.num_classes)
-    logits = jax.jit(transformer.__call__)(nobody, gold["teacher_forcing_input"])
+    no_class = np.full_like(gold["labels"], transformer.config.num_classes)
+    logits = jax.jit(transformer.__call__)(no_class, gold["teacher_forcing_input"])
     np.testing.assert_allclose(logits, gold["logits_uncond"], atol=2e-4)
 
 
@@ -68,7 +69,8 @@ def test_transformer_loss_and_gradients(case):
 
     def loss(transformer, smoothing):
         logits = transformer(gold["labels"], gold["teacher_forcing_input"])
-        return judge(logits, gold["tokens"], transformer.config, smoothing)[0].mean()
+        sides = transformer.config.patch_nums
+        return cross_entropy_metrics(logits, gold["tokens"], sides, smoothing)[0].mean()
 
     plain, smooth = (functools.partial(loss, smoothing=amount) for amount in (0.0, 0.1))
     value, grads = jax.jit(jax.value_and_grad(plain))(transformer)
@@ -88,8 +90,9 @@ def test_greedy_sampling(case):
     tokenizer, transformer, gold = models(case)
     cfg = json.loads(str(gold["config"]))["cfg"]
     keys = image_keys(0, jnp.arange(2))
-    image, tokens = sample(
-        transformer, tokenizer, gold["labels"], keys, cfg=cfg, top_k=1, top_p=0.0
-    )
+    weights, how = Weights(tokenizer, transformer), {"cfg": cfg, "top_k": 1, "top_p": 0.0}
+    draw = jax.jit(functools.partial(sample_latent, **how))
+    f_hat, tokens = draw(weights, jnp.asarray(gold["labels"]), keys)
+    image = jax.jit(Tokenizer.decode_latent)(tokenizer, f_hat)
     np.testing.assert_array_equal(tokens, gold["greedy_tokens"])
     np.testing.assert_allclose((image + 1) / 2, nhwc(gold["greedy_image"]), atol=2e-4)

@@ -1,32 +1,39 @@
 """Sampling agrees with the teacher-forced model and depends on (seed, index) alone."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from golden_cases import models
 
-from var_jax.sampling.autoregressive import image_keys, mix, sample
-from var_jax.sampling.generate import generate
+from var_jax.sampling.autoregressive import Weights, mix, sample
+from var_jax.sampling.generate import collect, generate, image_keys
 from var_jax.sharding.mesh import make_mesh
 
 LABELS = np.array([1, 3, 5, 7, 2, 0, 4], np.int32)
 
 
-def draw(labels=LABELS, batch_size=4, **how):
-    tokenizer, transformer, _ = models("base")
-    made = list(generate(transformer, tokenizer, labels, batch_size=batch_size, **how))
-    return [np.concatenate(part) for part in zip(*made, strict=True)]
+def draw(labels=LABELS, batch_size=4, seed=0, index=None, known=None, **how):
+    """Images and tokens."""
+    weights = Weights(*models("base")[:2])
+    sampler = functools.partial(sample, **how)
+    rest = {"batch_size": batch_size, "seed": seed, "index": index, "known": known}
+    made = collect(generate(sampler, weights, labels, **rest))
+    assert made.rows.tolist() == list(range(len(labels)))
+    return made.images, made.tokens
 
 
 def test_cached_decoding_equals_teacher_forcing():
     """Fed its own greedy tokens, the full forward pass prefers each of them."""
     tokenizer, transformer, _ = models("base")
     labels = jnp.array([1, 2, 3])
-    _, tokens = sample(
-        transformer, tokenizer, labels, image_keys(0, jnp.arange(3)), cfg=0.0, top_k=1, top_p=0.0
-    )
-    logits = transformer(labels, tokenizer.quantizer.teacher_input(tokens))
+    weights, keys = Weights(tokenizer, transformer), image_keys(0, jnp.arange(3))
+    _, tokens = sample(weights, labels, keys, cfg=0.0, top_k=1, top_p=0.0)
+    logits = transformer(labels, tokenizer.quantizer.teacher_forcing_inputs(tokens))
     np.testing.assert_array_equal(logits.argmax(-1), tokens)
 
 
@@ -37,7 +44,9 @@ def test_an_image_does_not_depend_on_batch_size_or_devices():
     np.testing.assert_array_equal(tokens, draw(batch_size=2, seed=3)[1])
     with jax.set_mesh(make_mesh(4, 2, 1)):
         np.testing.assert_array_equal(tokens, draw(batch_size=8, seed=3)[1])
-    np.testing.assert_array_equal(tokens[5:], draw(LABELS[5:], seed=3, index=np.arange(5, 7))[1])
+    np.testing.assert_array_equal(
+        tokens[5:], draw(LABELS[5:], seed=3, index=np.arange(5, 7, dtype=np.int32))[1]
+    )
 
 
 def test_seeds_and_labels_matter():
@@ -49,7 +58,7 @@ def test_seeds_and_labels_matter():
 def test_each_scale_has_its_top_p():
     """Drawn freely at the first two scales and greedily after them, those settle the rest."""
     greedy = [1e-9] * (len(models("base")[1].config.patch_nums) - 2)
-    tokens = draw(np.full(16, 3), top_p=(1.0, 1.0, *greedy), top_k=0, cfg=None)[1]
+    tokens = draw(np.full(16, 3, np.int32), top_p=(1.0, 1.0, *greedy), top_k=0, cfg=None)[1]
     assert len(np.unique(tokens[:, :5], axis=0)) == len(np.unique(tokens, axis=0)) > 1
 
 
@@ -66,3 +75,31 @@ def test_mixtures_become_draws_from_sharper_logits():
     assert np.median(first.max(-1)) < 0.99 < np.median(last.max(-1))
     drawn = np.bincount(last[:, 0].argmax(-1), minlength=3) / 4000
     np.testing.assert_allclose(drawn, share**2 / (share**2).sum(), atol=0.03)
+
+
+def test_a_batch_is_rounded_up_to_the_mesh_and_no_image_is_made_twice():
+    """80 images in batches of 4 on 8 devices are 10 programs of 8."""
+    calls = []
+
+    def sampler(weights, labels, keys, known):
+        calls.append(len(labels))
+        images = jnp.zeros(
+            (len(labels), 2, 2, 3), jnp.uint8, out_sharding=jax.typeof(labels).sharding
+        )
+        return images, None
+
+    with jax.set_mesh(make_mesh(8, 1, 1)):
+        made = collect(generate(sampler, None, np.zeros(80, np.int32), batch_size=4))
+    assert calls == [8] * 10 and len(made.images) == 80 and made.tokens is None
+
+
+@pytest.mark.slow
+def test_bfloat16_samples_agree_with_float32():
+    """Greedily, most tokens are the same; where two codes are as likely they may differ."""
+    tokenizer, transformer, _ = models("base")
+    half = nnx.clone(transformer)
+    half.config = dataclasses.replace(transformer.config, dtype="bfloat16")
+    labels, keys = jnp.asarray(LABELS), image_keys(0, jnp.arange(len(LABELS)))
+    how = {"cfg": 1.5, "top_k": 1, "top_p": 0.0}
+    tokens = [sample(Weights(tokenizer, t), labels, keys, **how)[1] for t in (transformer, half)]
+    assert (tokens[0] == tokens[1])[:, :5].mean() > 0.9

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from var_jax.sharding.mesh import make_mesh
-from var_jax.sharding.ops import in_parts, pin, project
+from var_jax.sharding.ops import data_parallel, in_parts, project, reshard
 
 LAYOUTS = [  # of w; of x @ w
     ((None, "tensor"), "tensor"), (("tensor", None), None), ((None, None), None),
@@ -25,7 +25,7 @@ def test_gradients_of_a_product(D, F, w_spec, out, mesh_shape):
     x, w, g = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(shapes))
     with jax.set_mesh(make_mesh(*mesh_shape)) if mesh_shape else contextlib.nullcontext():
         x_axis = "tensor" if w_spec[0] == "tensor" else None
-        x_MD, w_DF = pin(x, ("data", "fsdp"), x_axis), pin(w, *w_spec)
+        x_MD, w_DF = reshard(x, ("data", "fsdp"), x_axis), reshard(w, *w_spec)
         grads = jax.jit(jax.grad(lambda x, w: (project(x, w, out) * g).sum(), (0, 1)))
         made = grads(x_MD, w_DF)
         assert not mesh_shape or made[1].sharding == w_DF.sharding
@@ -41,18 +41,38 @@ def test_a_product_keeps_each_dtype():
 
 
 @pytest.mark.parametrize(
-    "mesh_shape, most, fewest, rows",
-    [(None, 8, 1, 8), (None, 5, 1, 4), (None, 16, 1, 16), (None, 16, 2, 8), (None, 16, 99, 1),
-     ((2, 2, 2), 3, 1, 8)],
-)  # fmt: skip
-def test_rows_in_parts_keep_their_order(mesh_shape, most, fewest, rows):
+    "most, fewest, rows", [(8, 1, 8), (5, 1, 4), (16, 1, 16), (16, 2, 8), (16, 99, 1), (11, 1, 8)]
+)
+def test_rows_in_parts_keep_their_order(most, fewest, rows):
     x, seen = jnp.arange(32.0).reshape(16, 2), []
 
     def f(x):
         seen.append(x.shape[0])
         return x.sum(-1)
 
-    with jax.set_mesh(make_mesh(*mesh_shape)) if mesh_shape else contextlib.nullcontext():
-        got = jax.jit(lambda x: in_parts(f, x, most, fewest))(pin(x, ("data", "fsdp")))
-    chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(x.sum(-1)))
+    got = jax.jit(lambda x: in_parts(f, x, most, fewest))(x)
+    chex.assert_trees_all_equal(got, x.sum(-1))
     assert set(seen) == {rows}
+
+
+def test_a_prime_number_of_rows_is_padded_and_not_taken_one_by_one():
+    x, seen = jnp.arange(11.0), []
+    got = in_parts(lambda x: seen.append(len(x)) or 2 * x, x, 8)
+    chex.assert_trees_all_equal(got, 2 * x)
+    assert set(seen) == {6}
+
+
+@pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (2, 2, 2)])
+def test_single_device_code_runs_in_parallel_with_the_same_gradients(mesh_shape):
+    x, w = jax.random.normal(jax.random.key(0), (16, 3, 4)), jnp.linspace(-1.0, 1.0, 4)
+
+    def f(w, x):  # reshapes and look-ups as they please
+        flat = x.reshape(len(x), -1)
+        return {"sum": (x * w[None, None]).sum((1, 2)), "first": flat[:, :2]}
+
+    loss = lambda w, x: (data_parallel(f)(w, x)["sum"] ** 2).mean()
+    wanted = f(w, x), jax.grad(loss)(w, x)
+    with jax.set_mesh(make_mesh(*mesh_shape)):
+        got = jax.jit(data_parallel(f))(w, x), jax.jit(jax.grad(loss))(w, x)
+        got = jax.device_get(got)
+    chex.assert_trees_all_close(got, wanted, rtol=1e-5)

@@ -9,19 +9,19 @@ from golden_cases import facts, load
 
 from var_jax import BadInput
 from var_jax.checkpoints.torch.names import leaves
-from var_jax.config import StageConfig, TransformerConfig
+from var_jax.config import TrainConfig, TransformerConfig
 from var_jax.models.var import Transformer
 from var_jax.training.optimizer import decays, learning_rate, make_optimizer, weight_decay
 
 GOLD = load("schedules")
 
 
-@pytest.mark.parametrize("name", ["cos", "lin", "lin0", "lin00", "lin0.3", "exp"])
+@pytest.mark.parametrize("name", ["cos", "lin0"])
 @pytest.mark.parametrize(
     ("variant", "warmup", "final", "final_decay"), [("a", 10, 0.01, 0.0), ("b", 20, 0.1, 0.08)]
 )
 def test_golden_schedules(name, variant, warmup, final, final_decay):
-    config = StageConfig(
+    config = TrainConfig(
         steps=200, learning_rate=3e-4, batch_size=256, schedule=name, warmup_steps=warmup,
         final_lr_ratio=final, final_weight_decay=final_decay,
     )  # fmt: skip
@@ -34,17 +34,17 @@ def test_golden_schedules(name, variant, warmup, final, final_decay):
 
 def test_unknown_schedule():
     with pytest.raises(BadInput, match="schedule='step' is not one of"):
-        learning_rate(StageConfig(schedule="step"))
+        learning_rate(TrainConfig(schedule="step"))
 
 
 def test_learning_rate_scales_with_the_batch():
-    config = StageConfig(steps=100, batch_size=768, schedule="cos")
+    config = TrainConfig(steps=100, batch_size=768, schedule="cos")
     assert float(learning_rate(config)(0)) == pytest.approx(3e-4)
 
 
 @pytest.mark.parametrize(("most", "left"), [(0.0, 1.0), (5.0, 0.5)])
 def test_gradients_are_clipped_unless_the_norm_is_0(most, left):
-    clip = make_optimizer(StageConfig(clip_norm=most, b1=0.0, weight_decay=0.0))
+    clip = make_optimizer(TrainConfig(clip_norm=most, b1=0.0, weight_decay=0.0))
     weights = {"w": np.zeros(2, "f4")}
     _, moments = clip.update({"w": np.array([6, 8], "f4")}, clip.init(weights), weights)
     np.testing.assert_allclose(optax.tree.get(moments, "mu")["w"], [6 * left, 8 * left], rtol=1e-6)
@@ -69,25 +69,20 @@ def test_shared_adaln_offsets_do_not_decay():
     assert not decays(model).blocks.ada_offset.get_raw_value()
 
 
-def test_muon_turns_matrices_as_one_and_leaves_the_rest_to_adam():
-    config = TransformerConfig(depth=2, width=16, num_heads=2, vocab_size=32, num_classes=3)
-    model = Transformer(config, rngs=nnx.Rngs(0))
-    rng = np.random.default_rng(0)
-    gradients = jax.tree.map(lambda x: rng.normal(size=x.shape).astype("f4"), model)
-    stage = StageConfig(optimizer="muon", batch_size=256, learning_rate=1.0, weight_decay=0.0)
-    optimizer = make_optimizer(stage)
-    step = jax.jit(lambda gradients: optimizer.update(gradients, optimizer.init(model), model)[0])
-    made = step(gradients)
-    matrices = {
-        "qkv": made.blocks.qkv[...].reshape(2, 16, 3, 16).swapaxes(1, 2).reshape(6, 16, 16),
-        "proj": made.blocks.proj[...].reshape(2, 16, 16),
-        "fc1": made.blocks.fc1[...],
-        "fc2": made.blocks.fc2[...],
-    }
-    for matrix in matrices.values():
-        size = np.linalg.svd(matrix, compute_uv=False)
-        assert (size / size.mean() > 0.6).all() and (size / size.mean() < 1.4).all()
-        assert np.sqrt((matrix**2).mean()) == pytest.approx(0.2, rel=0.2)
-    assert np.vdot(made.blocks.fc1[...], gradients.blocks.fc1[...]) < 0
-    sign = -np.sign(gradients.class_embed[...])
-    np.testing.assert_allclose(made.class_embed[...], sign, rtol=1e-3)
+def test_groups_of_weights_are_frozen_or_slower():
+    config = TrainConfig(lr_scale="word=0,blocks.*fc1=0.5", weight_decay=0.0, batch_size=256)
+    sizes = TransformerConfig(depth=2, width=16, num_heads=2, vocab_size=32, num_classes=3)
+    model = Transformer(sizes, rngs=nnx.Rngs(0))
+    gradients = jax.tree.map(jax.numpy.ones_like, model)
+    optimizer = make_optimizer(config)
+    updates, _ = optimizer.update(gradients, optimizer.init(model), model)
+    rate = float(updates.head[...][0, 0])
+    assert rate < 0 and not np.any(updates.word[...]) and not np.any(updates.word_bias[...])
+    np.testing.assert_allclose(updates.blocks.fc1[...], 0.5 * rate, rtol=1e-5)
+    np.testing.assert_allclose(updates.blocks.fc2[...], rate, rtol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["head", "head=fast", "(=1", "head=-1", "=1"])
+def test_bad_lr_scale(text):
+    with pytest.raises(BadInput, match=r"lr_scale=.*; expected REGEX=FACTOR"):
+        TrainConfig(lr_scale=text)

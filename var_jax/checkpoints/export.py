@@ -43,9 +43,9 @@ def save_export(directory: str | PurePath, parts: Mapping[str, PyTree], config: 
     models = {name: part for name, part in parts.items() if hasattr(part, "config")}
     config = config | {"fingerprints": {name: fingerprint(part) for name, part in models.items()}}
     if jax.process_index() == 0:
-        storage.remove(beside)
+        beside.rmtree(missing_ok=True)
         beside.mkdir(parents=True)
-    storage.barrier("export begins")
+    multihost_utils.sync_global_devices("export begins")
     context = storage.context()
     context.memory.deepcopy_host_arrays = False  # Nobody changes them while this waits.
     # 8 to 22 % smaller, ten times slower, twice the memory.
@@ -56,12 +56,12 @@ def save_export(directory: str | PurePath, parts: Mapping[str, PyTree], config: 
     if jax.process_index() == 0:
         storage.record_files(beside / "weights")
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        storage.remove(old)
+        old.rmtree(missing_ok=True)
         if target.exists():
             target.rename(old)
         beside.rename(target)
-        storage.remove(old)
-    storage.barrier("export ends")
+        old.rmtree(missing_ok=True)
+    multihost_utils.sync_global_devices("export ends")
 
 
 def check_replaceable(target: epath.Path) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from var_jax import BadInput
@@ -59,12 +58,13 @@ def compare(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: str, *, 
     """
     for name, want in wanted.items():
         have, reason = saved.get(name), ""
+        floats = have and all(jnp.issubdtype(x.dtype, jnp.floating) for x in (have, want))
         if have is None:
             reason = f"has no tensor {name!r}; expected one of shape {want.shape} for this config"
         elif have.shape != want.shape:
             shapes = f"{have.shape}; expected {want.shape}"
             reason = f"holds {name!r} with shape {shapes} for this config"
-        elif have.dtype != want.dtype and (dtypes or not _both_floats(have.dtype, want.dtype)):
+        elif have.dtype != want.dtype and (dtypes or not floats):
             reason = f"holds {name!r} as {have.dtype}; expected {want.dtype}"
         if reason:
             raise BadInput(f"{where} {reason}.")
@@ -75,10 +75,6 @@ def compare(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: str, *, 
         )
 
 
-def _both_floats(*dtypes: Any) -> bool:
-    return all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes)
-
-
 def record_files(directory: epath.Path) -> None:
     """Records size and CRC-32 of every file in `directory`/files.json, for `damage`."""
     paths = {str(path.relative_to(directory)): path for path in _files(directory)}
@@ -86,7 +82,7 @@ def record_files(directory: epath.Path) -> None:
     sizes = {name: path.stat().length for name, path in paths.items()}
     read = sum(sizes.values()) <= MAX_CHECKSUMMED
     record = {name: [sizes[name], _crc32(path) if read else None] for name, path in paths.items()}
-    (directory / RECORD).write_text(json.dumps(record, indent=1))
+    (directory / RECORD).write_text(json.dumps(record))
 
 
 def damage(directory: epath.Path) -> str:
@@ -112,10 +108,7 @@ def damage(directory: epath.Path) -> str:
 
 def _files(directory: epath.Path) -> Iterator[epath.Path]:
     for path in directory.iterdir():
-        if path.is_dir():
-            yield from _files(path)
-        else:
-            yield path
+        yield from _files(path) if path.is_dir() else (path,)
 
 
 def _crc32(path: epath.Path) -> int:
@@ -132,14 +125,3 @@ def reason(error: Exception) -> str:
         error = error.__cause__
     text = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {text if len(text) <= 160 else text[:160] + '…'}"
-
-
-def remove(path: epath.Path) -> None:
-    """Deletes a folder, if it is there."""
-    if path.exists():
-        path.rmtree()
-
-
-def barrier(name: str) -> None:
-    """Waits until every process is here."""
-    multihost_utils.sync_global_devices(name)

@@ -136,14 +136,14 @@ class Checkpoints:
         for step, reason in damaged.items():
             path, aside = (self._directory / name for name in (str(step), f"damaged-{step}"))
             if jax.process_index() == 0:
-                storage.remove(aside)
+                aside.rmtree(missing_ok=True)
                 path.rename(aside)
                 print(
                     f"checkpoint {path} cannot be read ({reason}): moved it to {aside.name} and "
                     f"going on from step {good}",
                     file=sys.stderr,
                 )
-        storage.barrier("damaged checkpoints set aside")
+        multihost_utils.sync_global_devices("damaged checkpoints set aside")
         self._orbax = self._open()
 
 

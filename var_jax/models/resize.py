@@ -57,7 +57,7 @@ def downsample(x_BhhC: Float[Array, "B h h C"], size: int) -> Float[Array, "B p 
 
 
 def resize_all(
-    x_KBhhC: Float[Array, "K B h h C"], matrices: Sequence[Float[np.ndarray, "out in"]]
+    x_KBhhC: Float[Array, "K B h h C"], matrices: Sequence[Float[np.ndarray, "_ _"]]
 ) -> Float[Array, "K B h h C"]:
     """Resizes stack k by matrix k, all at once; rows and columns beyond its size are zeros."""
     side = x_KBhhC.shape[2]

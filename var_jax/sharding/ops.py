@@ -124,7 +124,7 @@ def gather_fsdp(w: Array) -> Array:
     return reshard(w, *(None if axis == "fsdp" else axis for axis in jax.typeof(w).sharding.spec))
 
 
-def merge_heads(x: Float[Array, "*rest H N"], axis: int = -2) -> Float[Array, "*rest HN"]:
+def merge_heads(x: Float[Array, "..."], axis: int = -2) -> Float[Array, "..."]:
     """Joins axes H and N, H first and at `axis`; 'tensor' may split them."""
     axis %= x.ndim
     shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])

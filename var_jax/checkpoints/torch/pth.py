@@ -6,16 +6,14 @@ and names that describe tensors. The values stay on disk until NumPy asks for th
 """
 
 import dataclasses
-import functools
 import io
 import math
 import pickle
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,75 +22,107 @@ from var_jax import BadInput
 
 MAX_DESCRIPTION = 8 << 20  # bytes of the pickle; d36's has under 1, and each may become 100
 DTYPES = {
-    "DoubleStorage": np.dtype(np.float64),
-    "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(jnp.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
+    f"{name}Storage": np.dtype(kind)
+    for name, kind in (
+        *(("Double", "f8"), ("Float", "f4"), ("Half", "f2"), ("BFloat16", jnp.bfloat16)),
+        *(("Long", "i8"), ("Int", "i4"), ("Short", "i2"), ("Char", "i1"), ("Byte", "u1")),
+        ("Bool", "?"),
+    )
 }
 
 
-class Storage(NamedTuple):
-    """Bytes in a file, and their checksum."""
+class Archive:
+    """The zip archive around a pickle and the bytes of its tensors."""
 
-    path: Path
-    start: int
-    size: int
-    crc: int
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.zip = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+            raise self.damaged("its table of contents cannot be read") from error
+        names = self.zip.namelist()
+        if len(set(names)) != len(names):
+            raise self.damaged("two of its entries have the same name")
+        roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
+        if len(roots) != 1:
+            raise BadInput(f"{path} is a zip archive without weights (no data.pkl of torch.save).")
+        self.root = roots[0]
+
+    def damaged(self, what: str) -> BadInput:
+        return BadInput(f"{self.path} is damaged or cut short: {what}.")
+
+    def entry(self, name: str) -> zipfile.ZipInfo:
+        """An entry as torch writes it: uncompressed."""
+        try:
+            entry = self.zip.getinfo(self.root + name)
+        except KeyError:
+            raise self.damaged(f"its entry {name!r} is missing") from None
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise self.damaged(f"its entry {name!r} is compressed; torch's are not")
+        return entry
+
+    def read(self, entry: zipfile.ZipInfo) -> bytes:
+        """The bytes of an entry, whose checksum holds."""
+        try:
+            return self.zip.read(entry)
+        except Exception as error:  # zipfile has no common error for damage
+            what = f"its entry {entry.filename!r} cannot be read ({error}); download the file again"
+            raise self.damaged(what) from error
+
+    def unpickle(self) -> Any:
+        """The object that was saved: containers, numbers, text and tensors."""
+        has_order = self.root + "byteorder" in self.zip.namelist()
+        if has_order and self.read(self.entry("byteorder")) != b"little":
+            raise BadInput(f"{self.path} is of a big-endian machine; only little-endian is read.")
+        pickled = self.entry("data.pkl")
+        if pickled.file_size > MAX_DESCRIPTION:
+            raise self.damaged(f"the description of its tensors has {pickled.file_size} bytes")
+        try:
+            return Unpickler(self, self.read(pickled)).load()
+        except BadInput:
+            raise
+        except NotWeights as error:
+            raise BadInput(
+                f"{self.path} holds more than weights ({error}), which could run code; it was not"
+                " loaded."
+            ) from None
+        except Exception as error:  # whatever Python says to instructions that make no sense
+            raise self.damaged("the description of its tensors cannot be read") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor that lies in a file; `np.asarray` maps it into memory."""
+    """A tensor that lies in a file; `np.asarray` reads it."""
 
-    storage: Storage
+    archive: Archive
+    entry: zipfile.ZipInfo
     dtype: np.dtype
-    offset: int  # in elements, from the start of the storage
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]  # in elements
+    # As the pickle says, so anything until `check` has seen it. Offset and strides in elements.
+    offset: Any = 0
+    shape: Any = ()
+    strides: Any = ()
     name: str = ""
 
     def check(self) -> None:
-        """Raises BadInput unless the tensor lies inside its storage."""
+        """Raises BadInput unless the tensor lies inside its entry."""
         axes = (self.shape, self.strides)
-        if any(type(axis) is not tuple for axis in axes) or len(self.shape) != len(self.strides):
-            raise self.damaged("has no readable shape")
-        numbers = (*self.shape, *self.strides, self.offset)
-        if len(self.shape) > 8 or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
-            raise self.damaged("has shape and strides that no tensor has")
+        tuples = all(type(axis) is tuple for axis in axes)
+        numbers = (*self.shape, *self.strides, self.offset) if tuples else ("",)
+        readable = tuples and len(self.shape) == len(self.strides) <= 8
+        if not readable or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
+            raise self.archive.damaged(f"tensor {self.name!r} has shape and strides of no tensor")
         reach = self.offset + sum((n - 1) * s for n, s in zip(*axes, strict=True))
-        if 0 not in self.shape and (reach + 1) * self.dtype.itemsize > self.storage.size:
-            raise self.damaged(f"reaches beyond its {self.storage.size} bytes")
+        size = self.entry.file_size
+        if 0 not in self.shape and (reach + 1) * self.dtype.itemsize > size:
+            raise self.archive.damaged(f"tensor {self.name!r} reaches beyond its {size} bytes")
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if 0 in self.shape:
             return np.zeros(self.shape, dtype or self.dtype)
-        if not intact(self.storage):
-            raise self.damaged("fails its checksum; download the file again")
-        size = self.dtype.itemsize
-        start, strides = self.storage.start + self.offset * size, [s * size for s in self.strides]
-        mapped = np.memmap(self.storage.path, np.uint8, mode="r")
-        array = np.ndarray(self.shape, self.dtype, mapped, start, strides)  # type: ignore[arg-type]
-        return array if dtype is None else array.astype(dtype)
-
-    def damaged(self, what: str) -> BadInput:
-        return BadInput(f"{self.storage.path} is damaged: tensor {self.name!r} {what}.")
-
-
-@functools.lru_cache
-def intact(storage: Storage) -> bool:
-    """Whether the bytes have their checksum."""
-    crc, left = 0, storage.size
-    with storage.path.open("rb") as file:
-        file.seek(storage.start)
-        while left and (part := file.read(min(left, 1 << 24))):
-            crc, left = zlib.crc32(part, crc), left - len(part)
-    return crc == storage.crc
+        size, values = self.dtype.itemsize, self.archive.read(self.entry)
+        strides = [stride * size for stride in self.strides]
+        array = np.ndarray(self.shape, self.dtype, values, self.offset * size, strides)
+        return np.asarray(array, dtype)
 
 
 def read_pth(path: Path, *keys: str) -> dict[str, Tensor]:
@@ -102,9 +132,7 @@ def read_pth(path: Path, *keys: str) -> dict[str, Tensor]:
 
     Raises: BadInput if the file holds something else, or is damaged.
     """
-    with path.open("rb") as file:
-        archive = Archive(path, file)
-        state = archive.unpickle()
+    state = Archive(path).unpickle()
     for key in keys:
         state = state[key] if isinstance(state, dict) and key in state else state
     if not isinstance(state, dict) or not state:
@@ -117,69 +145,9 @@ def read_pth(path: Path, *keys: str) -> dict[str, Tensor]:
         tensors[name] = dataclasses.replace(value, name=name)
         tensors[name].check()
     total = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
-    if total > 2 * archive.size:  # many views of one storage: a file that would fill the memory
-        raise BadInput(f"{path} describes {total} bytes of tensors but has only {archive.size}.")
+    if total > 2 * (size := path.stat().st_size):  # many views of the same bytes fill the memory
+        raise BadInput(f"{path} describes {total} bytes of tensors but has only {size}.")
     return tensors
-
-
-class Archive:
-    """The zip archive around a pickle and the bytes of its tensors."""
-
-    def __init__(self, path: Path, file: BinaryIO):
-        self.path, self.file, self.size = path, file, file.seek(0, io.SEEK_END)
-        try:
-            entries = zipfile.ZipFile(file).infolist()
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-            raise self.damaged("its table of contents cannot be read") from error
-        self.table = {entry.filename: entry for entry in entries}
-        if len(self.table) != len(entries):
-            raise self.damaged("two of its entries have the same name")
-        roots = [n.removesuffix("data.pkl") for n in self.table if n.endswith("/data.pkl")]
-        if len(roots) != 1:
-            raise BadInput(f"{path} is a zip archive without weights (no data.pkl of torch.save).")
-        self.root = roots[0]
-
-    def damaged(self, what: str) -> BadInput:
-        return BadInput(f"{self.path} is damaged or cut short: {what}.")
-
-    def locate(self, name: str) -> Storage:
-        """Where the bytes of an entry lie."""
-        entry = self.table.get(self.root + name)
-        if entry is None:
-            raise self.damaged(f"its entry {name!r} is missing")
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-            raise self.damaged(f"its entry {name!r} is compressed or encrypted; torch's are not")
-        self.file.seek(entry.header_offset)
-        header = self.file.read(30)  # ends in the lengths of the name and of the padding after it
-        start = entry.header_offset + 30 + sum(struct.unpack("<2H", header[26:].ljust(4, b"\0")))
-        beyond = header[:4] != b"PK\x03\x04" or start + entry.file_size > self.size
-        if beyond or entry.compress_size != entry.file_size:
-            raise self.damaged(f"its entry {name!r} reaches beyond the file")
-        return Storage(self.path, start, entry.file_size, entry.CRC)
-
-    def content(self, name: str) -> bytes:
-        """An entry of moderate size."""
-        found = self.locate(name)
-        if found.size > MAX_DESCRIPTION:
-            raise self.damaged(f"its entry {name!r} has {found.size} bytes")
-        self.file.seek(found.start)
-        return self.file.read(found.size)
-
-    def unpickle(self) -> Any:
-        """The object that was saved: containers, numbers, text and tensors."""
-        if self.root + "byteorder" in self.table and self.content("byteorder") != b"little":
-            raise BadInput(f"{self.path} is of a big-endian machine; only little-endian is read.")
-        try:
-            return Unpickler(self).load()
-        except BadInput:
-            raise
-        except NotWeights as error:
-            raise BadInput(
-                f"{self.path} holds more than weights ({error}), which could run code; it was not"
-                " loaded."
-            ) from None
-        except Exception as error:  # whatever Python says to instructions that make no sense
-            raise self.damaged("the description of its tensors cannot be read") from error
 
 
 class NotWeights(Exception):
@@ -203,23 +171,19 @@ NAMES = {
     ),
     "torch._utils._rebuild_parameter": lambda data, *_: data,
 } | {f"torch.{name}": dtype for name, dtype in DTYPES.items()}
-# Of these, only what `NAMES` gives can be called.
-INSTRUCTIONS = (
-    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE),
-    *(pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
-    *(pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.EMPTY_TUPLE),
-    *(pickle.EMPTY_LIST, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
-    *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
-    *(pickle.SETITEM, pickle.SETITEMS, pickle.APPEND, pickle.APPENDS, pickle.GLOBAL),
-    *(pickle.STACK_GLOBAL, pickle.BINPERSID, pickle.REDUCE),
-)
+# The instructions that may occur. Those that call something can only call what `NAMES` gives.
+INSTRUCTIONS = """
+    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE
+    SHORT_BINUNICODE EMPTY_TUPLE EMPTY_LIST TUPLE TUPLE1 TUPLE2 TUPLE3 BINPUT LONG_BINPUT MEMOIZE
+    BINGET LONG_BINGET SETITEM SETITEMS APPEND APPENDS GLOBAL STACK_GLOBAL BINPERSID REDUCE
+"""
 
 
 class Unpickler(pickle._Unpickler):
     """Python's unpickler in Python (the one in C allocates what a pickle says), cut down."""
 
-    def __init__(self, archive: Archive):
-        super().__init__(io.BytesIO(archive.content("data.pkl")))
+    def __init__(self, archive: Archive, pickled: bytes):
+        super().__init__(io.BytesIO(pickled))
         self.archive = archive
 
     def refuse(self) -> None:
@@ -231,15 +195,15 @@ class Unpickler(pickle._Unpickler):
         return found
 
     def persistent_load(self, pid: Any) -> Tensor:
-        """The storage that a pickle refers to, as the tensor of its first value."""
+        """The entry that a pickle refers to, as the tensor of its first value."""
         tag, dtype, key, _, count = pid
         if tag != "storage" or not isinstance(dtype, np.dtype) or type(key) is not str:
             raise NotWeights("a persistent object")
-        found = self.archive.locate(f"data/{key}")
-        if type(count) is not int or found.size != count * dtype.itemsize:
-            what = f"its entry 'data/{key}' has {found.size} bytes, not {count} values"
+        entry = self.archive.entry(f"data/{key}")
+        if type(count) is not int or entry.file_size != count * dtype.itemsize:
+            what = f"its entry 'data/{key}' has {entry.file_size} bytes, not {count} values"
             raise self.archive.damaged(what)
-        return Tensor(found, dtype, 0, (), ())
+        return Tensor(self.archive, entry, dtype)
 
     def load_dict(self) -> None:
         self.append(Dict())  # type: ignore[attr-defined]
@@ -248,7 +212,8 @@ class Unpickler(pickle._Unpickler):
         self.stack.pop()  # type: ignore[attr-defined]
 
     dispatch: ClassVar[dict[int, Any]] = dict.fromkeys(range(256), refuse) | {
-        code[0]: pickle._Unpickler.dispatch[code[0]] for code in INSTRUCTIONS
+        code: pickle._Unpickler.dispatch[code]
+        for code in (getattr(pickle, name)[0] for name in INSTRUCTIONS.split())
     }
     dispatch |= {pickle.EMPTY_DICT[0]: load_dict, pickle.BUILD[0]: load_build}
 

@@ -1,4 +1,4 @@
-"""Editing keeps the tokens that the release keeps, and draws the others as sampling does."""
+"""Editing keeps the tokens that the release keeps, and samples the others."""
 
 import jax
 import numpy as np
@@ -7,8 +7,8 @@ from golden_cases import load, models
 from test_autoregressive import LABELS, draw
 
 from var_jax.models.tokenizer import Tokenizer
-from var_jax.sampling.autoregressive import Forced
-from var_jax.sampling.masks import box_mask, kept_tokens, pool_mask
+from var_jax.sampling.autoregressive import KnownTokens
+from var_jax.sampling.masks import box_mask, known_mask, pool_mask
 from var_jax.schedule import PATCH_NUMS_256, PATCH_NUMS_512
 
 BOXES = {"inpaint": (0.25, 0.25, 0.75, 0.75), "outpaint": (0.1, 0.2, 0.8, 0.6)}
@@ -19,15 +19,15 @@ BOXES = {"inpaint": (0.25, 0.25, 0.75, 0.75), "outpaint": (0.1, 0.2, 0.8, 0.6)}
 def test_golden_masks(size, task):
     patch_nums = {256: PATCH_NUMS_256, 512: PATCH_NUMS_512}[size]
     inside = box_mask(BOXES[task], patch_nums[-1])
-    kept = kept_tokens(inside if task == "inpaint" else ~inside, patch_nums)
+    kept = known_mask(inside if task == "inpaint" else ~inside, patch_nums)
     np.testing.assert_array_equal(kept, load("edit_masks")[f"keep_{size}_{task}"])
 
 
 def test_a_tie_of_the_bilinear_reading_falls_as_in_the_release():
     """At 13 of 16 the middle cell reads cells 7 and 8 at almost equal weight: 8 decides."""
-    kept = kept_tokens(box_mask((0, 0, 0.5, 1), 16), PATCH_NUMS_256)
+    kept = known_mask(box_mask((0, 0, 0.5, 1), 16), PATCH_NUMS_256)
     assert kept[255:424].reshape(13, 13)[6].all()
-    kept = kept_tokens(box_mask((0.5, 0, 1, 1), 16), PATCH_NUMS_256)
+    kept = known_mask(box_mask((0.5, 0, 1, 1), 16), PATCH_NUMS_256)
     assert not kept[255:424].reshape(13, 13)[6].any()
 
 
@@ -40,24 +40,24 @@ def test_a_mask_image_of_a_box_is_the_box():
     np.testing.assert_array_equal(pool_mask(half, 2), [[True, False], [False, False]])
 
 
-def test_forced_tokens_are_kept_and_the_others_drawn():
+def test_known_tokens_are_kept_and_the_others_sampled():
     tokenizer, _, gold = models("base")
     given = np.resize(gold["tokens"], (len(LABELS), gold["tokens"].shape[1]))
     none, everything = np.zeros(given.shape, bool), np.ones(given.shape, bool)
 
     free = draw(seed=3)
-    same = draw(seed=3, forced=Forced(given, none))
+    same = draw(seed=3, known=KnownTokens(given, none))
     np.testing.assert_array_equal(same[1], free[1])
     np.testing.assert_array_equal(same[0], free[0])
 
-    images, tokens = draw(seed=3, forced=Forced(given, everything))
+    images, tokens = draw(seed=3, known=KnownTokens(given, everything))
     np.testing.assert_array_equal(tokens, given)
     decoded = (np.asarray(jax.jit(Tokenizer.decode)(tokenizer, given[:2])) + 1) * 127.5
     np.testing.assert_allclose(images[:2], decoded, atol=0.51)
 
     some = everything.copy()
-    some[:, 14:] = kept_tokens(box_mask((0, 0, 1, 0.5), 4), (4,))
-    tokens = draw(seed=3, forced=Forced(given, some))[1]
+    some[:, 14:] = known_mask(box_mask((0, 0, 1, 0.5), 4), (4,))
+    tokens = draw(seed=3, known=KnownTokens(given, some))[1]
     np.testing.assert_array_equal(tokens[some], given[some])
     assert (tokens != given)[~some].mean() > 0.5
     assert (tokens != free[1])[~some].mean() > 0.5  # they follow from what is kept
