@@ -74,12 +74,10 @@ def test_train_bad_input(tmp_path):
         (*tiny, "--config.mesh.data=3"): "does not cover the 8 devices",
         (*tiny, "--config.transformer.num_classes=10"): "has 9 classes",
         (*tiny, "--config.train_tokenizer.steps=0"): "leaves the tokenizer untrained; name a",
-        (
-            *tiny,
-            "--config.data.tokens=cache",
-            "--config.train_transformer.mistakes=0",
-            "--config.train_transformer.augmented_copies=0",
-        ): ("data.tokens=cache holds the codes of a tokenizer"),
+        (*tiny, "--config.data.tokens=cache"): "token_noise=0.2 must be 0 with data.tokens",
+        (*tiny, "--config.data.tokens=cache", "--config.train_transformer.token_noise=0"): (
+            "data.tokens=cache holds the codes of a tokenizer"
+        ),
         (*tiny, "--config.pretrained_tokenizer=emoji"): "but config.tokenizer.patch_nums is (1, 2",
     }
     for flags, expected in said.items():
@@ -136,8 +134,7 @@ def test_each_stage_alone(untrained, tmp_path):
     there = (
         f"--config.pretrained_tokenizer={checkpoint}", f"--config.data.tokens={cache}",
         f"--config.data.source={tmp_path / 'own.npz'}", "--config.transformer.num_classes=2",
-        "--config.train_tokenizer.steps=0", "--config.train_transformer.augmented_copies=0",
-        "--config.train_transformer.mistakes=0",
+        "--config.train_tokenizer.steps=0", "--config.train_transformer.token_noise=0",
     )  # fmt: skip
     code, _, err = run("train", "--config", TINY, "--workdir", tmp_path / "b", *there)
     assert code == 0, err

@@ -47,10 +47,9 @@ class Metrics:
             self._workdir.mkdir(parents=True, exist_ok=True)
 
     def write(self, stage: str, step: int, *, file: str = "metrics.jsonl", **scalars) -> None:
-        """One record {"stage", "step", scalars…}: numbers, arrays of one number, or text.
+        """One record {"stage", "step", scalars…}; values are numbers, arrays of one number, or text.
 
-        Figures that no two runs share, of time and speed, go to another `file`. TensorBoard gets
-        no text.
+        Figures that no two runs share, of time and speed, go to another `file`.
         """
         if not self._writes:
             return
@@ -62,8 +61,8 @@ class Metrics:
         else:
             with path.open("a") as out:
                 out.write(line)
-        numbers = {f"{stage}/{n}": x for n, x in numbers.items() if not isinstance(x, str)}
-        self._board(stage).scalars(step, numbers)
+        shown = {f"{stage}/{name}": x for name, x in numbers.items() if not isinstance(x, str)}
+        self._board(stage).scalars(step, shown)
         self._copy(SECONDS_BETWEEN_COPIES)
 
     def image(self, stage: str, step: int, name: str, image: UInt8[np.ndarray, "H W 3"]) -> None:
