@@ -8,14 +8,14 @@ import signal
 import numpy as np
 import pytest
 from PIL import Image
-from running import TINY, complaint, run, start, wait_for
+from running import TINY, complaint, run, run_alone, start, wait_for
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A work directory of one uninterrupted run."""
     workdir = tmp_path_factory.mktemp("run") / "work"
-    code, out, err = run("train", "--config", TINY, "--workdir", workdir)
+    code, out, err = run_alone("train", "--config", TINY, "--workdir", workdir)
     assert code == 0, err
     assert "samples / real" in out
     return workdir
@@ -37,7 +37,7 @@ def test_what_training_leaves(trained):
 
 def test_the_same_command_again_changes_nothing(trained):
     before = (trained / "metrics.jsonl").read_text()
-    code, _, err = run("train", "--config", TINY, "--workdir", trained)
+    code, _, err = run_alone("train", "--config", TINY, "--workdir", trained)
     assert code == 0, err
     assert (trained / "metrics.jsonl").read_text() == before
 
@@ -101,7 +101,7 @@ def test_too_many_devices_for_the_batch(tmp_path, flag, sentence):
 def test_samples_may_be_drawn_otherwise_later(trained, tmp_path):
     workdir = shutil.copytree(trained, tmp_path / "work")
     flag = "--config.sampling.top_p=0.5"
-    code, _, err = run("train", "--config", TINY, "--workdir", workdir, flag)
+    code, _, err = run_alone("train", "--config", TINY, "--workdir", workdir, flag)
     assert code == 0, err
     about = json.loads((workdir / "checkpoint" / "config.json").read_text())
     assert about["sampling"] == {"cfg": 1.5, "top_k": 900, "top_p": [0.5]}
@@ -159,7 +159,7 @@ def test_a_killed_run_ends_as_if_never_stopped(trained, tmp_path, seen):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not (workdir / "summary.json").exists()
-    code, _, err = run("train", "--config", TINY, "--workdir", workdir)
+    code, _, err = run_alone("train", "--config", TINY, "--workdir", workdir)
     assert code == 0, err
     assert (workdir / "metrics.jsonl").read_text() == (trained / "metrics.jsonl").read_text()
     ours, theirs = (json.loads((d / "summary.json").read_text()) for d in (workdir, trained))
