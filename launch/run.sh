@@ -4,7 +4,9 @@
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
 
-command="python -m var_jax.train --distributed --config $CONFIG --workdir $WORKDIR $*"
+# Compiled programs stay in the bucket: after a preemption nothing is compiled again.
+command="JAX_COMPILATION_CACHE_DIR=$BUCKET/compiled python -m var_jax.train --distributed \
+  --config $CONFIG --workdir $WORKDIR $*"
 # What the command refuses (exit code 2) would be refused again: watch.sh reads why, and ends.
 after="[ \${PIPESTATUS[0]} != 2 ] || tail -n 1 train.log | gcloud storage cp - $WORKDIR/refused.txt"
 # tmux outlives the connection; a session that is still there is not started twice.

@@ -5,7 +5,6 @@ model = var_jax.load("emoji")
 model.sample(["Flags", "Animals & Nature"], seed=0)
 """
 
-import contextlib
 import dataclasses
 import io
 import re
@@ -34,6 +33,7 @@ from var_jax.sampling.generate import (
     in_batches,
 )
 from var_jax.sampling.masks import Box, box_mask, known_mask, pool_mask
+from var_jax.sharding.mesh import using
 from var_jax.tools.images import grid
 
 Label = str | int
@@ -145,19 +145,19 @@ class Model:
                 f"images are {images.dtype} of shape {images.shape}; expected uint8 (N, {shape[0]},"
                 f" {shape[1]}, 3)."
             )
-        with self._on_mesh():
+        with using(self.mesh):
             return in_batches(encode_images, self.models.tokenizer, images, batch_size)
 
     def decode(self, tokens: Int32[np.ndarray, "N L"], *, batch_size: int = 64) -> Images:
         """The images of tokens."""
         tokens = np.asarray(tokens, np.int32)
-        with self._on_mesh():
+        with using(self.mesh):
             images = in_batches(decode_tokens, self.models.tokenizer, tokens, batch_size)
         return images.view(Images)
 
     def coarse_to_fine(self, tokens: Int32[np.ndarray, "N L"]) -> UInt8[np.ndarray, "N K H W 3"]:
         """What the images of tokens look like after each of the K scales."""
-        with self._on_mesh():
+        with using(self.mesh):
             return coarse_to_fine(self.models.tokenizer, np.asarray(tokens, np.int32))[1]
 
     def edit(
@@ -275,16 +275,13 @@ class Model:
         if not len(labels):
             raise BadInput("no labels are given; expected at least one class.")
         weights = Weights(self.models.tokenizer, self.models.transformer)
-        with self._on_mesh():
+        with using(self.mesh):
             return collect(
                 generate(
                     sampler(settings, smooth), weights, labels, batch_size=batch_size, seed=seed,
                     known=known,
                 )
             )  # fmt: skip
-
-    def _on_mesh(self):
-        return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
 
 
 def read_image(path: str | PurePath, name: str = "image") -> Image.Image:

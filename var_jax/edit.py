@@ -21,7 +21,7 @@ from var_jax import BadInput
 from var_jax.api import read_image
 from var_jax.data.decoding import crop
 from var_jax.sampling.masks import Box, box_mask
-from var_jax.sharding.mesh import make_mesh
+from var_jax.sharding.mesh import data_mesh
 from var_jax.tools import cli
 from var_jax.tools.images import before_and_after, grid, save_png
 from var_jax.tools.npz import save_npz
@@ -64,7 +64,7 @@ def main(args: flags.FlagValues) -> None:
     box = read_box(args)
     original = read_image(args.image, "--image")
     mask = read_mask(args.mask, original) if box is None else None
-    model = var_jax.load(args.checkpoint, mesh=make_mesh(data=-1, fsdp=1, tensor=1))
+    model = var_jax.load(args.checkpoint, mesh=data_mesh())
     image = crop(original, model.image_size, resize=1)
     repaint, pixels = areas(args, model, box, mask)
     settings = model.settings(args.cfg, args.top_k, cli.numbers("--top_p", args.top_p))

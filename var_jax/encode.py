@@ -26,7 +26,7 @@ from var_jax.models.load import load_tokenizer
 from var_jax.models.tokenizer import encode_images
 from var_jax.sampling.generate import in_batches
 from var_jax.sharding import hosts
-from var_jax.sharding.mesh import check_batch, make_mesh
+from var_jax.sharding.mesh import check_batch, data_mesh, make_mesh, using
 from var_jax.tools import cli
 from var_jax.tools.logs import progress
 from var_jax.tools.npz import Images, save_npz
@@ -63,8 +63,8 @@ def main(args: flags.FlagValues) -> None:
 
 def encode_npz(args: flags.FlagValues) -> None:
     """Writes the codes of an npz of images."""
-    images, mesh = Images(args.images), make_mesh(data=-1, fsdp=1, tensor=1)
-    with jax.set_mesh(mesh), progress(images.shape[0], 0, "encoding") as bar:
+    images, mesh = Images(args.images), data_mesh()
+    with using(mesh), progress(images.shape[0], 0, "encoding") as bar:
         tokenizer = load_tokenizer(args.checkpoint, mesh)
         side, parts = tokenizer.config.image_size, []
         if images.shape[1:3] != (side, side):

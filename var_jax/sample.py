@@ -10,7 +10,6 @@ images twice at the end, memory one batch.
 import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 from etils import epath
@@ -22,7 +21,7 @@ from var_jax.checkpoints.export import load_fingerprint
 from var_jax.data.sources import open_source
 from var_jax.sampling.autoregressive import Weights, sampler
 from var_jax.sampling.to_disk import Job, Score, first_rows
-from var_jax.sharding.mesh import make_mesh
+from var_jax.sharding.mesh import data_mesh, using
 from var_jax.tools import cli
 from var_jax.tools.images import grid, save_png
 from var_jax.tools.plugins import find_function
@@ -76,7 +75,7 @@ def main(args: flags.FlagValues) -> None:
     """Samples in batches, each saved at once; joins them at the end."""
     if args.show_scales and args.smooth:
         raise BadInput("--show_scales needs tokens, and --smooth mixes them; give one of the two.")
-    mesh = make_mesh(data=-1, fsdp=1, tensor=1)
+    mesh = data_mesh()
     model = var_jax.load(args.checkpoint, mesh=mesh, dtype=args.dtype)
     labels, out = wanted_labels(args, model), epath.Path(args.out)
     score = load_scorer(args, model) if args.reject < 1 else None
@@ -86,7 +85,7 @@ def main(args: flags.FlagValues) -> None:
         sampler(settings, args.smooth), weights, labels, out, args.batch_size, args.seed,
         with_tokens=not args.smooth,
     )  # fmt: skip
-    with jax.set_mesh(mesh):
+    with using(mesh):
         job.begin(settings_of(args, model, settings))
         index = np.arange(len(labels), dtype=np.int32)
         if score is not None:

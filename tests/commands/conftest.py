@@ -3,14 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from tiny import get_config
 
 from var_jax.config import Config, from_dict
 from var_jax.data.sources import open_source
-from var_jax.models.load import save_models
-from var_jax.models.tokenizer import Tokenizer
-from var_jax.models.var import Transformer
+from var_jax.models.load import build, save_models
 
 
 @pytest.fixture(scope="session")
@@ -18,10 +15,7 @@ def untrained(tmp_path_factory):
     """A tiny checkpoint of random weights: 16×16 pixels, scales 1 2 4, the classes of the emoji."""
     config = from_dict(Config, get_config().to_dict())
     names = open_source("emoji", "train", 16).class_names
-    models = {
-        "tokenizer": jax.eval_shape(lambda: Tokenizer(config.tokenizer, rngs=nnx.Rngs(0))),
-        "transformer": jax.eval_shape(lambda: Transformer(config.transformer, rngs=nnx.Rngs(0))),
-    }
+    models = {"tokenizer": build(config.tokenizer), "transformer": build(config.transformer)}
     rng = np.random.default_rng(0)  # initialising them as usual would compile for 10 s
     models = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), models)
     folder = tmp_path_factory.mktemp("untrained") / "checkpoint"

@@ -32,8 +32,8 @@ def complaint(name, *flags):
 
 
 def start(name, *flags, **kwargs):
-    """A command as a process of its own, on as many devices as this one."""
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT)}
+    """A command as a process of its own, on one device."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
     argv = [sys.executable, "-m", f"var_jax.{name}", *map(str, flags)]
     return subprocess.Popen(
         argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs

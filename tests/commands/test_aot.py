@@ -5,8 +5,8 @@ import json
 import pytest
 from running import complaint, run_alone
 
-from var_jax.aot import model_flops
 from var_jax.config import Config
+from var_jax.training.aot import model_flops
 
 SMALL = (
     "--config", "imagenet:d16", "--config.transformer.depth=2",

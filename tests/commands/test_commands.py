@@ -8,16 +8,16 @@ import signal
 import numpy as np
 import pytest
 from PIL import Image
-from running import TINY, complaint, run, start, wait_for
+from running import TINY, complaint, run, run_alone, start, wait_for
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A work directory of one uninterrupted run."""
     workdir = tmp_path_factory.mktemp("run") / "work"
-    code, out, err = run("train", "--config", TINY, "--workdir", workdir)
+    code, out, err = run_alone("train", "--config", TINY, "--workdir", workdir)
     assert code == 0, err
-    assert "samples / real" in out
+    assert "samples / validation" in out
     return workdir
 
 
@@ -25,7 +25,7 @@ def test_what_training_leaves(trained):
     for name in ("reconstructions", "samples", "curves"):
         assert min(Image.open(trained / f"{name}.png").size) > 100
     summary = json.loads((trained / "summary.json").read_text())
-    assert 0 < summary["class agreement, real"] <= 1
+    assert 0 < summary["class agreement, validation"] <= 1
     assert summary["distance to training, samples"] > 0
     assert summary["distance within a class, samples"] > 0
     steps = [json.loads(line) for line in (trained / "metrics.jsonl").open()]
@@ -37,7 +37,7 @@ def test_what_training_leaves(trained):
 
 def test_the_same_command_again_changes_nothing(trained):
     before = (trained / "metrics.jsonl").read_text()
-    code, _, err = run("train", "--config", TINY, "--workdir", trained)
+    code, _, err = run_alone("train", "--config", TINY, "--workdir", trained)
     assert code == 0, err
     assert (trained / "metrics.jsonl").read_text() == before
 
@@ -74,12 +74,10 @@ def test_train_bad_input(tmp_path):
         (*tiny, "--config.mesh.data=3"): "does not cover the 8 devices",
         (*tiny, "--config.transformer.num_classes=10"): "has 9 classes",
         (*tiny, "--config.train_tokenizer.steps=0"): "leaves the tokenizer untrained; name a",
-        (
-            *tiny,
-            "--config.data.tokens=cache",
-            "--config.train_transformer.mistakes=0",
-            "--config.train_transformer.augmented_copies=0",
-        ): ("data.tokens=cache holds the codes of a tokenizer"),
+        (*tiny, "--config.data.tokens=cache"): "token_noise=0.2 must be 0 with data.tokens",
+        (*tiny, "--config.data.tokens=cache", "--config.train_transformer.token_noise=0"): (
+            "data.tokens=cache holds the codes of a tokenizer"
+        ),
         (*tiny, "--config.pretrained_tokenizer=emoji"): "but config.tokenizer.patch_nums is (1, 2",
     }
     for flags, expected in said.items():
@@ -103,7 +101,7 @@ def test_too_many_devices_for_the_batch(tmp_path, flag, sentence):
 def test_samples_may_be_drawn_otherwise_later(trained, tmp_path):
     workdir = shutil.copytree(trained, tmp_path / "work")
     flag = "--config.sampling.top_p=0.5"
-    code, _, err = run("train", "--config", TINY, "--workdir", workdir, flag)
+    code, _, err = run_alone("train", "--config", TINY, "--workdir", workdir, flag)
     assert code == 0, err
     about = json.loads((workdir / "checkpoint" / "config.json").read_text())
     assert about["sampling"] == {"cfg": 1.5, "top_k": 900, "top_p": [0.5]}
@@ -124,7 +122,7 @@ def test_each_stage_alone(untrained, tmp_path):
     """A tokenizer by itself, its codes on disk, and a transformer that trains from them."""
     flags = ("--config", TINY, "--config.train_transformer.steps=0", "--workdir", tmp_path / "a")
     code, out, err = run("train", *flags)
-    assert code == 0 and "samples / real" not in out, err
+    assert code == 0 and "samples / validation" not in out, err
     checkpoint, cache = tmp_path / "a" / "checkpoint", tmp_path / "cache"
     code, _, err = run("sample", "--checkpoint", checkpoint, "--num", 1, "--out", tmp_path / "no")
     assert code == 2 and "holds a tokenizer but no transformer" in err
@@ -136,8 +134,7 @@ def test_each_stage_alone(untrained, tmp_path):
     there = (
         f"--config.pretrained_tokenizer={checkpoint}", f"--config.data.tokens={cache}",
         f"--config.data.source={tmp_path / 'own.npz'}", "--config.transformer.num_classes=2",
-        "--config.train_tokenizer.steps=0", "--config.train_transformer.augmented_copies=0",
-        "--config.train_transformer.mistakes=0",
+        "--config.train_tokenizer.steps=0", "--config.train_transformer.token_noise=0",
     )  # fmt: skip
     code, _, err = run("train", "--config", TINY, "--workdir", tmp_path / "b", *there)
     assert code == 0, err
@@ -162,7 +159,7 @@ def test_a_killed_run_ends_as_if_never_stopped(trained, tmp_path, seen):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not (workdir / "summary.json").exists()
-    code, _, err = run("train", "--config", TINY, "--workdir", workdir)
+    code, _, err = run_alone("train", "--config", TINY, "--workdir", workdir)
     assert code == 0, err
     assert (workdir / "metrics.jsonl").read_text() == (trained / "metrics.jsonl").read_text()
     ours, theirs = (json.loads((d / "summary.json").read_text()) for d in (workdir, trained))

@@ -93,7 +93,7 @@ def test_bad_input(untrained, picture, tmp_path):
         (*image, *box, "--task", "class"): "--task=class needs --label",
         (*image, *box, "--label", "dogs"): "--label holds 'dogs'; the classes of",
         (*image, *box, "--num", 0): "--num",
-        (*image, *box, "--top_p", ".5,.4"): "top_p=0.5,0.4 is of 2 scales; expected one",
+        (*image, *box, "--top_p", ".5,.4"): "top_p=0.5,0.4 has 2 numbers; expected one",
     }
     for flags, expected in said.items():
         assert expected in complaint("edit", "--checkpoint", untrained, "--out", out, *flags)

@@ -62,7 +62,7 @@ def test_bad_input(untrained, tmp_path):
         ("--labels", 3, "--reject", 0.5, "--scorer", "os:nothing"): "is no MODULE:FUNCTION here",
         ("--labels", 3, "--reject", 0.5, "--scorer", "os:path"): "--scorer=os:path is no function",
         ("--labels", 3, "--cfg", "nan"): "--cfg=nan; expected a finite number",
-        ("--labels", 3, "--top_p", ".5,.4"): "top_p=0.5,0.4 is of 2 scales; expected one",
+        ("--labels", 3, "--top_p", ".5,.4"): "top_p=0.5,0.4 has 2 numbers; expected one",
         ("--labels", 3, "--top_p", "1.5"): "top_p=1.5; expected 0 to 1",
         ("--labels", 3, "--top_p", "most"): "--top_p=most; expected numbers",
         ("--labels", "3:²"): "--labels holds '3:²'",

@@ -33,6 +33,6 @@ def test_its_samples_are_of_their_class_and_vary(shipped):
 
     draw = functools.partial(draw_samples, models, seed=1)
     found = report(train, validation, draw, again)
-    assert found["samples / real"] > 1.2
-    assert found["copies, samples"] < 0.29
+    assert found["class agreement, samples / validation"] > 1.2
+    assert found["near-copies, samples"] < 0.29
     assert found["distance within a class, samples"] > 0.29

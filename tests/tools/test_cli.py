@@ -94,8 +94,8 @@ def command(folder, monkeypatch, capsys):
     return lambda *argv: (cli.call(module.main, module.define_flags, argv), *capsys.readouterr())
 
 
-def process(*argv, cwd):
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+def process(*argv, cwd, **variables):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     argv = [sys.executable, *map(str, argv)]
     return subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
 
@@ -113,11 +113,7 @@ OTHER_TYPE = "conf.py, line {}: a value of another type in '{}'."
         ([*CONF, "--share=nan"], "--share=nan; expected a finite number."),
         ([*CONF, "bad"], "unexpected argument 'bad'; every option is a --flag."),
         (["--number=1"], "flag --config is missing; expected a value"),
-        (
-            ["--number=1", "--config=no"],
-            "--config=no: no such config; expected one of emoji, imagenet, tokenizer, or the path"
-            " of a .py file.",
-        ),
+        (["--number=1", "--config=no"], "--config=no: no such config; .*imagenet, .* a .py file."),
         (["--number=1", "--config=no.py"], "--config=no.py: no such file; .*"),
         (["--number=1", "--config=~/no.py"], f"--config={Path.home()}/no.py: no such file; .*"),
         (["--number=1", "--config=command.py"], "--config: command.py defines no .* get_config."),
@@ -169,6 +165,26 @@ def test_a_process_ends_with_the_exit_code(folder):
     assert (done.returncode, done.stdout) == (0, "ran 1 16 False a 0.5 (1, 2)\n"), done.stderr
     done = process("command.py", *CONF, "--fail=bad", cwd=folder)
     assert (done.returncode, done.stderr) == (2, "error: --number is 3; expected 4\n")
+
+
+@pytest.mark.parametrize(
+    "variables, cache",
+    [
+        ({}, "~/.cache/var_jax"),
+        ({"XDG_CACHE_HOME": "/caches"}, "/caches/var_jax"),
+        ({"JAX_COMPILATION_CACHE_DIR": "/mine"}, "/mine"),
+        ({"JAX_COMPILATION_CACHE_DIR": ""}, ""),
+    ],
+)
+def test_compiled_programs_are_kept_on_disk(monkeypatch, variables, cache):
+    for name in ("XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    code = """if True:
+        import jax
+        from var_jax.tools import cli
+        cli.run(lambda args: print(jax.config.jax_compilation_cache_dir), lambda: None)"""
+    done = process("-c", code, cwd=ROOT, **variables)
+    assert done.stdout.strip() == str(Path(cache).expanduser() if cache else ""), done.stderr
 
 
 def test_help(command):

@@ -63,10 +63,10 @@ def test_a_line_cut_before_its_newline_is_no_record(tmp_path):
 
 def test_tensorboard_gets_scalars_and_images(tmp_path):
     metrics = logs.Metrics(tmp_path)
-    metrics.write("prior", 1, loss=2.0)
+    metrics.write("prior", 1, hook="validation", loss=2.0)
     metrics.image("prior", 1, "samples", np.zeros((8, 8, 3), np.uint8))
     events = b"".join(p.read_bytes() for p in (tmp_path / "tensorboard").rglob("events*"))
-    assert b"prior/loss" in events and b"prior/samples" in events
+    assert b"prior/loss" in events and b"prior/samples" in events and b"hook" not in events
 
 
 def test_a_full_disk_is_heard(tmp_path):

@@ -64,7 +64,7 @@ def test_processes_agree_with_one_and_hand_over(tmp_path, alone, processes, resu
     losses = train(tmp_path, processes, *FLAGS)
     assert ("transformer", 5) in alone
     agree(losses, alone)
-    assert "samples / real" in json.loads((tmp_path / "summary.json").read_text())
+    assert "samples / validation" in json.loads((tmp_path / "summary.json").read_text())
     assert (tmp_path / "samples.png").exists()
     shutil.rmtree(tmp_path / "transformer" / "5")  # as if stopped after step 4
     agree(

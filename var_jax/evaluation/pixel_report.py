@@ -1,10 +1,10 @@
-"""Figures of a finished run: how good reconstructions and samples are, and whether they are copies.
+"""A report for small images: are samples of their class, and are they new?
 
-An independent classifier, trained on real pictures, says how often a sample is taken for its
-class; its rate on held-out real pictures is the yardstick. Distances to the nearest training
-picture or mirror image of one, beside those of held-out pictures, tell copies from new pictures:
-all of them as the tokenizer reconstructs them, so that a copy is near and has no error of the
-tokenizer between. Distances between pictures of one class, as they are, say how much they vary.
+A classifier on pixels, fitted to the training set, says how often a sample is taken for its class;
+its accuracy on the validation set is the yardstick. Distances to the nearest training image, or its
+mirror image, beside those of validation images, tell near-copies from new images: all of them as
+the tokenizer reconstructs them, so that a copy is near and has no error of the tokenizer between.
+Distances between images of one class say how much they vary.
 """
 
 from collections.abc import Callable
@@ -17,16 +17,17 @@ from sklearn.svm import SVC
 
 from var_jax.data.sources import Source
 
-COPY = 0.03  # a distance: 8 of 255 levels, half of what the tokenizer of the emoji is off
+NEAR_COPY = 0.03  # a distance: 8 of 255 levels, half of the error of the emoji's tokenizer
 
 
 def arrays(
     source: Source, most: int = 2**26
 ) -> tuple[UInt8[np.ndarray, "N H W 3"], Int32[np.ndarray, " N"]]:
-    """Pictures and labels of a source, evenly thinned out to at most so many bytes."""
+    """Images and labels of a source, evenly thinned out to at most so many bytes."""
     count = min(len(source), max(most // source[0]["image"].nbytes, 1))
     items = [source[int(i)] for i in np.linspace(0, len(source) - 1, count).round()]
-    return np.stack([i["image"] for i in items]), np.array([i["label"] for i in items])
+    images, labels = (np.stack([item[key] for item in items]) for key in ("image", "label"))
+    return images, labels
 
 
 def features(images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N D"]:
@@ -62,7 +63,7 @@ def variety(
 
 
 def fit(images: UInt8[np.ndarray, "N H W 3"], labels: Int32[np.ndarray, " N"]) -> Pipeline:
-    """The classifier that judges pictures."""
+    """The classifier."""
     pixels = features(images)
     return make_pipeline(PCA(min(64, *pixels.shape), random_state=0), SVC(C=10.0)).fit(
         pixels, labels
@@ -70,7 +71,7 @@ def fit(images: UInt8[np.ndarray, "N H W 3"], labels: Int32[np.ndarray, " N"]) -
 
 
 def scorer(source: Source) -> Callable[[np.ndarray, np.ndarray], Float[np.ndarray, " N"]]:
-    """Scores (images, labels): how sure a classifier of the source's pictures is of the label."""
+    """Scores (images, labels): how sure a classifier of the source's images is of the label."""
     classifier = fit(*arrays(source))
 
     def score(images: np.ndarray, labels: np.ndarray) -> Float[np.ndarray, " N"]:
@@ -86,34 +87,35 @@ def report(
     draw: Callable[[Int32[np.ndarray, " N"]], UInt8[np.ndarray, "N H W 3"]],
     reconstruct: Callable[[UInt8[np.ndarray, "N H W 3"]], UInt8[np.ndarray, "N H W 3"]],
 ) -> dict[str, float]:
-    """Figures of what `draw` makes of labels, two for each held-out picture's class.
+    """Figures of what `draw` makes of labels, two for the class of each validation image.
 
     Distances are root-mean-square, of pixels in [0, 1]. `reconstruct` is the tokenizer, there and
     back.
     """
-    known, known_labels = arrays(train)
+    training, training_labels = arrays(train)
     held_out, held_out_labels = arrays(validation)
     labels = np.repeat(held_out_labels, 2)
-    samples, again = draw(labels), reconstruct(held_out)
-    several = np.flatnonzero(np.bincount(held_out_labels) > 1)
-    twins = [reconstruct(known), reconstruct(known[:, :, ::-1])]
-    near_real, near_made = (
-        np.minimum(*(nearest_distance(images, twin) for twin in twins))
-        for images in (again, samples)
-    )
-    return {
-        "validation PSNR (dB)": psnr(held_out, again),
-        **(agreement(train.class_names, (known, known_labels), (held_out, held_out_labels),
-                     (samples, labels)) if len(set(known_labels)) > 1 else {}),
-        "distance to training, real": float(np.median(near_real)),
-        "distance to training, samples": float(np.median(near_made)),
-        "copies, real": float((near_real < COPY).mean()),
-        "copies, samples": float((near_made < COPY).mean()),
-        **({
-            "distance within a class, real": variety(held_out, held_out_labels, several),
-            "distance within a class, samples": variety(samples, labels, several),
-        } if len(several) else {}),
-    }  # fmt: skip
+    samples, reconstructed = draw(labels), reconstruct(held_out)
+    several = np.flatnonzero(np.bincount(held_out_labels) > 1).astype(np.int32)
+    references = [reconstruct(training), reconstruct(training[:, :, ::-1])]
+    near = {
+        name: np.minimum(*(nearest_distance(images, among) for among in references))
+        for name, images in (("validation", reconstructed), ("samples", samples))
+    }
+    found = {"validation PSNR (dB)": psnr(held_out, reconstructed)}
+    if len(set(training_labels.tolist())) > 1:
+        classifier = fit(training, training_labels)
+        found |= agreement(classifier, held_out, held_out_labels, "validation", ())
+        found |= agreement(classifier, samples, labels, "samples", train.class_names)
+        ratio = found["class agreement, samples"] / max(found["class agreement, validation"], 1e-9)
+        found["class agreement, samples / validation"] = ratio
+    for name, distance in near.items():
+        found[f"distance to training, {name}"] = float(np.median(distance))
+        found[f"near-copies, {name}"] = float((distance < NEAR_COPY).mean())
+    if len(several):
+        found["distance within a class, validation"] = variety(held_out, held_out_labels, several)
+        found["distance within a class, samples"] = variety(samples, labels, several)
+    return found
 
 
 def psnr(images: UInt8[np.ndarray, "N H W 3"], others: UInt8[np.ndarray, "N H W 3"]) -> float:
@@ -122,24 +124,15 @@ def psnr(images: UInt8[np.ndarray, "N H W 3"], others: UInt8[np.ndarray, "N H W 
     return float(-10 * np.log10(np.maximum(squared, 1e-10)).mean())
 
 
-Pictures = tuple[UInt8[np.ndarray, "N H W 3"], Int32[np.ndarray, " N"]]  # and their labels
-
-
 def agreement(
-    class_names: tuple[str, ...], known: Pictures, held_out: Pictures, samples: Pictures
+    classifier: Pipeline,
+    images: UInt8[np.ndarray, "N H W 3"],
+    labels: Int32[np.ndarray, " N"],
+    name: str,
+    class_names: tuple[str, ...],
 ) -> dict[str, float]:
-    """How often a classifier of the known pictures is right about others."""
-    classifier = fit(*known)
-    real = classifier.score(features(held_out[0]), held_out[1])
-    images, labels = samples
+    """How often the classifier takes images for their class: all, and of each class named."""
     agree = classifier.predict(features(images)) == labels
-    return {
-        "class agreement, real": real,
-        "class agreement, samples": agree.mean(),
-        "samples / real": agree.mean() / max(real, 1e-9),
-        **{
-            f"  {name}": agree[labels == i].mean()
-            for i, name in enumerate(class_names)
-            if (labels == i).any()
-        },
-    }
+    each = {f"  {n}": float(agree[labels == i].mean()) for i, n in enumerate(class_names)
+            if (labels == i).any()}  # fmt: skip
+    return {f"class agreement, {name}": float(agree.mean())} | each

@@ -1,5 +1,6 @@
 """The device mesh, always ('data', 'fsdp', 'tensor'), and how batches and weights lie on it."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,6 +51,16 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
         inside, (slices, 1, 1), devices=devices, allow_split_physical_axes=True
     )
     return Mesh(array, AXES, axis_types=types)
+
+
+def data_mesh() -> Mesh | None:
+    """A mesh of all devices along 'data'; None for a single device, which needs none."""
+    return make_mesh(data=-1, fsdp=1, tensor=1) if jax.device_count() > 1 else None
+
+
+def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """`jax.set_mesh(mesh)`, or nothing where there is none."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def check_hosts(mesh: Mesh) -> None:

@@ -47,7 +47,7 @@ class Metrics:
             self._workdir.mkdir(parents=True, exist_ok=True)
 
     def write(self, stage: str, step: int, *, file: str = "metrics.jsonl", **scalars) -> None:
-        """One record {"stage", "step", scalars…}; values are numbers, arrays of one number, or text.
+        """One record {"stage", "step", scalars…}: numbers, arrays of one number, or text.
 
         Figures that no two runs share, of time and speed, go to another `file`.
         """
