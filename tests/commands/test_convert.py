@@ -5,6 +5,7 @@ import io
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_cases import load, models, state_dict
@@ -164,7 +165,7 @@ def test_encode(converted, tmp_path):
     assert code == 0, err
     with np.load(tmp_path / "tokens" / "tokens.npz") as made:
         assert made["tokens"].dtype == np.int32
-        expected = jax.jit(Tokenizer.encode)(models("base")[0], to_float(images))
+        expected = jax.jit(Tokenizer.encode)(models("base")[0], to_float(jnp.asarray(images)))
         np.testing.assert_array_equal(made["tokens"], expected)
     np.savez(tmp_path / "images.npz", arr_0=images[:, :32])
     code, _, err = run("encode", "--images", tmp_path / "images.npz", *flags)

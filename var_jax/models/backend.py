@@ -1,14 +1,32 @@
 """What depends on the platform that code will run on, in one place."""
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from var_jax.models import cpu
 
+_assumed: contextvars.ContextVar[str] = contextvars.ContextVar("platform", default="")
+
+
+@contextlib.contextmanager
+def assume(platform: str) -> Iterator[None]:
+    """Traces programs as for another platform than the one this process runs on."""
+    token = _assumed.set(platform)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
 
 def platform() -> str:
     """What the code being traced will run on: the mesh's devices, or else jax's default."""
+    if _assumed.get():
+        return _assumed.get()
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 

@@ -19,11 +19,10 @@ from jax.sharding import PartitionSpec as P
 
 from var_jax import BadInput
 from var_jax.config import Config
-from var_jax.models import var
+from var_jax.models import backend, var
 from var_jax.models.attention import Pattern
 from var_jax.models.attention_tpu import padded_flops
 from var_jax.models.load import build
-from var_jax.models.tokenizer import Tokenizer
 from var_jax.sampling.autoregressive import Weights, sample
 from var_jax.sharding.mesh import BATCH, check_batch, check_hosts, check_model, shard
 from var_jax.tools import tpu_cost
@@ -202,15 +201,16 @@ def model_flops(config: Config, program: str) -> float:
     transformer = transformer_flops(config.transformer)
     if program == "transformer":
         return transformer
-    tokenizer = build(config.tokenizer)
-    image = jax.ShapeDtypeStruct((1, config.data.size, config.data.size, 3), jnp.float32)
-    if program == "tokenizer":
-        return 3 * matmul_flops(Tokenizer.__call__, tokenizer, image)
-    if program == "pixels":
-        return transformer + matmul_flops(Tokenizer.encode, tokenizer, image)
+    tokenizer, size = build(config.tokenizer), config.data.size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     codes = jax.ShapeDtypeStruct((1, config.transformer.num_tokens), jnp.int32)
-    guided = 2 * transformer_flops(config.transformer, backward=False)
-    return guided + matmul_flops(Tokenizer.decode, tokenizer, codes)
+    with backend.assume("tpu"):
+        if program == "tokenizer":
+            return 3 * matmul_flops(type(tokenizer).__call__, tokenizer, image)
+        if program == "pixels":
+            return transformer + matmul_flops(type(tokenizer).encode, tokenizer, image)
+        guided = 2 * transformer_flops(config.transformer, backward=False)
+        return guided + matmul_flops(type(tokenizer).decode, tokenizer, codes)
 
 
 def kernel_cycles(
