@@ -31,7 +31,7 @@ def test_a_step_on_pixels_counts_every_operation_of_the_encoder():
     pixels, tokens = (model_flops(Config(), program) for program in ("pixels", "transformer"))
     # Three quarters are (4 + 5/4) * 2 * 9 * 160**2 * 256**2: the 3x3 convolutions of the two finest
     # levels.
-    assert (pixels - tokens) / 1e9 == pytest.approx(213.07, rel=1e-3)
+    assert (pixels - tokens) / 1e9 == pytest.approx(215.36, rel=1e-4)
 
 
 @pytest.mark.slow
