@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Bool, Int32, UInt8
+from jaxtyping import Bool, Int32, Shaped, UInt8
 from PIL import Image
 
 from var_jax import BadInput
@@ -131,7 +131,7 @@ class Model:
         return tokens
 
     def encode(
-        self, images: UInt8[np.ndarray, "*N H W 3"], *, batch_size: int = 64
+        self, images: Shaped[np.ndarray, "*N H W 3"], *, batch_size: int = 64
     ) -> Int32[np.ndarray, "N L"]:
         """The tokens of images, coarse scale first.
 

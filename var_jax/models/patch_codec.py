@@ -40,12 +40,11 @@ class PatchCodec(Tokenizer):
         return latent + jnp.matmul(patches, self.analysis[...], precision=HIGH)
 
     def reconstruct(self, f_hat: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
-        """Quantized latent → image, not clipped."""
+        """Quantized latent → image, clipped: training gains from the room beyond black and white."""
         patches = jnp.matmul(f_hat, self.synthesis[...], precision=HIGH)
         folded = self.decoder(self.post_conv(f_hat))
-        return depth_to_space(folded, self.config.patch_size) + depth_to_space(
-            patches, self.config.downsample
-        )
+        image = depth_to_space(folded, self.config.patch_size)
+        return (image + depth_to_space(patches, self.config.downsample)).clip(-1, 1)
 
 
 def make_tokenizer(config: TokenizerConfig, *, rngs: nnx.Rngs) -> Tokenizer:

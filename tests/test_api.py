@@ -1,0 +1,107 @@
+"""The library: the same model for notebooks and commands, with a mesh and without."""
+
+import io
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import var_jax
+from var_jax import BadInput
+from var_jax.sharding.mesh import make_mesh
+
+
+@pytest.fixture(scope="module")
+def model():
+    return var_jax.load("emoji")
+
+
+def test_samples_are_images_of_the_seed_and_their_tokens(model):
+    labels = ["Flags", 2, "animals & nature"]
+    images = model.sample(labels, seed=3)
+    assert images.shape == (3, 32, 32, 3) and images.dtype == np.uint8
+    np.testing.assert_array_equal(images, model.sample(labels, seed=3, batch_size=2))
+    assert (images != model.sample(labels, seed=4)).any()
+    tokens = model.sample_tokens(labels, seed=3)
+    assert tokens.shape == (3, sum(side**2 for side in model.patch_nums))
+    np.testing.assert_array_equal(model.decode(tokens), images)
+
+
+def test_a_mesh_changes_nothing(model):
+    labels = ["Flags"] * 3
+    mesh = make_mesh(4, 2, 1)
+    there = var_jax.load("emoji", mesh=mesh).sample(labels, seed=1)
+    np.testing.assert_array_equal(there, model.sample(labels, seed=1))
+    with jax.set_mesh(mesh):  # that which is set
+        assert var_jax.load("emoji").mesh == mesh
+
+
+def test_a_notebook_shows_a_grid(model):
+    png = model.sample(["Flags"] * 3)._repr_png_()
+    assert Image.open(io.BytesIO(png)).size == (3 * 96 + 4, 96)
+    assert model.sample("Flags")[0, 0]._repr_png_() is None  # a row of pixels is no image
+
+
+def test_coarse_to_fine_ends_in_the_image(model):
+    tokens = model.encode(model.sample(["Symbols", "Objects"]))
+    steps = model.coarse_to_fine(tokens)
+    assert steps.shape == (2, len(model.patch_nums), 32, 32, 3)
+    np.testing.assert_array_equal(steps[:, -1], model.decode(tokens))
+
+
+def test_an_edit_keeps_what_lies_outside(model):
+    image = model.sample(["Smileys & Emotion"], seed=1)[0]
+    half = (0.0, 0.0, 1.0, 0.5)
+    made = model.edit(image, half, label="Flags", num=2, seed=5)
+    assert made.shape == (2, 32, 32, 3) and (made[0] != made[1]).any()
+    again = model.edit(image, np.arange(32)[None] < np.full((32, 1), 16), label=8, num=2, seed=5)
+    np.testing.assert_array_equal(again, made)
+    unchanged = np.asarray(model.decode(model.encode(image)))
+    moved = np.abs(np.asarray(made).astype(int) - unchanged).mean((0, 1, 3))
+    assert moved[8:16].mean() > 6 * moved[24:].mean()  # phi and the decoder reach over the border
+
+
+def test_any_image_is_cropped_to_the_models_size(model, tmp_path):
+    Image.new("RGB", (90, 50), "red").save(tmp_path / "a.png")
+    assert model.crop(tmp_path / "a.png").shape == (32, 32, 3)
+    assert model.crop(np.zeros((40, 64, 3), np.uint8)).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda m: var_jax.load("nowhere"), "nowhere is not a checkpoint: it does not exist"),
+        (lambda m: m.sample(["Cars"]), "label holds 'Cars'; the classes of this checkpoint are"),
+        (lambda m: m.sample([9]), "label holds 9; classes are 0 to 8"),
+        (lambda m: m.sample([]), "no labels are given"),
+        (lambda m: m.sample("Flags", top_p=[0.5, 0.5]), r"top_p=0\.5,0\.5 has 2 numbers"),
+        (lambda m: m.sample("Flags", cfg=-1.0), r"cfg=-1\.0; expected at least 0"),
+        (lambda m: m.encode(np.zeros((1, 9, 9, 3), np.uint8)), r"expected uint8 \(N, 32, 32, 3\)"),
+        (lambda m: m.encode(np.zeros((1, 32, 32, 3), np.float32)), "images are float32 of shape"),
+        (
+            lambda m: m.edit(np.zeros((32, 32, 3), np.uint8), (0.0, 0.0, 0.01, 1.0)),
+            "nothing is left",
+        ),
+    ],
+)
+def test_bad_input(model, call, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        call(model)
+
+
+def test_importing_is_light_and_defines_no_flags():
+    """Commands and library side by side, as in a notebook."""
+    commands = "train, sample, edit, encode, convert, prepare, aot"
+    code = f"""
+import sys, var_jax
+assert not {{"jax", "sklearn", "tensorboardX", "matplotlib"}} & set(sys.modules), "import var_jax"
+from absl import flags
+from var_jax import {commands}, api
+heavy = {{"sklearn", "tensorboardX", "matplotlib", "tensorflow"}} & set(sys.modules)
+assert not heavy, heavy
+assert "checkpoint" not in flags.FLAGS and "config" not in flags.FLAGS
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

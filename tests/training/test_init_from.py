@@ -1,0 +1,94 @@
+"""Fine-tuning starts from the weights of an export, where classes and schedule may differ."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from test_tasks import TOKENIZER, TRANSFORMER
+
+from var_jax import BadInput
+from var_jax.config import SamplingConfig
+from var_jax.models.load import save_parts
+from var_jax.models.patch_codec import make_tokenizer
+from var_jax.models.var import Transformer, layout
+from var_jax.sharding.mesh import make_mesh, shard
+from var_jax.training.init_from import transformer_from
+
+NAMES = tuple("abcdefghi")
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """The folder of an export, and its transformer."""
+    folder = tmp_path_factory.mktemp("export") / "checkpoint"
+    old = random_transformer(TRANSFORMER, 0)
+    tokenizer = jax.eval_shape(lambda: make_tokenizer(TOKENIZER, rngs=nnx.Rngs(0)))
+    tokenizer = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tokenizer)
+    save_parts(folder, {"tokenizer": tokenizer, "transformer": old}, NAMES, SamplingConfig())
+    return str(folder), old
+
+
+def random_transformer(config, seed):
+    abstract = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jax.numpy.asarray(rng.normal(size=x.shape).astype("f4")), abstract
+    )
+
+
+def started(export, names=NAMES, **change):
+    """A transformer started from the export, and what it was before."""
+    config = dataclasses.replace(TRANSFORMER, num_classes=len(names), **change)
+    fresh = random_transformer(config, 1)
+    return transformer_from(fresh, export[0], tuple(names)), fresh
+
+
+def test_the_same_model_takes_every_weight(export):
+    made, _ = started(export)
+    for ours, theirs in zip(jax.tree.leaves(made), jax.tree.leaves(export[1]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_classes_are_matched_by_name(export):
+    made, fresh = started(export, names=("new", "c", "a"))
+    table, old = made.class_embed[...], export[1].class_embed[...]
+    np.testing.assert_array_equal(table[1:], old[np.array([2, 0, -1])])  # the last is "no class"
+    np.testing.assert_array_equal(table[0], fresh.class_embed[...][0])
+
+
+def test_positions_of_another_schedule_are_interpolated(export):
+    made, _ = started(export, patch_nums=(1, 2, 8))
+    old = export[1].pos_embed[...]
+    np.testing.assert_allclose(made.pos_embed[...][:5], old[:5], atol=1e-6)  # the same two scales
+    fine = np.asarray(made.pos_embed[...][5:]).reshape(4, 2, 4, 2, -1).mean((1, 3))
+    coarse = np.asarray(old[5:]).reshape(4, 4, -1)
+    assert np.corrcoef(fine.ravel(), coarse.ravel())[0, 1] > 0.9
+    longer, _ = started(export, patch_nums=(1, 1, 2, 3, 4))
+    np.testing.assert_array_equal(
+        longer.level_embed[...], export[1].level_embed[...][np.array([0, 0, 1, 2, 2])]
+    )
+
+
+def test_another_vocabulary_starts_a_fresh_head(export):
+    made, fresh = started(export, vocab_size=32, latent_dim=8)
+    for name in ("head", "head_bias", "word"):
+        np.testing.assert_array_equal(getattr(made, name)[...], getattr(fresh, name)[...])
+    np.testing.assert_array_equal(made.blocks.fc1[...], export[1].blocks.fc1[...])
+
+
+def test_weights_stay_where_they_lie(export):
+    mesh = make_mesh(2, 2, 2)
+    fresh = random_transformer(TRANSFORMER, 1)
+    places = jax.tree.map(lambda leaf: leaf.sharding, shard(fresh, mesh, layout))
+    with jax.set_mesh(mesh):
+        made = transformer_from(jax.device_put(fresh, places), export[0], NAMES)
+    same = jax.tree.map(lambda leaf, place: leaf.sharding == place, made, places)
+    assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize(("field", "value"), [("depth", 3), ("width", 32), ("qk_norm", False)])
+def test_another_size_is_refused(export, field, value):
+    with pytest.raises(BadInput, match=rf"holds a transformer with {field}=.* but config"):
+        started(export, **{field: value})
