@@ -28,7 +28,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_namespace_packages(include=["var_jax", "var_jax.*"]), "var_jax.configs"],
     package_dir={"var_jax.configs": "configs"},
-    package_data={"var_jax": ["assets/*", "assets/emoji/**/*"]},
+    package_data={"var_jax": ["py.typed", "assets/*", "assets/emoji/**/*"]},
     # jax and flax have no upper bound: a notebook's runtime brings its own, and replacing it breaks
     # the notebook. The others have one where we use what the next minor version may move.
     install_requires=[

@@ -40,7 +40,7 @@ class PatchCodec(Tokenizer):
         return latent + jnp.matmul(patches, self.analysis[...], precision=HIGH)
 
     def reconstruct(self, f_hat: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
-        """Quantized latent → image, clipped: training gains from the room beyond black and white."""
+        """Quantized latent → image, clipped, so that training has room beyond black and white."""
         patches = jnp.matmul(f_hat, self.synthesis[...], precision=HIGH)
         folded = self.decoder(self.post_conv(f_hat))
         image = depth_to_space(folded, self.config.patch_size)

@@ -28,6 +28,7 @@ from var_jax.sharding.mesh import BATCH, check_batch, check_hosts, check_model, 
 from var_jax.tools import tpu_cost
 from var_jax.tools.flops import matmul_flops, transformer_flops
 from var_jax.training.autoregressive import autoregressive_task
+from var_jax.training.state import Learner
 from var_jax.training.task import Task
 from var_jax.training.tokenizer import tokenizer_task
 
@@ -178,14 +179,18 @@ def lower(config: Config, program: str, mesh: Mesh, batch_size: int):
         "pixels": {"image": image, "label": label},
         "transformer": {"tokens": tokens, "label": label},
     }[program]
-    frozen = {} if program == "tokenizer" else {"tokenizer": tokenizer}
+    frozen = {
+        "tokenizer": {},
+        "pixels": {"tokenizer": tokenizer},
+        "transformer": {"quantizer": tokenizer.quantizer},
+    }[program]
     task = task_of(config, program)
     state = shard(jax.eval_shape(task.init, key), mesh, task.layout)
     step = jax.jit(task.train_step, donate_argnums=0)
-    learner = state[1]
+    params = [part.params for part in state if isinstance(part, Learner)]
     return step.lower(state, batch, frozen, key), {
-        "bytes_parameters": local_bytes((learner.params, frozen)),
-        "bytes_optimizer": local_bytes((learner.opt_state, learner.ema, state[2:])),
+        "bytes_parameters": local_bytes((params, frozen)),
+        "bytes_optimizer": local_bytes(state) - local_bytes(params),
     }
 
 

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int32, Key
 
 from var_jax.config import TrainTransformerConfig, TransformerConfig
 from var_jax.models import var
-from var_jax.models.tokenizer import Tokenizer, encode
+from var_jax.models.quantizer import Quantizer
+from var_jax.models.tokenizer import encode
 from var_jax.models.var import Transformer
 from var_jax.sharding.mesh import BATCH
 from var_jax.sharding.ops import data_parallel, reshard
@@ -38,8 +39,9 @@ class TransformerState(NamedTuple):
 def autoregressive_task(model_config: TransformerConfig, config: TrainTransformerConfig) -> Task:
     """Trains the next-scale transformer.
 
-    A batch holds `label` (B,) and either `image` uint8 (B,H,W,3) or cached `tokens` (B,L); the
-    frozen tokenizer is in `frozen["tokenizer"]`: an argument of the step, like all it reads.
+    A batch holds `label` (B,) and either `image` uint8 (B,H,W,3) or cached `tokens` (B,L).
+    `frozen["tokenizer"]` is the tokenizer, an argument of the step like all it reads; for cached
+    tokens its quantizer, `frozen["quantizer"]`, is enough.
     """
     optimizer, schedule = make_optimizer(config), learning_rate(config)
 
@@ -89,12 +91,12 @@ def targets_and_inputs(
     batch: Batch, frozen: Frozen, noise: Int32[Array, "B L"] | None = None
 ) -> tuple[Int32[Array, "B L"], Float[Array, "B M C"]]:
     """The tokens to predict, and what the transformer reads to predict them (teacher forcing)."""
-    tokenizer: Tokenizer = frozen["tokenizer"]
-    tokens = used = batch.get("tokens")
-    if tokens is None:
-        tokens, used = data_parallel(encode)(tokenizer, batch["image"], noise)
-    inputs = data_parallel(lambda quantizer, tokens: quantizer.teacher_forcing_inputs(tokens))
-    return tokens, inputs(tokenizer.quantizer, used)
+    if "tokens" in batch:
+        tokens = used = batch["tokens"]
+    else:
+        tokens, used = data_parallel(encode)(frozen["tokenizer"], batch["image"], noise)
+    quantizer: Quantizer = frozen.get("quantizer") or frozen["tokenizer"].quantizer
+    return tokens, data_parallel(Quantizer.teacher_forcing_inputs)(quantizer, used)
 
 
 def token_noise(

@@ -65,58 +65,41 @@ def run(
     # Apart, because both number what they draw by folding small integers into their key.
     init_key, key = jax.random.split(jax.random.key(seed))
     checkpoints = Checkpoints(directory, keep_every=config.keep_every)
-    state, start = restore_or_init(task, checkpoints, batches, mesh, init_key, initialize)
-    metrics.rewind(task.name, start)
-    if 0 < start < config.steps:
-        say(f"{task.name}: going on from step {start}")
+    state, step = restore_or_init(task, checkpoints, batches, mesh, init_key, initialize)
+    metrics.rewind(task.name, step)
+    if 0 < step < config.steps:
+        say(f"{task.name}: going on from step {step}")
     train_step = jax.jit(task.train_step, donate_argnums=0)
-    step, pending = start, None  # metrics of the step before, read while this one runs
-
-    def flush():
-        if pending is not None:
-            write(metrics, task.name, *pending)
-
-    def run_hooks(wanted: Sequence[Hook]):
-        for hook in wanted:
-            metrics.write(task.name, step, hook=hook.name, **hook.run(step, state))
-
-    speed = Speed(task)
+    log, speed = DelayedLog(task.name, metrics), Speed(task)
     with (
         contextlib.closing(checkpoints),  # whatever happens, a save under way ends
         contextlib.closing(metrics),
-        progress(config.steps, start, task.name) as bar,
+        progress(config.steps, step, task.name) as bar,
         deferred_interrupt() as interrupted,
-        Trace(directory, start + 10, profile) as trace,
+        Trace(directory, step + 10, profile) as trace,
     ):
-        stopped = should_stop(start, interrupted)  # also tells the other hosts where this one is
-        run_hooks(missed_hooks(hooks, metrics, task.name, start, config.steps))
-        for step in () if stopped else range(start + 1, config.steps + 1):
+        stop = should_stop(step, interrupted)  # also tells the other hosts where this one is
+        run_hooks(missed_hooks(hooks, metrics, task.name, step, config.steps), log, step, state)
+        while step < config.steps and not stop:
+            step += 1
             trace(step)
             with speed.waiting():
                 batch = put_batch(next(batches), mesh)
             state, values = train_step(state, batch, frozen, key)
-            bar.update(1, **({"loss": pending[1]["loss"]} if pending else {}))
+            speed.count(values)
+            bar.update(1, **log.shown)
             last, stop = step == config.steps, should_stop(step, interrupted)
-            if step == start + 1:
-                speed.start(values)
             if step % config.log_every == 0 or last:
-                flush()
-                if pace := speed.since(step - start):
+                log.write(step, values)
+                if pace := speed.since_last():
                     metrics.write(task.name, step, file="speed.jsonl", **pace)
-                pending = (step, values)
             if step % config.save_every == 0 or last or stop:
-                flush()
-                pending = None
+                log.flush()
                 check_finite(task.name, step, values)
                 checkpoints.save(step, state, batches.get_state(), wait=last or stop)
-            if due := [hook for hook in hooks if hook.is_due(step, config.steps)]:
-                flush()
-                pending = None
-                run_hooks(due)
-            if stopped := stop:
-                break
-        stopped = stopped or should_stop(config.steps + 1, interrupted)  # during the last hooks
-    if stopped:
+            run_hooks([h for h in hooks if h.is_due(step, config.steps)], log, step, state)
+        stop = stop or should_stop(config.steps + 1, interrupted)  # during the last hooks
+    if stop:
         say(f"{task.name}: saved; the same command goes on from step {step}")
         raise KeyboardInterrupt
     return state
@@ -159,10 +142,37 @@ def missed_hooks(
     return [hook for hook, runs in zip(hooks, agreed, strict=True) if runs]
 
 
-def write(metrics: Metrics, name: str, step: int, values: dict) -> None:
-    """Logs one step. Raises: BadInput if it diverged."""
-    check_finite(name, step, values)
-    metrics.write(name, step, **jax.device_get(values))
+def run_hooks(hooks: Sequence[Hook], log: "DelayedLog", step: int, state: Any) -> None:
+    """Runs hooks after a step and records their figures."""
+    for hook in hooks:
+        log.flush()
+        log.metrics.write(log.name, step, hook=hook.name, **hook.run(step, state))
+
+
+class DelayedLog:
+    """Metrics of a step, read from the devices only while a later one runs."""
+
+    def __init__(self, name: str, metrics: Metrics):
+        self.name, self.metrics = name, metrics
+        self._waiting: tuple[int, dict] | None = None
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What the progress bar shows."""
+        return {"loss": self._waiting[1]["loss"]} if self._waiting else {}
+
+    def write(self, step: int, values: dict) -> None:
+        """Takes the metrics of a step, and writes those it has."""
+        self.flush()
+        self._waiting = step, values
+
+    def flush(self) -> None:
+        """Writes what waits. Raises: BadInput if the step diverged."""
+        if self._waiting:
+            step, values = self._waiting
+            check_finite(self.name, step, values)
+            self.metrics.write(self.name, step, **jax.device_get(values))
+            self._waiting = None
 
 
 def check_finite(name: str, step: int, values: dict) -> None:
@@ -207,12 +217,14 @@ class Speed:
 
     def __init__(self, task: Task):
         self._task, self._peak = task, peak_flops(jax.devices()[0].device_kind)
-        self._steps, self._since, self._waited = 0, time.monotonic(), 0.0
+        self._steps, self._since, self._waited = -1, time.monotonic(), 0.0
 
-    def start(self, values: dict) -> None:
-        """Starts the clock at the end of the first step, whose metrics these are."""
-        jax.block_until_ready(values)
-        self._steps, self._since, self._waited = 1, time.monotonic(), 0.0
+    def count(self, values: dict) -> None:
+        """Counts a step, whose metrics these are."""
+        self._steps += 1
+        if self._steps == 0:
+            jax.block_until_ready(values)
+            self._since, self._waited = time.monotonic(), 0.0
 
     @contextlib.contextmanager
     def waiting(self):
@@ -221,16 +233,16 @@ class Speed:
         yield
         self._waited += time.monotonic() - started
 
-    def since(self, steps: int) -> dict[str, Any]:
-        """The figures since the last call, after so many steps in all; none after no step."""
-        if steps == self._steps:
+    def since_last(self) -> dict[str, Any]:
+        """The figures of the steps since the last call; none of no step."""
+        if self._steps <= 0:
             return {}
         seconds = max(time.monotonic() - self._since, 1e-9)
-        rate = (steps - self._steps) * self._task.config.batch_size / seconds
+        rate = self._steps * self._task.config.batch_size / seconds
         found = {"images_per_second": rate, "data_wait": self._waited / seconds}
         if self._peak and self._task.image_flops:
             found["mfu"] = rate * self._task.image_flops / self._peak / jax.device_count()
-        self._steps, self._since, self._waited = steps, time.monotonic(), 0.0
+        self._steps, self._since, self._waited = 0, time.monotonic(), 0.0
         return found
 
 

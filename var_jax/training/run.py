@@ -137,7 +137,8 @@ class Run:
 
     def transformer(self, tokenizer: Tokenizer) -> Transformer:
         """The transformer, trained on cached tokens or on images."""
-        config, frozen = self.config, {"tokenizer": tokenizer}
+        config = self.config
+        frozen = {"quantizer": tokenizer.quantizer} if self.cached else {"tokenizer": tokenizer}
         task = autoregressive_task(config.transformer, config.train_transformer)
         source, validation = self.cached or (self.train, self.validation)
         models = Models(tokenizer, None, self.train.class_names, config.sampling)  # type: ignore
