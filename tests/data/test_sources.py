@@ -107,14 +107,14 @@ def test_prepared_set_is_the_tree(tree, tmp_path, monkeypatch, capsys):
         written.append(path.name)
         write_shard(path, rows)
 
-    monkeypatch.setattr("var_jax.data.sources.packed.write_shard", dies_after_two)
+    monkeypatch.setattr(records, "write_shard", dies_after_two)
     with pytest.raises(KeyboardInterrupt):
         pack(splits, epath.Path(tmp_path) / "out")
     with pytest.raises(BadInput, match="out is unfinished"):
         open_source(str(tmp_path / "out"), "train", 16)
     with pytest.raises(BadInput, match="begun with counts="):
         pack({split: splits["validation"] for split in splits}, epath.Path(tmp_path) / "out")
-    monkeypatch.setattr("var_jax.data.sources.packed.write_shard", write_shard)
+    monkeypatch.setattr(records, "write_shard", write_shard)
     pack(splits, epath.Path(tmp_path) / "out")
     shards = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert shards[0] == "manifest.json" and len(shards) == 1 + 4 + 2 and written[0] in shards

@@ -15,23 +15,19 @@ from etils import epath
 from var_jax import BadInput
 from var_jax.checkpoints.export import fingerprint
 from var_jax.data.augmentation import augment_items
-from var_jax.data.pipeline import Batch, ordered
+from var_jax.data.pipeline import ordered
 from var_jax.data.records import (
     Records,
-    begin,
     checksum,
-    finish,
-    finished,
     read_manifest,
     shard_size,
     short,
-    write_shard,
+    write_missing,
 )
 from var_jax.data.sources import ArraySource, ImageSource, Source
 from var_jax.data.sources.base import Item
 from var_jax.models.tokenizer import Tokenizer, encode_images
 from var_jax.sharding.mesh import put_batch
-from var_jax.tools.logs import progress
 
 KIND = "a token cache"  # in manifests
 RECORD = np.dtype("<u2")  # label and tokens below 65,536; array_record compresses the rest
@@ -127,28 +123,20 @@ def write_cache(
     settings = {"seed": seed, **augmentation, **(about or {})}
     manifest = make_manifest(tokenizer, sources, copies, **settings)
     check_counts(tokenizer.config.vocab_size, len(manifest["class_names"]))
-    begin(out, manifest)
-    records = {split: records_of(manifest, str(out), split) for split in sources}
-    mine = [
-        (split, shard)
-        for split in sources
-        for shard in records[split].missing()
-        if shard % jax.process_count() == jax.process_index()
-    ]
-    if not mine and finished(out):
-        return manifest
-    with progress(sum(len(records[split].rows(i)) for split, i in mine), 0, "tokens") as bar:
-        for split, shard in mine:
-            training = {"seed": seed, "augment": augment_items(**augmentation)}
-            batches = ordered(
-                sources[split],
-                records[split].rows(shard),
-                batch_size,
-                **(training if split == "train" else {}),
-            )
-            write_shard(records[split].path(shard), _records(tokenizer, batches, mesh, bar))
-    if not any(part.missing() for part in records.values()):
-        finish(out, manifest)
+    augment = augment_items(**augmentation)
+
+    def make(split: str, rows: range, bar) -> Iterator[bytes]:
+        training = {"seed": seed, "augment": augment} if split == "train" else {}
+        for batch in ordered(sources[split], rows, batch_size, **training):
+            mask = batch.pop("mask")
+            tokens = np.asarray(encode_images(tokenizer, put_batch(batch, mesh)["image"]))
+            for row in np.flatnonzero(mask):
+                yield np.array([batch["label"][row], *tokens[row]]).astype(RECORD).tobytes()
+            bar.update(int(mask.sum()))
+
+    parts = [records_of(manifest, str(out), split) for split in sources]
+    mine = slice(jax.process_index(), None, jax.process_count())
+    write_missing(out, manifest, parts, make, "tokens", mine)
     return manifest
 
 
@@ -190,12 +178,3 @@ def check_counts(codes: int, classes: int) -> None:
     most = np.iinfo(RECORD).max + 1
     if max(codes, classes) > most:
         raise BadInput(f"{codes} codes and {classes} classes; a token cache has room for {most}.")
-
-
-def _records(tokenizer: Tokenizer, batches: Iterator[Batch], mesh, bar) -> Iterator[bytes]:
-    for batch in batches:
-        mask = batch.pop("mask")
-        tokens = np.asarray(encode_images(tokenizer, put_batch(batch, mesh)["image"]))
-        for row in np.flatnonzero(mask):
-            yield np.array([batch["label"][row], *tokens[row]]).astype(RECORD).tobytes()
-        bar.update(int(mask.sum()))
