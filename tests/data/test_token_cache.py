@@ -193,7 +193,7 @@ def test_other_crops_and_images_are_refused(cache, tokenizer, sources):
             {"images": train.images[:-1], "labels": train.labels[:-1]},
             "train_images=18, but this run has train_images=17",
         ),
-        ({"class_names": ("a", "b", "d")}, "different classes"),
+        ({"class_names": ("a", "b", "d")}, "made with class_names="),
     ):
         other = {"train": dataclasses.replace(train, **change)}
         with pytest.raises(BadInput, match=sentence):

@@ -22,9 +22,10 @@ def augment(
     """
     if flip and rng.random() < 0.5:
         image = image[:, ::-1]
-    dy = int(rng.integers(-shift, shift, endpoint=True))
-    dx = int(rng.integers(-shift, shift, endpoint=True))
-    return _move(_move(image, dy, axis=0), dx, axis=1)
+    for axis in (0, 1):
+        if move := rng.integers(-shift, shift, endpoint=True):
+            image = image.take(np.arange(image.shape[axis]) - move, axis, mode="clip")
+    return image
 
 
 def augment_items(
@@ -40,15 +41,8 @@ def augment_items(
         raise BadInput(f"augmentation has shift={shift}; expected at least 0.")
 
     def change(item: Item, rng: np.random.Generator) -> Item:
-        may_flip = flip and bool(item.get("flippable", True))
-        image = augment(item["image"], rng, flip=may_flip, shift=shift)
-        return {key: item[key] for key in item if key != "flippable"} | {"image": image}
+        item = dict(item)
+        may_flip = flip and bool(item.pop("flippable", True))
+        return item | {"image": augment(item["image"], rng, flip=may_flip, shift=shift)}
 
     return change
-
-
-def _move(image: UInt8[np.ndarray, "H W 3"], shift: int, axis: int) -> UInt8[np.ndarray, "H W 3"]:
-    """The image translated along one axis; the edge is repeated."""
-    if shift == 0:
-        return image
-    return image.take(np.arange(image.shape[axis]) - shift, axis, mode="clip")

@@ -36,7 +36,7 @@ def known_formats() -> tuple[str, ...]:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file begins like an image that `decode` knows."""
+    """Returns whether a file begins like an image that `decode` knows."""
     try:
         with Image.open(path, formats=known_formats()):
             return True
@@ -91,13 +91,9 @@ def crop(
         corner = [round(s / 2) for s in slack]
     else:
         corner = [int(rng.integers(0, s, endpoint=True)) for s in slack]
-    ratio = [have / side for have, side in zip(image.size, sides, strict=True)]
-    left, top = (r * start for r, start in zip(ratio, corner, strict=True))
-    right, bottom = (
-        min(r * (start + size), have)
-        for r, start, have in zip(ratio, corner, image.size, strict=True)
-    )
-    box = (left, top, right, bottom)
+    ratio = np.divide(image.size, sides)
+    end = np.minimum(ratio * np.add(corner, size), image.size)
+    box = (*(ratio * corner).tolist(), *end.tolist())
     return np.asarray(image.resize((size, size), resample, box))
 
 
@@ -105,9 +101,8 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise Unreadable("floating-point pixels have no known range")
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
-        return Image.fromarray(
-            (np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8), "L"
-        ).convert("RGB")
+        grey = (np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

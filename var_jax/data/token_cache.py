@@ -49,15 +49,12 @@ class TokenCache:
         return len(self.records) // self.copies
 
     def __getitem__(self, index: int) -> Item:
-        return self._item(index)
+        numbers = np.frombuffer(self.records[index], RECORD).astype(np.int32)
+        return {"tokens": numbers[1:], "label": numbers[0]}
 
     def train_item(self, index: int, epoch: int, rng: np.random.Generator) -> Item:
         """The tokens of the image in this epoch; nothing is random."""
-        return self._item(epoch % self.copies * len(self) + index)
-
-    def _item(self, record: int) -> Item:
-        numbers = np.frombuffer(self.records[record], RECORD).astype(np.int32)
-        return {"tokens": numbers[1:], "label": numbers[0]}
+        return self[epoch % self.copies * len(self) + index]
 
 
 def open_tokens(
@@ -85,6 +82,7 @@ def open_tokens(
         **settings,
         f"{split}_images": len(source),
         f"checksum_of_{split}_images": checksum_of(source),
+        "class_names": list(source.class_names),
     }
     for name, ours in wanted.items():
         if found.get(name) != ours:
@@ -92,8 +90,6 @@ def open_tokens(
                 f"{folder} holds tokens made with {name}={short(found.get(name))}, but this run has"
                 f" {name}={short(ours)}."
             )
-    if manifest["class_names"] != list(source.class_names):
-        raise BadInput(f"{folder} and data.source have different classes.")
     records = records_of(manifest, folder, split)
     records.check_complete()
     return TokenCache(records, manifest["copies"][split], tuple(manifest["class_names"]))

@@ -1,7 +1,7 @@
 """Trees of image files with one folder for each class, local or in a bucket."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from var_jax.data.sources.imagenet import readable
 SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"
 )  # fmt: skip
-FOLDERS = {"train": ("train",), "validation": ("validation", "valid", "val")}
+VALIDATION = ("validation", "valid", "val")
 
 
 def open_folders(folder: epath.Path, split: str) -> EncodedImages:
@@ -23,13 +23,13 @@ def open_folders(folder: epath.Path, split: str) -> EncodedImages:
 
     Raises: BadInput if a class has no images, or the two splits have different classes.
     """
-    train = _first_folder(folder, FOLDERS["train"])
-    if train is None:
+    train = folder / "train"
+    if not train.is_dir():
         return _open_classes(folder, _folder_names(folder), hold_out=split)
     classes = _folder_names(train)
     if split == "train":
         return _open_classes(train, classes)
-    validation = _first_folder(folder, FOLDERS["validation"])
+    validation = next((folder / name for name in VALIDATION if (folder / name).is_dir()), None)
     if validation is None:
         raise BadInput(f"{folder} has train, but no validation or val folder beside it.")
     if extra := sorted(set(_folder_names(validation)) - set(classes)):
@@ -38,10 +38,7 @@ def open_folders(folder: epath.Path, split: str) -> EncodedImages:
 
 
 def _open_classes(folder: epath.Path, classes: Sequence[str], hold_out: str = "") -> EncodedImages:
-    """The images in the folders of these classes, all or those of one split.
-
-    Raises: BadInput if a folder has none.
-    """
+    """The images in the folders of these classes, all or those of one split."""
     names, labels = [], []
     for label, name in enumerate(classes):
         if not (folder / name).exists():
@@ -66,10 +63,6 @@ def _open_classes(folder: epath.Path, classes: Sequence[str], hold_out: str = ""
         return data, labels[index], path
 
     return EncodedImages(len(names), read, readable(classes))
-
-
-def _first_folder(folder: epath.Path, names: Iterable[str]) -> epath.Path | None:
-    return next((folder / name for name in names if (folder / name).is_dir()), None)
 
 
 def _folder_names(folder: epath.Path) -> list[str]:
