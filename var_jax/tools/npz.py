@@ -6,7 +6,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
-from typing import IO
 
 import numpy as np
 from etils import epath
@@ -51,7 +50,7 @@ class Images:
                 left -= count
 
     @contextlib.contextmanager
-    def _open(self) -> Iterator[IO[bytes]]:
+    def _open(self) -> Iterator[zipfile.ZipExtFile]:
         with (
             reading(self.path),
             self.path.open("rb") as whole,
@@ -61,9 +60,9 @@ class Images:
                 names = ", ".join(n.removesuffix(".npy") for n in archive.namelist())
                 raise BadInput(f"{self.path} holds {names or 'nothing'}, expected 'arr_0'.")
             with archive.open("arr_0.npy") as file:
-                yield file
+                yield file  # type: ignore[misc]
 
-    def _header(self, file: IO[bytes]) -> tuple[int, ...]:
+    def _header(self, file: zipfile.ZipExtFile) -> tuple[int, ...]:
         version, _ = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
         shape, by_column, dtype = read[version > 1](file)
