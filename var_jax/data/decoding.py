@@ -7,7 +7,6 @@ Pillow, because its antialiased Lanczos filter is the paper's and its decoder is
 import functools
 import io
 import sys
-import threading
 import warnings
 from pathlib import Path
 
@@ -109,30 +108,15 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-class Skipped:
-    """Names the images that could not be read on stderr, each once, and counts them."""
-
-    def __init__(self):
-        self._names: set[str] = set()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._names)
+class Skipped(dict):
+    """The names of images that could not be read; each is told on stderr once."""
 
     def add(self, name: str, reason: Unreadable) -> None:
         """Warns about one image, which the next readable one replaces."""
-        with self._lock:
-            if name in self._names:
-                return
-            self._names.add(name)
-            count = len(self._names)
+        mine = object()
+        if self.setdefault(name, mine) is not mine:  # threads add at once, and this is atomic
+            return
+        count = len(self)
         if count <= NAMED or count % 100 == 0:
             # In one piece, as other threads warn too.
             sys.stderr.write(f"warning: skipped {name}: {reason} ({count} skipped)\n")
-
-    def __getstate__(self):  # a worker process counts for itself
-        return {"_names": self._names}
-
-    def __setstate__(self, state):
-        self.__init__()
-        self._names |= state["_names"]

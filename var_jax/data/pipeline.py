@@ -54,50 +54,30 @@ def batches(
 
 
 def epoch(
-    source: Source, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    source: Source,
+    batch_size: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    rows: range | None = None,
+    seed: int | None = None,
+    augment: Augment | None = None,
 ) -> Iterator[Batch]:
     """Every item once, in order; adds `mask`, bool (b,), False where an item is padding.
 
     Batches are shared among processes as by `batches`: each reads its own rows only, and all get
     the same number of batches. Padding repeats the last item, which is valid input for any model.
 
-    Raises: BadInput if the sizes make no sense.
-    """
-    _check(source, batch_size, 0, process_index, process_count)
-    rows = range(len(source))
-    return _padded(source.__getitem__, rows, batch_size, process_index, process_count)
-
-
-def ordered(
-    source: Source,
-    rows: range,
-    batch_size: int,
-    *,
-    seed: int | None = None,
-    augment: Augment | None = None,
-) -> Iterator[Batch]:
-    """Rows e·N + i of N items: item i as `batches` of this seed yields it in epoch e.
-
-    For storing what training would see, a part at a time. Without `seed` what evaluation sees.
-    `mask` as in `epoch`.
+    Other `rows` may be given: row e·N + i is item i of N in epoch e, with a `seed` as `batches` of
+    that seed and `augment` yields it. So what training would see can be stored part by part.
 
     Raises: BadInput if the sizes or the seed make no sense.
     """
-    _check(source, batch_size, seed or 0, 0, 1)
-    if seed is None:
-        return _padded(lambda row: source[row % len(source)], rows, batch_size)
-    stream = _Stream(source, batch_size, seed, augment)
-    return _padded(stream.of_row, rows, batch_size)
-
-
-def _padded(
-    read: Callable[[int], Batch],
-    rows: range,
-    batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Iterator[Batch]:
+    _check(source, batch_size, seed or 0, process_index, process_count)
+    rows = range(len(source)) if rows is None else rows
     size = batch_size // process_count
+    stream = None if seed is None else _Stream(source, size, seed, augment)
+    read = stream.of_row if stream else lambda row: source[row % len(source)]
 
     def batch(index: int) -> Batch:
         own = rows[index * size : (index + 1) * size]
@@ -163,7 +143,7 @@ class _Stream:
         return _stack([*self._items(range(index * self._size, (index + 1) * self._size))])
 
     def of_row(self, row: int) -> Batch:
-        """The item that `ordered` has at this row."""
+        """The item that `epoch` has at this row."""
         epoch, index = divmod(row, len(self._source))
         _, offsets = self._permutation(epoch)
         return next(self._items([row - index + int(offsets[index])]))

@@ -15,7 +15,7 @@ from etils import epath
 from var_jax import BadInput
 from var_jax.checkpoints.export import fingerprint
 from var_jax.data.augmentation import augment_items
-from var_jax.data.pipeline import ordered
+from var_jax.data.pipeline import epoch
 from var_jax.data.records import (
     Records,
     checksum,
@@ -123,7 +123,7 @@ def write_cache(
 
     def make(split: str, rows: range, bar) -> Iterator[bytes]:
         training = {"seed": seed, "augment": augment} if split == "train" else {}
-        for batch in ordered(sources[split], rows, batch_size, **training):
+        for batch in epoch(sources[split], batch_size, rows=rows, **training):
             mask = batch.pop("mask")
             tokens = np.asarray(encode_images(tokenizer, put_batch(batch, mesh)["image"]))
             for row in np.flatnonzero(mask):
