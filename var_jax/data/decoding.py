@@ -109,7 +109,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 class Skipped(dict):
-    """The names of images that could not be read; each is told on stderr once."""
+    """The names of images that could not be read; each is named once on stderr."""
 
     def add(self, name: str, reason: Unreadable) -> None:
         """Warns about one image, which the next readable one replaces."""

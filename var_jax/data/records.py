@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from var_jax import BadInput
-from var_jax.tools.files import read_json
+from var_jax.tools.files import in_bucket, read_json
 from var_jax.tools.logs import progress
 
 MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
@@ -91,7 +91,7 @@ def write_shard(path: epath.Path, records: Iterable[bytes]) -> None:
     """Writes one shard: beside, then renamed; into a bucket from a temporary file."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    remote = "://" in str(path)
+    remote = in_bucket(path)
     folder = tempfile.gettempdir() if remote else os.fspath(path.parent)
     beside = epath.Path(folder) / f".{path.name}.{secrets.token_hex(4)}.partial"
     try:

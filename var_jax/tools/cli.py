@@ -40,7 +40,7 @@ def call(main: Main, define_flags: Callable[[], None], argv: Sequence[str] = ())
 
     Its flags exist only meanwhile, so that commands can run one after another. Ends like `run`.
     """
-    args, code, said = flags.FLAGS, 0, ""
+    args, code, message = flags.FLAGS, 0, ""
     before, was_parsed = set(args), args.is_parsed()
     try:
         define_flags()
@@ -50,19 +50,19 @@ def call(main: Main, define_flags: Callable[[], None], argv: Sequence[str] = ())
             _parse(args, argv)
             main(args)
     except KeyboardInterrupt:
-        code, said = INTERRUPTED, "interrupted"
+        code, message = INTERRUPTED, "interrupted"
     except Exception as error:
         sentence = _sentence(error)
         if sentence is None:
             raise
-        code, said = BAD_INPUT, f"error: {sentence}"
+        code, message = BAD_INPUT, f"error: {sentence}"
     finally:
         for name in set(args) - before:
             delattr(args, name)
         if not was_parsed:
             args.unparse_flags()
-    if said:
-        print(said, file=sys.stderr, flush=True)
+    if message:
+        print(message, file=sys.stderr, flush=True)
     return code
 
 

@@ -33,7 +33,6 @@ Build = Callable[[ModelConfig], Any]
 WRITERS = {"pth": write_pth, "safetensors": write_safetensors}
 # Where a training checkpoint of the release keeps its two state dicts.
 INSIDE = {"tokenizer": ("trainer", "vae_local"), "transformer": ("trainer", "var_wo_ddp")}
-
 # What the release's tokenizer has no option for.
 FIXED = {"patch_size": 1, "norm_groups": 32, "num_res_blocks": 2, "channel_mults": (1, 1, 2, 2, 4)}
 

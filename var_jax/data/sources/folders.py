@@ -11,6 +11,7 @@ from var_jax import BadInput
 from var_jax.data.decoding import is_image
 from var_jax.data.sources.base import EncodedImages, split_indices
 from var_jax.data.sources.imagenet import readable
+from var_jax.tools.files import in_bucket
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"
@@ -44,8 +45,8 @@ def _open_classes(folder: epath.Path, classes: Sequence[str], hold_out: str = ""
         if not (folder / name).exists():
             continue
         found = sorted(n for n in _list(folder / name) if n.lower().endswith(SUFFIXES))
-        local = "://" not in str(folder)  # looking into every class takes long in a bucket
-        if not any(not local or is_image(Path(folder) / name / n) for n in found):
+        remote = in_bucket(folder)  # where looking into every class takes long
+        if not any(remote or is_image(Path(folder) / name / n) for n in found):
             raise BadInput(f"{folder / name} holds no images ({' '.join(SUFFIXES)}).")
         names += [f"{name}/{n}" for n in found]
         labels += [label] * len(found)
@@ -58,9 +59,8 @@ def _open_classes(folder: epath.Path, classes: Sequence[str], hold_out: str = ""
         names, labels = [names[i] for i in chosen], [labels[i] for i in chosen]
 
     def read(index: int) -> tuple[bytes, int, str]:
-        path = f"{folder}/{names[index]}"
-        data = epath.Path(path).read_bytes() if "://" in path else Path(path).read_bytes()
-        return data, labels[index], path
+        path = epath.Path(folder) / names[index]
+        return path.read_bytes(), labels[index], str(path)
 
     return EncodedImages(len(names), read, readable(classes))
 
@@ -71,6 +71,5 @@ def _folder_names(folder: epath.Path) -> list[str]:
 
 def _list(folder: epath.Path) -> list[str]:
     """Names of what lies in a folder, hidden files left out; epath is slow on large ones."""
-    remote = "://" in str(folder)
-    names = [path.name for path in folder.iterdir()] if remote else os.listdir(folder)
+    names = [path.name for path in folder.iterdir()] if in_bucket(folder) else os.listdir(folder)
     return [name for name in names if not name.startswith(".")]
