@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from var_jax.data.decoding import crop, decode
-from var_jax.data.pipeline import ordered
+from var_jax.data.pipeline import epoch
 from var_jax.data.sources import EncodedImages, ImageSource
 
 SIZE, RESIZE = 256, 1.125
@@ -115,7 +115,7 @@ def stream_rate(files: list[bytes], count: int = 1280) -> float:
     source, rates = ImageSource(images, SIZE, RESIZE), []
     for _ in range(3):
         started = time.process_time()
-        for _ in ordered(source, range(count), 64, seed=0):
+        for _ in epoch(source, 64, rows=range(count), seed=0):
             pass
         rates.append(count / (time.process_time() - started))
     return statistics.median(rates)

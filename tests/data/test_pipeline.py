@@ -9,7 +9,7 @@ import pytest
 from var_jax import BadInput
 from var_jax.data import pipeline
 from var_jax.data.augmentation import augment_items
-from var_jax.data.pipeline import batches, epoch, ordered
+from var_jax.data.pipeline import batches, epoch
 from var_jax.data.sources import Emoji
 
 
@@ -188,11 +188,11 @@ def test_worker_processes_resume_anywhere():
     assert (next(one)["noise"] == next(threads)["noise"]).all()
 
 
-def test_ordered_is_what_training_sees():
+def test_rows_are_what_training_sees():
     stream = take(batches(Numbers(10), batch_size=10, seed=1, augment=add_noise), 3, "noise")
     order = take(batches(Numbers(10), batch_size=10, seed=1), 3)[:, 0].reshape(3, 10)
     rows = range(7, 25)
-    found = list(ordered(Numbers(10), rows, 4, seed=1, augment=add_noise))
+    found = list(pipeline.epoch(Numbers(10), 4, rows=rows, seed=1, augment=add_noise))
     mask = np.concatenate([batch["mask"] for batch in found])
     assert mask.sum() == len(rows) and mask[: len(rows)].all()
     noise = np.concatenate([batch["noise"] for batch in found])[mask]

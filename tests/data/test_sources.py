@@ -44,7 +44,7 @@ def tree(tmp_path_factory):
 
 def contents(source):
     """{(label, bytes)}, whatever the order."""
-    return sorted((label, data) for data, label, _ in (source[i] for i in range(len(source))))
+    return sorted((label, data) for data, label, _ in map(source.read, range(len(source))))
 
 
 def test_tree(tree):
@@ -107,14 +107,14 @@ def test_prepared_set_is_the_tree(tree, tmp_path, monkeypatch, capsys):
         written.append(path.name)
         write_shard(path, rows)
 
-    monkeypatch.setattr("var_jax.data.sources.packed.write_shard", dies_after_two)
+    monkeypatch.setattr(records, "write_shard", dies_after_two)
     with pytest.raises(KeyboardInterrupt):
         pack(splits, epath.Path(tmp_path) / "out")
     with pytest.raises(BadInput, match="out is unfinished"):
         open_source(str(tmp_path / "out"), "train", 16)
     with pytest.raises(BadInput, match="begun with counts="):
         pack({split: splits["validation"] for split in splits}, epath.Path(tmp_path) / "out")
-    monkeypatch.setattr("var_jax.data.sources.packed.write_shard", write_shard)
+    monkeypatch.setattr(records, "write_shard", write_shard)
     pack(splits, epath.Path(tmp_path) / "out")
     shards = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert shards[0] == "manifest.json" and len(shards) == 1 + 4 + 2 and written[0] in shards
@@ -128,7 +128,7 @@ def test_prepared_set_is_the_tree(tree, tmp_path, monkeypatch, capsys):
         prepared = open_encoded(str(tmp_path / "out"), split)
         assert contents(prepared) == contents(source)
         assert prepared.class_names == source.class_names
-        assert prepared[0][2] == f"{tmp_path}/out/{split}/n00000001/n00000001_0.JPEG"
+        assert prepared.read(0)[2] == f"{tmp_path}/out/{split}/n00000001/n00000001_0.JPEG"
     (tmp_path / "out" / shards[1]).unlink()
     with pytest.raises(BadInput, match=r"train-00000-of-00004\.array_record is missing"):
         open_source(str(tmp_path / "out"), "train", 16)
@@ -297,7 +297,7 @@ def test_tfds(tree, tmp_path, monkeypatch):
         source = open_encoded("tfds:tiny", split)
         assert contents(source) == contents(open_encoded(str(tree), split))
         assert source.class_names == tuple(COLOURS)
-        assert source[0][2].endswith(".JPEG")
+        assert source.read(0)[2].endswith(".JPEG")
     assert len(open_encoded("tfds:tiny:1.0.0", "train")) == 15
     with pytest.raises(BadInput, match=r"tfds:tiny:2\.0\.0 is not prepared"):
         open_encoded("tfds:tiny:2.0.0", "train")

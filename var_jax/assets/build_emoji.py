@@ -15,15 +15,17 @@ import json
 import sys
 import tarfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from var_jax import BadInput
 from var_jax.data.sources.emoji import CELL, COLUMNS
-from var_jax.tools.files import replacing
 
 EXPECTED = "emoji-datasource-google@16.0.0"
+IMAGES = "package/img/google/64/"
+USED = (IMAGES, "package/package.json", "package/emoji.json", "package/LICENSE")
 QUALITY = 90
 
 NOTICE = """\
@@ -48,65 +50,35 @@ def build(package: Path, out: Path) -> int:
     """
     try:
         with tarfile.open(package) as tar:
-            entries, images, license_text = _read(tar)
+            members = [member for member in tar if member.name.startswith(USED)]
+            files = {m.name: tar.extractfile(m).read() for m in members}  # type: ignore
+        about = json.loads(files["package/package.json"])
     except (OSError, EOFError, zlib.error, tarfile.TarError, KeyError) as error:
         found = "is damaged or something else" if package.is_file() else "is not a file"
         raise BadInput(f"{package} {found}; expected the npm tarball of {EXPECTED}.") from error
-    outputs = {
-        "emoji.webp": _sheet(images),
-        "emoji.json": _index(entries).encode(),
-        "emoji.NOTICE": (NOTICE + license_text).encode(),
-    }
-    for name, content in outputs.items():
-        with replacing(out / name) as beside:
-            beside.write_bytes(content)
+    if (found := f"{about['name']}@{about['version']}") != EXPECTED:
+        raise BadInput(f"{package} holds {found}; expected {EXPECTED}.")
+    # Components are the bare skin-tone swatches.
+    kept = lambda entry: entry["has_img_google"] and entry["category"] != "Component"
+    entries = sorted(
+        filter(kept, json.loads(files["package/emoji.json"])), key=lambda entry: entry["sort_order"]
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    images = [Image.open(io.BytesIO(files[IMAGES + entry["image"]])) for entry in entries]
+    _sheet(images).save(out / "emoji.webp", quality=QUALITY, method=6)
+    (out / "emoji.json").write_text(_index(entries))
+    (out / "emoji.NOTICE").write_text(NOTICE + files["package/LICENSE"].decode())
     return len(entries)
 
 
-def _read(tar: tarfile.TarFile) -> tuple[list[dict], list[Image.Image], str]:
-    """The entries in Unicode order, their images, and the license of the metadata."""
-    members = {member.name: member for member in tar.getmembers()}  # one pass over the gzip stream
-
-    def content(path: str) -> bytes:
-        file = tar.extractfile(members[path])
-        assert file is not None, f"{path} is not a file"
-        return file.read()
-
-    about = json.loads(content("package/package.json"))
-    found = f"{about['name']}@{about['version']}"
-    if found != EXPECTED:
-        raise BadInput(f"{tar.name} holds {found}; expected {EXPECTED}.")
-    entries = [
-        entry
-        for entry in json.loads(content("package/emoji.json"))
-        # Components are the bare skin-tone swatches.
-        if entry["has_img_google"] and entry["category"] != "Component"
-    ]
-    # Tarballs are gzip streams: reading in stored order never seeks back.
-    stored = sorted(entries, key=lambda e: members[_path(e)].offset)
-    images = {e["image"]: Image.open(io.BytesIO(content(_path(e)))) for e in stored}
-    entries.sort(key=lambda entry: entry["sort_order"])
-    return (
-        entries,
-        [images[entry["image"]] for entry in entries],
-        content("package/LICENSE").decode(),
-    )
-
-
-def _path(entry: dict) -> str:
-    return f"package/img/google/64/{entry['image']}"
-
-
-def _sheet(images: list[Image.Image]) -> bytes:
-    """All images on white, `COLUMNS` to a row, as one WebP."""
+def _sheet(images: Sequence[Image.Image]) -> Image.Image:
+    """All images on white, `COLUMNS` to a row."""
     rows = -(-len(images) // COLUMNS)
     sheet = Image.new("RGBA", (COLUMNS * CELL, rows * CELL), "white")
     for i, image in enumerate(images):
         row, column = divmod(i, COLUMNS)
         sheet.alpha_composite(image.convert("RGBA"), (column * CELL, row * CELL))
-    file = io.BytesIO()
-    sheet.convert("RGB").save(file, "WEBP", quality=QUALITY, method=6)
-    return file.getvalue()
+    return sheet.convert("RGB")
 
 
 def _index(entries: list[dict]) -> str:

@@ -21,6 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 from var_jax import BadInput
 from var_jax.checkpoints import storage
+from var_jax.tools.files import read_json
 from var_jax.tools.trees import flatten, path_name
 
 PyTree = Any
@@ -96,13 +97,7 @@ def load_config(directory: str | PurePath) -> dict:
             f"{path.parent} is not a checkpoint: {found}; expected a directory with config.json "
             "and weights."
         )
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise BadInput(f"{path} cannot be read: expected JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise BadInput(f"{path} holds a {type(config).__name__}; expected a JSON object.")
-    return config
+    return read_json(path)
 
 
 def load_weights(directory: str | PurePath, abstract: PyTree, *, as_stored: bool = False) -> PyTree:

@@ -16,6 +16,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from var_jax import BadInput
+from var_jax.tools.files import in_bucket
 from var_jax.tools.trees import flatten
 
 RECORD = "files.json"
@@ -26,7 +27,7 @@ def resolve(directory: str | PurePath) -> epath.Path:
     """The absolute path of a local directory, or the address of a bucket."""
     path = epath.Path(directory)
     # `resolve` would take a bucket's name for a local folder; Orbax wants local paths absolute.
-    return path if "://" in str(directory) else path.expanduser().resolve()
+    return path if in_bucket(directory) else path.expanduser().resolve()
 
 
 def context(before_commit: Callable[[], None] | None = None) -> ocp.Context:

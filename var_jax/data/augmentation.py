@@ -3,52 +3,32 @@
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import UInt8
 
 from var_jax import BadInput
 from var_jax.data.sources.base import Item
 
 
-def augment(
-    image: UInt8[np.ndarray, "H W 3"],
-    rng: np.random.Generator,
-    *,
-    flip: bool = False,
-    shift: int = 0,
-) -> UInt8[np.ndarray, "H W 3"]:
-    """Mirrors half of the time and translates by up to `shift` pixels either way on each axis.
-
-    What comes into view repeats the edge.
-    """
-    if flip and rng.random() < 0.5:
-        image = image[:, ::-1]
-    dy = int(rng.integers(-shift, shift, endpoint=True))
-    dx = int(rng.integers(-shift, shift, endpoint=True))
-    return _move(_move(image, dy, axis=0), dx, axis=1)
-
-
 def augment_items(
     *, flip: bool = False, shift: int = 0
 ) -> Callable[[Item, np.random.Generator], Item]:
-    """`augment` with these options, as the function of a whole item that `batches` takes.
+    """The function of an item that `batches` takes to augment its `image`.
 
-    An item whose `flippable` is false is never mirrored; the key is removed.
+    It mirrors half of the time (never where `flippable` is false; the key is removed) and
+    translates by up to `shift` pixels either way on each axis; the edge is repeated.
 
     Raises: BadInput if `shift` is negative.
     """
     if shift < 0:
         raise BadInput(f"augmentation has shift={shift}; expected at least 0.")
 
-    def change(item: Item, rng: np.random.Generator) -> Item:
-        may_flip = flip and bool(item.get("flippable", True))
-        image = augment(item["image"], rng, flip=may_flip, shift=shift)
-        return {key: item[key] for key in item if key != "flippable"} | {"image": image}
+    def augment(item: Item, rng: np.random.Generator) -> Item:
+        item = dict(item)
+        image, flippable = item["image"], item.pop("flippable", True)
+        if flip and flippable and rng.random() < 0.5:
+            image = image[:, ::-1]
+        for axis in (0, 1):
+            if move := rng.integers(-shift, shift, endpoint=True):
+                image = image.take(np.arange(image.shape[axis]) - move, axis, mode="clip")
+        return item | {"image": image}
 
-    return change
-
-
-def _move(image: UInt8[np.ndarray, "H W 3"], shift: int, axis: int) -> UInt8[np.ndarray, "H W 3"]:
-    """The image translated along one axis; the edge is repeated."""
-    if shift == 0:
-        return image
-    return image.take(np.arange(image.shape[axis]) - shift, axis, mode="clip")
+    return augment

@@ -7,7 +7,6 @@ Pillow, because its antialiased Lanczos filter is the paper's and its decoder is
 import functools
 import io
 import sys
-import threading
 import warnings
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def known_formats() -> tuple[str, ...]:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file begins like an image that `decode` knows."""
+    """Returns whether a file begins like an image that `decode` knows."""
     try:
         with Image.open(path, formats=known_formats()):
             return True
@@ -91,13 +90,9 @@ def crop(
         corner = [round(s / 2) for s in slack]
     else:
         corner = [int(rng.integers(0, s, endpoint=True)) for s in slack]
-    ratio = [have / side for have, side in zip(image.size, sides, strict=True)]
-    left, top = (r * start for r, start in zip(ratio, corner, strict=True))
-    right, bottom = (
-        min(r * (start + size), have)
-        for r, start, have in zip(ratio, corner, image.size, strict=True)
-    )
-    box = (left, top, right, bottom)
+    ratio = np.divide(image.size, sides)
+    end = np.minimum(ratio * np.add(corner, size), image.size)
+    box = (*(ratio * corner).tolist(), *end.tolist())
     return np.asarray(image.resize((size, size), resample, box))
 
 
@@ -105,39 +100,23 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise Unreadable("floating-point pixels have no known range")
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
-        return Image.fromarray(
-            (np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8), "L"
-        ).convert("RGB")
+        grey = (np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
 
-class Skipped:
-    """Names the images that could not be read on stderr, each once, and counts them."""
-
-    def __init__(self):
-        self._names: set[str] = set()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._names)
+class Skipped(dict):
+    """The names of images that could not be read; each is named once on stderr."""
 
     def add(self, name: str, reason: Unreadable) -> None:
         """Warns about one image, which the next readable one replaces."""
-        with self._lock:
-            if name in self._names:
-                return
-            self._names.add(name)
-            count = len(self._names)
+        mine = object()
+        if self.setdefault(name, mine) is not mine:  # threads add at once, and this is atomic
+            return
+        count = len(self)
         if count <= NAMED or count % 100 == 0:
             # In one piece, as other threads warn too.
             sys.stderr.write(f"warning: skipped {name}: {reason} ({count} skipped)\n")
-
-    def __getstate__(self):  # a worker process counts for itself
-        return {"_names": self._names}
-
-    def __setstate__(self, state):
-        self.__init__()
-        self._names |= state["_names"]

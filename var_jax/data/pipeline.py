@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -41,8 +41,7 @@ def batches(
     `get_state()` is a small JSON-able dict, the number of batches taken; `set_state` resumes
     exactly, with another `process_count` or number of `workers` too.
 
-    Threads make the batches: decoding leaves Python's lock to others, so they suffice for about
-    2,000 images a second. Beyond, `workers` processes with as many threads each do.
+    Threads make the batches, about 2,000 images a second; beyond that use `workers` processes.
 
     Raises: BadInput if the source is empty or the sizes or the seed make no sense.
     """
@@ -55,50 +54,30 @@ def batches(
 
 
 def epoch(
-    source: Source, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    source: Source,
+    batch_size: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    rows: range | None = None,
+    seed: int | None = None,
+    augment: Augment | None = None,
 ) -> Iterator[Batch]:
     """Every item once, in order; adds `mask`, bool (b,), False where an item is padding.
 
     Batches are shared among processes as by `batches`: each reads its own rows only, and all get
     the same number of batches. Padding repeats the last item, which is valid input for any model.
 
-    Raises: BadInput if the sizes make no sense.
-    """
-    _check(source, batch_size, 0, process_index, process_count)
-    rows = range(len(source))
-    return _padded(source.__getitem__, rows, batch_size, process_index, process_count)
-
-
-def ordered(
-    source: Source,
-    rows: range,
-    batch_size: int,
-    *,
-    seed: int | None = None,
-    augment: Augment | None = None,
-) -> Iterator[Batch]:
-    """Rows e·N + i of N items: item i as `batches` of this seed yields it in epoch e.
-
-    For storing what training would see, a part at a time. Without `seed` what evaluation sees.
-    `mask` as in `epoch`.
+    Other `rows` may be given: row e·N + i is item i of N in epoch e, with a `seed` as `batches` of
+    that seed and `augment` yields it. So what training would see can be stored part by part.
 
     Raises: BadInput if the sizes or the seed make no sense.
     """
-    _check(source, batch_size, seed or 0, 0, 1)
-    if seed is None:
-        return _padded(lambda row: source[row % len(source)], rows, batch_size)
-    stream = _Stream(source, batch_size, seed, augment)
-    return _padded(stream.of_row, rows, batch_size)
-
-
-def _padded(
-    read: Callable[[int], Batch],
-    rows: range,
-    batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Iterator[Batch]:
+    _check(source, batch_size, seed or 0, process_index, process_count)
+    rows = range(len(source)) if rows is None else rows
     size = batch_size // process_count
+    stream = None if seed is None else _Stream(source, size, seed, augment)
+    read = stream.of_row if stream else lambda row: source[row % len(source)]
 
     def batch(index: int) -> Batch:
         own = rows[index * size : (index + 1) * size]
@@ -161,25 +140,26 @@ class _Stream:
         return sys.maxsize // self._size
 
     def __getitem__(self, index: int) -> Batch:
-        return _stack(self._items(range(index * self._size, (index + 1) * self._size)))
+        return _stack([*self._items(range(index * self._size, (index + 1) * self._size))])
 
     def of_row(self, row: int) -> Batch:
-        """The item that `ordered` has at this row."""
+        """The item that `epoch` has at this row."""
         epoch, index = divmod(row, len(self._source))
         _, offsets = self._permutation(epoch)
-        (item,) = self._items([row - index + int(offsets[index])])
-        return item
+        return next(self._items([row - index + int(offsets[index])]))
 
-    def _items(self, positions: Sequence[int]) -> list[Batch]:
-        # Each item draws by its place in the stream, whichever process and thread makes it.
-        pairs = zip(positions, _generators(self._seed, positions), strict=True)
-        return [self._item(position, rng) for position, rng in pairs]
-
-    def _item(self, position: int, rng: np.random.Generator) -> Batch:
-        epoch, offset = divmod(position, len(self._source))
-        order, _ = self._permutation(epoch)
-        item = self._source.train_item(int(order[offset]), epoch, rng)
-        return self._augment(item, rng) if self._augment else item
+    def _items(self, positions: Sequence[int]) -> Iterator[Batch]:
+        """Each item draws by its place in the stream, whichever process and thread makes it."""
+        bits = np.random.Philox(key=[self._seed, 1])
+        state, rng = bits.state, np.random.Generator(bits)
+        for position in positions:
+            # One generator, set back for each item: a new one takes 30 µs.
+            state["state"]["counter"] = np.array([0, 0, 0, position], np.uint64)
+            bits.state = state
+            epoch, offset = divmod(position, len(self._source))
+            order, _ = self._permutation(epoch)
+            item = self._source.train_item(int(order[offset]), epoch, rng)
+            yield self._augment(item, rng) if self._augment else item
 
     def _permutation(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         with _PERMUTATION_LOCK:  # else all threads compute an epoch's permutation at its start
@@ -197,17 +177,6 @@ def _permutation(
     inverse = np.empty_like(order)
     inverse[order] = np.arange(count)
     return order, inverse
-
-
-def _generators(seed: int, positions: Iterable[int]) -> Iterator[np.random.Generator]:
-    """An independent generator for each position: one object, rewound, as making one is slow."""
-    bits = np.random.Philox(key=[seed, 1])
-    fresh = bits.state
-    generator = np.random.Generator(bits)
-    for position in positions:
-        fresh["state"]["counter"] = np.array([0, 0, 0, position], np.uint64)
-        bits.state = fresh
-        yield generator
 
 
 def _stack(items: Sequence[Batch]) -> Batch:

@@ -11,13 +11,15 @@ import os
 import secrets
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from var_jax import BadInput
+from var_jax.tools.files import in_bucket, read_json
+from var_jax.tools.logs import progress
 
 MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
 
@@ -38,10 +40,8 @@ class Records:
         try:
             return self._source[index]
         except RuntimeError as error:
-            shard = self.path(index // self.shard_size)
-            raise BadInput(
-                f"{shard} is damaged ({error}); remove it and write it again."
-            ) from error
+            path = self.path(index // self.shard_size)
+            raise BadInput(f"{path} is damaged ({error}); remove it and write it again.") from error
 
     @property
     def shards(self) -> int:
@@ -71,7 +71,6 @@ class Records:
     def _source(self):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        self.check_complete()
         # With the ranges told, it need not open every file at the start.
         spans = [f"{self.path(i)}[0:{len(self.rows(i))}]" for i in range(self.shards)]
         return ArrayRecordDataSource(spans)
@@ -92,7 +91,7 @@ def write_shard(path: epath.Path, records: Iterable[bytes]) -> None:
     """Writes one shard: beside, then renamed; into a bucket from a temporary file."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    remote = "://" in str(path)
+    remote = in_bucket(path)
     folder = tempfile.gettempdir() if remote else os.fspath(path.parent)
     beside = epath.Path(folder) / f".{path.name}.{secrets.token_hex(4)}.partial"
     try:
@@ -123,9 +122,30 @@ def checksum(count: int, read: Callable[[int], tuple]) -> str:
     return f"{value:08x}"
 
 
-def finished(folder: epath.Path) -> bool:
-    """Whether the folder was declared complete."""
-    return (folder / MANIFEST).exists() and not (folder / UNFINISHED).exists()
+def write_missing(
+    folder: epath.Path,
+    manifest: dict[str, Any],
+    splits: Sequence[Records],
+    make: Callable[[str, range, Any], Iterable[bytes]],
+    description: str,
+    share: slice = slice(None),
+) -> None:
+    """Writes the shards that are not there yet, then the manifest; a stopped command goes on.
+
+    `make` gives the records of a split's rows and updates a progress bar. Of several hosts each
+    writes its `share` of all shards, and whoever comes last the manifest.
+
+    Raises: BadInput if `folder` holds something else.
+    """
+    begin(folder, manifest)
+    mine = [(part, i) for part in splits for i in part.missing() if i in range(part.shards)[share]]
+    if not mine and (folder / MANIFEST).exists() and not (folder / UNFINISHED).exists():
+        return
+    with progress(sum(len(part.rows(i)) for part, i in mine), 0, description) as bar:
+        for part, i in mine:
+            write_shard(part.path(i), make(part.split, part.rows(i), bar))
+    if not any(part.missing() for part in splits):
+        finish(folder, manifest)
 
 
 def begin(folder: epath.Path, manifest: dict[str, Any]) -> None:
@@ -153,10 +173,7 @@ def begin(folder: epath.Path, manifest: dict[str, Any]) -> None:
 
 
 def finish(folder: epath.Path, manifest: dict[str, Any]) -> None:
-    """Declares the folder complete, and removes what stopped commands left half-written.
-
-    Several hosts may do so at once.
-    """
+    """Declares the folder complete, and removes what stopped commands left half-written."""
     _write_json(folder / MANIFEST, manifest)
     (folder / UNFINISHED).unlink(missing_ok=True)
     for path in folder.glob(".*.partial"):
@@ -176,17 +193,6 @@ def read_manifest(folder: epath.Path, kind: str) -> dict[str, Any]:
     if manifest.get("kind") != kind:
         raise BadInput(f"{folder} holds {manifest.get('kind')}; expected {kind}.")
     return manifest
-
-
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """A JSON object. Raises: BadInput if the file is damaged."""
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise BadInput(f"{path} is not JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise BadInput(f"{path} holds a {type(value).__name__}; expected a JSON object.")
-    return value
 
 
 def _write_json(path: epath.Path, value: dict[str, Any]) -> None:

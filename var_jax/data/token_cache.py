@@ -15,23 +15,19 @@ from etils import epath
 from var_jax import BadInput
 from var_jax.checkpoints.export import fingerprint
 from var_jax.data.augmentation import augment_items
-from var_jax.data.pipeline import Batch, ordered
+from var_jax.data.pipeline import epoch
 from var_jax.data.records import (
     Records,
-    begin,
     checksum,
-    finish,
-    finished,
     read_manifest,
     shard_size,
     short,
-    write_shard,
+    write_missing,
 )
 from var_jax.data.sources import ArraySource, ImageSource, Source
 from var_jax.data.sources.base import Item
 from var_jax.models.tokenizer import Tokenizer, encode_images
 from var_jax.sharding.mesh import put_batch
-from var_jax.tools.logs import progress
 
 KIND = "a token cache"  # in manifests
 RECORD = np.dtype("<u2")  # label and tokens below 65,536; array_record compresses the rest
@@ -53,15 +49,12 @@ class TokenCache:
         return len(self.records) // self.copies
 
     def __getitem__(self, index: int) -> Item:
-        return self._item(index)
+        numbers = np.frombuffer(self.records[index], RECORD).astype(np.int32)
+        return {"tokens": numbers[1:], "label": numbers[0]}
 
     def train_item(self, index: int, epoch: int, rng: np.random.Generator) -> Item:
         """The tokens of the image in this epoch; nothing is random."""
-        return self._item(epoch % self.copies * len(self) + index)
-
-    def _item(self, record: int) -> Item:
-        numbers = np.frombuffer(self.records[record], RECORD).astype(np.int32)
-        return {"tokens": numbers[1:], "label": numbers[0]}
+        return self[epoch % self.copies * len(self) + index]
 
 
 def open_tokens(
@@ -89,6 +82,7 @@ def open_tokens(
         **settings,
         f"{split}_images": len(source),
         f"checksum_of_{split}_images": checksum_of(source),
+        "class_names": list(source.class_names),
     }
     for name, ours in wanted.items():
         if found.get(name) != ours:
@@ -96,8 +90,6 @@ def open_tokens(
                 f"{folder} holds tokens made with {name}={short(found.get(name))}, but this run has"
                 f" {name}={short(ours)}."
             )
-    if manifest["class_names"] != list(source.class_names):
-        raise BadInput(f"{folder} and data.source have different classes.")
     records = records_of(manifest, folder, split)
     records.check_complete()
     return TokenCache(records, manifest["copies"][split], tuple(manifest["class_names"]))
@@ -127,28 +119,20 @@ def write_cache(
     settings = {"seed": seed, **augmentation, **(about or {})}
     manifest = make_manifest(tokenizer, sources, copies, **settings)
     check_counts(tokenizer.config.vocab_size, len(manifest["class_names"]))
-    begin(out, manifest)
-    records = {split: records_of(manifest, str(out), split) for split in sources}
-    mine = [
-        (split, shard)
-        for split in sources
-        for shard in records[split].missing()
-        if shard % jax.process_count() == jax.process_index()
-    ]
-    if not mine and finished(out):
-        return manifest
-    with progress(sum(len(records[split].rows(i)) for split, i in mine), 0, "tokens") as bar:
-        for split, shard in mine:
-            training = {"seed": seed, "augment": augment_items(**augmentation)}
-            batches = ordered(
-                sources[split],
-                records[split].rows(shard),
-                batch_size,
-                **(training if split == "train" else {}),
-            )
-            write_shard(records[split].path(shard), _records(tokenizer, batches, mesh, bar))
-    if not any(part.missing() for part in records.values()):
-        finish(out, manifest)
+    augment = augment_items(**augmentation)
+
+    def make(split: str, rows: range, bar) -> Iterator[bytes]:
+        training = {"seed": seed, "augment": augment} if split == "train" else {}
+        for batch in epoch(sources[split], batch_size, rows=rows, **training):
+            mask = batch.pop("mask")
+            tokens = np.asarray(encode_images(tokenizer, put_batch(batch, mesh)["image"]))
+            for row in np.flatnonzero(mask):
+                yield np.array([batch["label"][row], *tokens[row]]).astype(RECORD).tobytes()
+            bar.update(int(mask.sum()))
+
+    parts = [records_of(manifest, str(out), split) for split in sources]
+    mine = slice(jax.process_index(), None, jax.process_count())
+    write_missing(out, manifest, parts, make, "tokens", mine)
     return manifest
 
 
@@ -190,12 +174,3 @@ def check_counts(codes: int, classes: int) -> None:
     most = np.iinfo(RECORD).max + 1
     if max(codes, classes) > most:
         raise BadInput(f"{codes} codes and {classes} classes; a token cache has room for {most}.")
-
-
-def _records(tokenizer: Tokenizer, batches: Iterator[Batch], mesh, bar) -> Iterator[bytes]:
-    for batch in batches:
-        mask = batch.pop("mask")
-        tokens = np.asarray(encode_images(tokenizer, put_batch(batch, mesh)["image"]))
-        for row in np.flatnonzero(mask):
-            yield np.array([batch["label"][row], *tokens[row]]).astype(RECORD).tobytes()
-        bar.update(int(mask.sum()))

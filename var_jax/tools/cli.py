@@ -7,7 +7,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,7 +40,7 @@ def call(main: Main, define_flags: Callable[[], None], argv: Sequence[str] = ())
 
     Its flags exist only meanwhile, so that commands can run one after another. Ends like `run`.
     """
-    args = flags.FLAGS
+    args, code, message = flags.FLAGS, 0, ""
     before, was_parsed = set(args), args.is_parsed()
     try:
         define_flags()
@@ -49,18 +50,20 @@ def call(main: Main, define_flags: Callable[[], None], argv: Sequence[str] = ())
             _parse(args, argv)
             main(args)
     except KeyboardInterrupt:
-        return _say("interrupted", INTERRUPTED)
+        code, message = INTERRUPTED, "interrupted"
     except Exception as error:
         sentence = _sentence(error)
         if sentence is None:
             raise
-        return _say(f"error: {sentence}", BAD_INPUT)
+        code, message = BAD_INPUT, f"error: {sentence}"
     finally:
         for name in set(args) - before:
             delattr(args, name)
         if not was_parsed:
             args.unparse_flags()
-    return 0
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    return code
 
 
 def define_config_flag() -> None:
@@ -126,11 +129,6 @@ def _help(main: Main, names: list[str]) -> str:
     return f"{sys.modules[main.__module__].__doc__}\n{ours.get_help(include_special_flags=False)}"
 
 
-def _say(sentence: str, code: int) -> int:
-    print(sentence, file=sys.stderr, flush=True)
-    return code
-
-
 def _sentence(error: Exception) -> str | None:
     """What to tell about a mistake of the user's or a full disk; None for a bug."""
     if isinstance(error, BadInput):
@@ -138,19 +136,16 @@ def _sentence(error: Exception) -> str | None:
     return _disk_full(error) or _memory_full(error) or _bad_path(error)
 
 
-def _disk_full(error: BaseException) -> str | None:
-    for link in _chain(error):
-        text = str(link)
-        by_code = isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT)
-        if by_code or re.search(r"No space left on device|Disk quota exceeded", text):
-            path = getattr(link, "filename", None)
-            if path is None and (found := re.search(r"""["'](/[^"']+)["']""", text)):
-                path = found[1]
-            # Inside Orbax's temporary folder: name the folder that the user knows.
-            known = os.path.dirname(str(path or "").split(".orbax-checkpoint-tmp")[0])
-            where = f" holding {known}" if known else ""
-            return f"the disk{where} is full; free some space and run the same command again"
-    return None
+def _disk_full(error: Exception) -> str | None:
+    # Libraries wrap what the system said; without frames this is the text of all in the chain.
+    text = "".join(traceback.format_exception(error, limit=0))
+    if not (found := re.search(r".*(No space left on device|Disk quota exceeded).*", text)):
+        return None
+    path = re.search(r"""["']([^"']*/[^"']+)["']""", found[0])
+    # Inside Orbax's temporary folder: name the folder that the user knows.
+    known = os.path.dirname(path[1].split(".orbax-checkpoint-tmp")[0]) if path else ""
+    where = f" holding {known}" if known else ""
+    return f"the disk{where} is full; free some space and run the same command again"
 
 
 def _memory_full(error: BaseException) -> str | None:
@@ -172,18 +167,6 @@ def _bad_path(error: Exception) -> str | None:
     if isinstance(error, ImportError) and "gcsfs" in str(error):
         return "gs:// folders need one package more: pip install 'var_jax[gcs]'"
     return None
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    todo = [error]
-    while todo:
-        link = todo.pop(0)
-        if link is None or id(link) in seen:
-            continue
-        seen.add(id(link))
-        yield link
-        todo += [*getattr(link, "exceptions", ()), link.__cause__, link.__context__]
 
 
 def _quiet_libraries() -> None:

@@ -1,11 +1,15 @@
 """Files that are whole or not there, and locks."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import PurePath
+from typing import Any
 
 from etils import epath
+
+from var_jax import BadInput
 
 
 @contextlib.contextmanager
@@ -21,6 +25,17 @@ def replacing(path: str | PurePath) -> Iterator[epath.Path]:
         with contextlib.suppress(OSError):  # the first error is the one to tell
             beside.unlink(missing_ok=True)
         raise
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """A JSON object. Raises: BadInput if the file holds something else."""
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise BadInput(f"{path} cannot be read: expected JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} holds a {type(value).__name__}; expected a JSON object.")
+    return value
 
 
 def in_bucket(path: str | PurePath) -> bool:

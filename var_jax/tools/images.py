@@ -1,6 +1,5 @@
 """Images for people: PNG files, grids of samples, labelled rows, line charts."""
 
-import io
 from pathlib import PurePath
 
 import numpy as np
@@ -16,16 +15,15 @@ TINT = (255, 0, 128)
 
 def save_png(path: str | PurePath, image: UInt8[np.ndarray, "H W 3"]) -> None:
     """Writes `image` as PNG; beside first, then renamed into place."""
-    data = io.BytesIO()
-    Image.fromarray(np.asarray(image)).save(data, format="PNG")
-    _write(path, data.getvalue())
+    with replacing(path) as beside, beside.open("wb") as file:
+        Image.fromarray(np.asarray(image)).save(file, format="PNG")
 
 
 def grid(
     images: UInt8[np.ndarray, "N h w 3"], columns: int, pad: int = GAP, scale: int = 1
 ) -> UInt8[np.ndarray, "H W 3"]:
     """`images` row by row as one, each pixel `scale` wide."""
-    images = _enlarge(images, scale)
+    images = np.asarray(images).repeat(scale, axis=1).repeat(scale, axis=2)
     n, height, width, _ = images.shape
     rows = -(-n // columns)
     shape = (rows * (height + pad) - pad, columns * (width + pad) - pad, 3)
@@ -69,21 +67,18 @@ def labelled_rows(
 
 def curves(path: str | PurePath, series: dict[str, dict[str, tuple]]) -> None:
     """Writes a PNG with one small line chart for each title: {title: {label: (steps, y)}}."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     columns = min(len(series), 3)
     rows = -(-len(series) // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(4.2 * columns, 3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(series) :]:
         axis.set_visible(False)
     for axis, (title, lines) in zip(axes.flat, series.items(), strict=False):
         if len(lines) > 5:  # a series, such as scales: from dark to light
-            axis.set_prop_cycle(color=pyplot.colormaps["viridis"](np.linspace(0, 0.9, len(lines))))
+            axis.set_prop_cycle(color=colormaps["viridis"](np.linspace(0, 0.9, len(lines))))
         for label, (x, y) in lines.items():
             axis.plot(x, y, label=label, linewidth=1.6, marker="o" if len(x) < 12 else None, ms=3.5)
         axis.set_title(title, fontsize=11, loc="left")
@@ -95,16 +90,5 @@ def curves(path: str | PurePath, series: dict[str, dict[str, tuple]]) -> None:
         axis.spines[["left", "bottom"]].set_color("0.7")
         if len(lines) > 1:
             axis.legend(frameon=False, fontsize=8, ncols=1 + len(lines) // 8)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=150)
-    pyplot.close(figure)
-    _write(path, data.getvalue())
-
-
-def _enlarge(images: np.ndarray, scale: int) -> np.ndarray:
-    return np.asarray(images).repeat(scale, axis=1).repeat(scale, axis=2)
-
-
-def _write(path: str | PurePath, data: bytes) -> None:
-    with replacing(path) as beside:
-        beside.write_bytes(data)
+    with replacing(path) as beside, beside.open("wb") as file:
+        figure.savefig(file, format="png", dpi=150)

@@ -33,11 +33,9 @@ class Metrics:
     """
 
     def __init__(self, workdir: str | PurePath):
-        self._workdir = epath.Path(workdir)
-        self._path = self._workdir / "metrics.jsonl"
+        self._workdir = self._local = epath.Path(workdir)
         self._writes = jax.process_index() == 0
         self._remote = in_bucket(workdir)
-        self._local = self._workdir
         self._copied = time.monotonic()
         if self._remote:
             folder = tempfile.TemporaryDirectory(prefix="tensorboard")
@@ -73,7 +71,7 @@ class Metrics:
 
     def records(self) -> list[dict]:
         """What metrics.jsonl holds so far."""
-        return _records(self._text())
+        return read_metrics(self._workdir)
 
     def rewind(self, stage: str, step: int) -> None:
         """Forgets what `stage` wrote after `step`, and a last line that a kill cut in half.
@@ -82,11 +80,11 @@ class Metrics:
         """
         if not self._writes:
             return
-        kept = [r for r in self.records() if r["stage"] != stage or r["step"] <= step]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        if text != self._text():
-            with replacing(self._path) as beside:
-                beside.write_text(text)
+        path = self._workdir / "metrics.jsonl"
+        if path.exists():
+            kept = [r for r in self.records() if r["stage"] != stage or r["step"] <= step]
+            with replacing(path) as beside:
+                beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self.close()
         self._board(stage).hide_from(step + 1)
 
@@ -107,9 +105,6 @@ class Metrics:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
 
-    def _text(self) -> str:
-        return self._path.read_text() if self._path.exists() else ""
-
     def _board(self, stage: str) -> "Board":
         if stage not in self._boards:
             from var_jax.tools.tensorboard import Board
@@ -121,12 +116,9 @@ class Metrics:
 def read_metrics(workdir: str | PurePath) -> list[dict]:
     """The records of `workdir`/metrics.jsonl in the order written; [] if there is no such file."""
     path = epath.Path(workdir) / "metrics.jsonl"
-    return _records(path.read_text()) if path.exists() else []
-
-
-def _records(text: str) -> list[dict]:
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     # A line without its newline was cut by a kill, even where the part left is valid JSON.
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 @contextlib.contextmanager
@@ -135,11 +127,12 @@ def progress(total: int, initial: int = 0, description: str = ""):
 
     `with progress(1000, 0, "training") as bar: bar.update(1, loss=2.31)`.
     """
-    bar = (_Bar if sys.stderr.isatty() else _Lines)(total, initial, description)
-    try:
+    if not sys.stderr.isatty():
+        yield _Lines(total, initial, description)
+        return
+    columns, rows = shutil.get_terminal_size()  # 80 x 24 where a terminal says 0
+    with _Bar(total=total, initial=initial, desc=description, ncols=columns, nrows=rows) as bar:
         yield bar
-    finally:
-        bar.close()
 
 
 def _short(metrics: Mapping[str, SupportsFloat]) -> dict[str, str]:
@@ -147,19 +140,12 @@ def _short(metrics: Mapping[str, SupportsFloat]) -> dict[str, str]:
     return {name: f"{float(value):.4g}" for name, value in metrics.items()}
 
 
-class _Bar:
-    def __init__(self, total: int, initial: int, description: str):
-        columns, rows = shutil.get_terminal_size()  # 80 x 24 where a terminal says 0
-        self._bar = tqdm(total=total, initial=initial, desc=description, ncols=columns, nrows=rows)
-
+class _Bar(tqdm):
     def update(self, n: int = 1, **metrics: SupportsFloat) -> None:
         """Counts `n` more steps and shows `metrics`."""
         if metrics:
-            self._bar.set_postfix(_short(metrics), refresh=False)
-        self._bar.update(n)
-
-    def close(self) -> None:
-        self._bar.close()
+            self.set_postfix(_short(metrics), refresh=False)
+        super().update(n)
 
 
 class _Lines:
@@ -183,9 +169,5 @@ class _Lines:
             rate = (self._done - before) / (now - start)
             left = tqdm.format_interval((self._total - self._done) / rate)
             values += f", {rate:.3g}/s, {left} left"
-        print(
-            f"{self._description} {self._done}/{self._total}{values}", file=sys.stderr, flush=True
-        )
-
-    def close(self) -> None:
-        pass
+        line = f"{self._description} {self._done}/{self._total}{values}"
+        print(line, file=sys.stderr, flush=True)

@@ -14,8 +14,18 @@ from jaxtyping import UInt8
 from var_jax import BadInput
 from var_jax.tools.files import replacing
 
-# What NumPy and zipfile raise for a file that is damaged or no npz.
-DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError)
+
+@contextlib.contextmanager
+def reading(path: str | PurePath) -> Iterator[None]:
+    """Turns what NumPy and zipfile raise for a file that is damaged or no npz into BadInput."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError) as error:
+        raise BadInput(f"{path} is no npz file, or a damaged one ({error}).") from error
 
 
 class Images:
@@ -41,24 +51,21 @@ class Images:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[zipfile.ZipExtFile]:
-        try:
-            with self.path.open("rb") as whole, zipfile.ZipFile(whole) as archive:
-                if "arr_0.npy" not in archive.namelist():
-                    names = ", ".join(n.removesuffix(".npy") for n in archive.namelist())
-                    raise BadInput(f"{self.path} holds {names or 'nothing'}, expected 'arr_0'.")
-                with archive.open("arr_0.npy") as file:
-                    yield file  # type: ignore[misc]
-        except OSError as error:
-            raise BadInput(f"{self.path} cannot be read: {error.strerror or error}.") from error
-        except DAMAGED as error:
-            if isinstance(error, BadInput):
-                raise
-            raise BadInput(f"{self.path} is no npz file, or a damaged one ({error}).") from error
+        with (
+            reading(self.path),
+            self.path.open("rb") as whole,
+            zipfile.ZipFile(whole) as archive,
+        ):
+            if "arr_0.npy" not in archive.namelist():
+                names = ", ".join(n.removesuffix(".npy") for n in archive.namelist())
+                raise BadInput(f"{self.path} holds {names or 'nothing'}, expected 'arr_0'.")
+            with archive.open("arr_0.npy") as file:
+                yield file  # type: ignore[misc]
 
     def _header(self, file: zipfile.ZipExtFile) -> tuple[int, ...]:
-        version = np.lib.format.read_magic(file)
-        read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-        shape, by_column, dtype = read[min(version[0], 2)](file)
+        version, _ = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+        shape, by_column, dtype = read[version > 1](file)
         if dtype != np.uint8 or by_column or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
             order = ", stored by columns" if by_column else ""
             raise BadInput(
@@ -81,11 +88,7 @@ def join_npz(path: str | PurePath, parts: Sequence[str | PurePath], length: int)
 
     Part by part, so that memory holds one of them; beside first, then renamed into place.
     """
-    with (
-        replacing(path) as beside,
-        beside.open("wb") as whole,
-        zipfile.ZipFile(whole, "w") as archive,
-    ):
+    with replacing(path) as new, new.open("wb") as whole, zipfile.ZipFile(whole, "w") as archive:
         for name in load_npz(parts[0]):
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 for number, part in enumerate(parts):

@@ -4,6 +4,7 @@ The TPU compiler writes its own estimate, `"estimated_cycles":"N"`, on every fus
 and copy; kernels (custom calls) carry none. Loop bodies count once for every trip.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -47,20 +48,19 @@ class Program:
             elif line.startswith("  "):
                 lines.append(line)
 
-    def ops(self, inside_fusions: bool = False) -> Iterator[Op]:
+    def ops(
+        self, inside_fusions: bool = False, computation: str = "", times: int = 1
+    ) -> Iterator[Op]:
         """Every instruction that runs; those of fusions, which share a cost, on request."""
-        yield from self._walk(self.entry, 1, inside_fusions)
-
-    def _walk(self, computation: str, times: int, inside_fusions: bool) -> Iterator[Op]:
+        computation = computation or self.entry
         for line in self.computations[computation]:
             if not (found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(", line)):
                 continue
             op = Op(found[1], found[3], found[2], line, computation, times)
             yield op
             trips = self.trips(line) if op.kind == "while" else 1
-            called = _called(op, inside_fusions)
-            for name in called:
-                yield from self._walk(name, times * trips, inside_fusions)
+            for name in _called(op, inside_fusions):
+                yield from self.ops(inside_fusions, name, times * trips)
 
     def trips(self, line: str) -> int:
         """How often a while loop runs: what its line says, or the constant it counts up to."""
@@ -78,10 +78,8 @@ class Program:
         kinds = {k for line in body for k in re.findall(r" ([a-z][\w\-]*)\(", line)}
         if kinds & {"convolution", "dot"}:
             return "matrix products"
-        if kinds & {"dynamic-update-slice", "dynamic-slice"} and not kinds & {
-            "reduce",
-            "exponential",
-        }:
+        slices = kinds & {"dynamic-update-slice", "dynamic-slice"}
+        if slices and not kinds & {"reduce", "exponential"}:
             return "activations kept and read"
         if op.kind in ("copy", "transpose", "pad", "slice", "concatenate", "reshape"):
             return "copies and layouts"
@@ -165,10 +163,7 @@ def _group_size(text: str) -> int:
 
 def _bytes(result: str) -> int:
     """The size of an instruction's result as its type gives it; of a tuple, all of it."""
-    total = 0
-    for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
-        count = 1
-        for side in filter(None, shape.split(",")):
-            count *= int(side)
-        total += count * WIDTHS.get(dtype, 4)
-    return total
+    return sum(
+        WIDTHS.get(dtype, 4) * math.prod(map(int, re.findall(r"\d+", shape)))
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result)
+    )

@@ -17,7 +17,6 @@ from var_jax.checkpoints.torch.names import (
     CODE_USAGE,
     Tensors,
     buffers,
-    check,
     from_torch,
     leaves,
     to_torch,
@@ -26,6 +25,7 @@ from var_jax.checkpoints.torch.pth import read_pth, write_pth
 from var_jax.checkpoints.torch.safetensors import read_safetensors, write_safetensors
 from var_jax.checkpoints.torch.sizes import tokenizer_config, transformer_config
 from var_jax.config import TokenizerConfig, TransformerConfig
+from var_jax.tools.files import replacing
 from var_jax.tools.logs import progress
 
 ModelConfig = TokenizerConfig | TransformerConfig
@@ -33,6 +33,8 @@ Build = Callable[[ModelConfig], Any]
 WRITERS = {"pth": write_pth, "safetensors": write_safetensors}
 # Where a training checkpoint of the release keeps its two state dicts.
 INSIDE = {"tokenizer": ("trainer", "vae_local"), "transformer": ("trainer", "var_wo_ddp")}
+# What the release's tokenizer has no option for.
+FIXED = {"patch_size": 1, "norm_groups": 32, "num_res_blocks": 2, "channel_mults": (1, 1, 2, 2, 4)}
 
 
 def open_tensors(path: str | Path, *keys: str) -> Tensors:
@@ -92,9 +94,6 @@ def read_models(
         configs["tokenizer"] = tokenizer_config(files["tokenizer"], patch_nums, codebook_znorm)
     check_pair(paths, configs)
     models = {name: build(configs[name]) for name in paths}
-    for name, model in models.items():
-        with naming(paths[name]):
-            check(model, files[name])
     total = sum(len(names) for model in models.values() for _, _, names, _ in leaves(model))
     with progress(total, 0, "reading tensors") as bar:
         for name, model in models.items():
@@ -149,30 +148,20 @@ def write_models(
         raise BadInput(" ".join(left_out.values()))
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder} is a file; expected a folder to write to.")
-    folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.{format}" for name in states}
-    beside = {name: folder / f".{path.name}.partial" for name, path in paths.items()}
-    try:
-        with progress(sum(map(len, states.values())), 0, "writing tensors") as bar:
-            for name, state in states.items():
-                WRITERS[format](beside[name], state, bar.update)
-        for name, path in paths.items():
-            beside[name].replace(path)
-    finally:
-        for path in beside.values():
-            path.unlink(missing_ok=True)
+    total = sum(map(len, states.values()))
+    with contextlib.ExitStack() as stack, progress(total, 0, "writing tensors") as bar:
+        for name, state in states.items():
+            beside = stack.enter_context(replacing(paths[name]))
+            WRITERS[format](beside, state, bar.update)
     return paths, left_out
 
 
 def no_counterpart(config: ModelConfig) -> str:
     """Which field of a config the PyTorch release cannot express; "" if none."""
-    if isinstance(config, TokenizerConfig):
-        for field, only in (
-            ("patch_size", 1), ("norm_groups", 32), ("num_res_blocks", 2),
-            ("channel_mults", (1, 1, 2, 2, 4)),
-        ):  # fmt: skip
-            if (value := getattr(config, field)) != only:
-                return f"tokenizer.{field}={value} has no counterpart in the PyTorch release"
+    for field, only in FIXED.items():
+        if (value := getattr(config, field, only)) != only:
+            return f"tokenizer.{field}={value} has no counterpart in the PyTorch release"
     return ""
 
 

@@ -40,42 +40,40 @@ TOKENIZER_RULES = (
     (r"^quantizer\.codebook$", "quantize.embedding.weight"),
     (r"\.(kernel|scale)$", ".weight"),
 )
+# Linear layers, theirs (out, in): NAME and NAME_bias are .weight and .bias of
+LINEAR = {
+    "word": "word_embed",
+    "ada": "shared_ada_lin.1",
+    "blocks.ada": "ada_lin.1",
+    "blocks.qkv": "attn.mat_qkv",
+    "blocks.proj": "attn.proj",
+    "blocks.fc1": "ffn.fc1",
+    "blocks.fc2": "ffn.fc2",
+    "head_ada": "head_nm.ada_lin.1",
+    "head": "head",
+}
 TRANSFORMER_NAMES = {
     "class_embed": "class_emb.weight",
     "start": "pos_start",
     "pos_embed": "pos_1LC",
     "level_embed": "lvl_embed.weight",
-    "word": "word_embed.weight",
-    "word_bias": "word_embed.bias",
-    "ada": "shared_ada_lin.1.weight",
-    "ada_bias": "shared_ada_lin.1.bias",
     "blocks.ada_offset": "ada_gss",
-    "blocks.ada": "ada_lin.1.weight",
-    "blocks.ada_bias": "ada_lin.1.bias",
     "blocks.log_scale": "attn.scale_mul_1H11",
-    "blocks.qkv": "attn.mat_qkv.weight",
     "blocks.q_bias": "attn.q_bias",
     "blocks.v_bias": "attn.v_bias",
-    "blocks.proj": "attn.proj.weight",
-    "blocks.proj_bias": "attn.proj.bias",
-    "blocks.fc1": "ffn.fc1.weight",
-    "blocks.fc1_bias": "ffn.fc1.bias",
-    "blocks.fc2": "ffn.fc2.weight",
-    "blocks.fc2_bias": "ffn.fc2.bias",
-    "head_ada": "head_nm.ada_lin.1.weight",
-    "head_ada_bias": "head_nm.ada_lin.1.bias",
-    "head": "head.weight",
-    "head_bias": "head.bias",
+    **{name: f"{layer}.weight" for name, layer in LINEAR.items()},
+    **{f"{name}_bias": f"{layer}.bias" for name, layer in LINEAR.items()},
 }
 CODE_USAGE = "quantize.ema_vocab_hit_SV"
-LINEAR = ("word", "ada", "qkv", "proj", "fc1", "fc2", "head_ada", "head")  # theirs are (out, in)
 
 
-def torch_names(path: str, shape: tuple[int, ...]) -> list[str]:
+def torch_names(path: str, shape: tuple[int, ...], num_phi: int) -> list[str]:
     """Their name of one of our leaves; several where ours stacks layers along the first axis."""
-    if path in ("quantizer.phi_kernel", "quantizer.phi_bias"):
+    if path.startswith("quantizer.phi_"):
         leaf = "weight" if path.endswith("kernel") else "bias"
-        return [f"quantize.quant_resi.{phi}.{leaf}" for phi in range(shape[0])]
+        # The container is named after how the scales share the convolutions (0: not).
+        form = {0: "{}", 1: "qresi"}.get(num_phi, "qresi_ls.{}")
+        return [f"quantize.quant_resi.{form.format(phi)}.{leaf}" for phi in range(shape[0])]
     if path.startswith("blocks."):
         return [f"blocks.{i}.{TRANSFORMER_NAMES[path]}" for i in range(shape[0])]
     if path in TRANSFORMER_NAMES:
@@ -85,28 +83,16 @@ def torch_names(path: str, shape: tuple[int, ...]) -> list[str]:
     return [path]
 
 
-def phi_name(name: str, num_phi: int) -> str:
-    """The container of the phi convolutions is named after how they are shared (0: not)."""
-    if num_phi == 1:
-        return name.replace("quant_resi.0.", "quant_resi.qresi.")
-    return name.replace("quant_resi.", "quant_resi.qresi_ls.") if num_phi else name
-
-
 def leaves(model: nnx.Module) -> Iterator[tuple[str, bool, list[str], tuple[int, ...]]]:
     """(our path, stacked?, their names, our shape of one of them) of every leaf."""
     num_phi = getattr(model.config, "num_phi", 0)  # type: ignore[attr-defined]
     for key, leaf in jax.tree_util.tree_leaves_with_path(model):
         path = path_name(key)
-        stacked = path.startswith("blocks.") or "phi_" in path
-        names = [phi_name(name, num_phi) for name in torch_names(path, leaf.shape)]
-        yield path, stacked, names, leaf.shape[stacked:]
+        stacked = path.startswith(("blocks.", "quantizer.phi_"))
+        yield path, stacked, torch_names(path, leaf.shape, num_phi), leaf.shape[stacked:]
 
 
-def from_torch(
-    model: T,
-    tensors: Tensors,
-    done: Callable[[], object] = lambda: None,
-) -> T:
+def from_torch(model: T, tensors: Tensors, done: Callable[[], object] = lambda: None) -> T:
     """`model` (its leaves may be abstract) with the weights of a state dict, in their dtypes.
 
     The tensors may lie in a file: they are read one by one, after `check`; `done` is called after
@@ -182,27 +168,21 @@ def check(model: nnx.Module, tensors: Tensors) -> None:
 
 def from_theirs(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """One of their tensors in our layout."""
-    if is_conv(path):
+    if path.endswith("kernel"):  # of a convolution: theirs OIHW, ours HWIO
         return array.transpose(2, 3, 1, 0)
-    return (array.T if path.split(".")[-1] in LINEAR else array).reshape(shape)
+    return (array.T if path in LINEAR else array).reshape(shape)
 
 
 def theirs(path: str, array: np.ndarray) -> np.ndarray:
     """One of our tensors in their layout."""
-    leaf = path.split(".")[-1]
-    if is_conv(path):
+    if path.endswith("kernel"):
         return array.transpose(3, 2, 0, 1)
-    if leaf in LINEAR:
-        inputs = 2 if leaf == "proj" else 1  # proj reads (heads, head_dim)
+    if path in LINEAR:
+        inputs = 2 if path == "blocks.proj" else 1  # proj reads (heads, head_dim)
         return array.reshape(int(np.prod(array.shape[:inputs])), -1).T
-    lead = {"start": (1,), "pos_embed": (1,), "ada_offset": (1, 1)}.get(leaf, ())
-    if leaf == "log_scale":
-        return array.reshape(1, -1, 1, 1)
-    if leaf.endswith("bias"):
+    if path.endswith("bias"):
         return array.reshape(-1)
+    if path == "blocks.log_scale":
+        return array.reshape(1, -1, 1, 1)
+    lead = {"start": (1,), "pos_embed": (1,), "blocks.ada_offset": (1, 1)}.get(path, ())
     return array.reshape(*lead, *array.shape)
-
-
-def is_conv(path: str) -> bool:
-    """Whether the leaf is a convolution kernel: ours HWIO, theirs OIHW."""
-    return path.endswith("kernel")

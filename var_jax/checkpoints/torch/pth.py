@@ -12,7 +12,7 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -219,7 +219,7 @@ class Unpickler(pickle._Unpickler):
 
 
 def write_pth(
-    path: Path, tensors: Mapping[str, np.ndarray], done: Callable[[], object] = lambda: None
+    path: PurePath, tensors: Mapping[str, np.ndarray], done: Callable[[], object] = lambda: None
 ) -> None:
     """Writes what `torch.save` of a state dict writes; `done` is called after each tensor."""
     with zipfile.ZipFile(path, "w") as archive:

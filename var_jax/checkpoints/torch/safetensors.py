@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, np.ndarray], done: Callable[[], object] = lambda: None
+    path: PurePath, tensors: Mapping[str, np.ndarray], done: Callable[[], object] = lambda: None
 ) -> None:
     """Writes a `.safetensors` file; `done` is called for each tensor."""
     save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, path)

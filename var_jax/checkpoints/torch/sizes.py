@@ -11,6 +11,7 @@ from var_jax.config import TokenizerConfig, TransformerConfig
 from var_jax.schedule import PATCH_NUMS_256, PATCH_NUMS_512, level_ids, num_tokens
 
 MARKS = {"tokenizer": "encoder.conv_in.weight", "transformer": "word_embed.weight"}
+TEMPERATURES = "blocks.0.attn.scale_mul_1H11"  # one for each head, with QK-norm
 
 
 def check_kind(tensors: Tensors, kind: str) -> None:
@@ -33,14 +34,8 @@ def tokenizer_config(
     channels = sizes(tensors, "encoder.conv_in.weight", 4)[0]
     widths = [
         sizes(tensors, f"encoder.down.{level}.block.0.conv1.weight", 4)[0]
-        for level in range(count(tensors, r"encoder\.down\.(\d+)\."))
+        for level in range(count(tensors, r"encoder\.down\.(\d+)\.") or 1)
     ]
-    if not widths:
-        raise BadInput(
-            "no tensor encoder.down.0.block.0.conv1.weight; expected a tokenizer's levels."
-        )
-    if any(width % channels for width in widths):
-        raise BadInput(f"levels of {widths} channels are no multiples of the first, {channels}.")
     if patch_nums is None:
         scales = sizes(tensors, CODE_USAGE, 2)[0] if CODE_USAGE in tensors else 0
         scales = count(tensors, r"quantize\.quant_resi\.(\d+)\.") or scales
@@ -61,18 +56,13 @@ def tokenizer_config(
 
 def phis(tensors: Tensors, patch_nums: tuple[int, ...]) -> int:
     """How many phi convolutions the scales share; 0 if each has its own."""
-    if count(tensors, r"quantize\.quant_resi\.qresi\.()"):
-        return 1
     own = count(tensors, r"quantize\.quant_resi\.(\d+)\.")
     if own not in (0, len(patch_nums)):
         raise BadInput(
             f"{own} tensors 'quantize.quant_resi.*.weight', each for one scale, do not fit the"
             f" {len(patch_nums)} scales of patch_nums={patch_nums}."
         )
-    shared = count(tensors, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.")
-    if not own and not shared:
-        raise BadInput("tensor 'quantize.quant_resi.qresi_ls.0.weight' is missing.")
-    return shared
+    return count(tensors, r"quantize\.quant_resi\.qresi(?:_ls\.(\d+))?\.")
 
 
 def transformer_config(
@@ -87,7 +77,6 @@ def transformer_config(
     vocab_size = sizes(tensors, "head.weight", 2)[0]
     hidden = sizes(tensors, "blocks.0.ffn.fc1.weight", 2)[0]
     depth = count(tensors, r"blocks\.(\d+)\.")
-    qk_norm = "blocks.0.attn.scale_mul_1H11" in tensors
     return TransformerConfig(
         patch_nums=schedule(tensors, patch_nums),
         vocab_size=vocab_size,
@@ -97,7 +86,7 @@ def transformer_config(
         width=width,
         num_heads=heads(tensors, width, num_heads),
         mlp_ratio=hidden / width,
-        qk_norm=qk_norm,
+        qk_norm=TEMPERATURES in tensors,
         shared_adaln="shared_ada_lin.1.weight" in tensors,
         drop_path=0.1 * depth / 24,
     )
@@ -105,14 +94,13 @@ def transformer_config(
 
 def heads(tensors: Tensors, width: int, num_heads: int | None) -> int:
     """One for each temperature; without QK-norm the argument, or heads of 64 channels."""
-    name = "blocks.0.attn.scale_mul_1H11"
-    if name not in tensors:
+    if TEMPERATURES not in tensors:
         if num_heads is None and width % 64:
             raise BadInput(f"width {width} is no multiple of 64; give --num_heads.")
         return num_heads or width // 64
-    found = sizes(tensors, name, 4)[1]
+    found = sizes(tensors, TEMPERATURES, 4)[1]
     if num_heads not in (None, found):
-        raise BadInput(f"--num_heads={num_heads}, but tensor {name!r} is of {found} heads.")
+        raise BadInput(f"--num_heads={num_heads}, but {TEMPERATURES!r} is of {found} heads.")
     return found
 
 

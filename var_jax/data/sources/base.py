@@ -46,9 +46,6 @@ class EncodedImages:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> tuple[bytes, int, str]:
-        return self.read(index)
-
 
 @dataclasses.dataclass(frozen=True)
 class ImageSource:

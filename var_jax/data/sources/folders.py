@@ -1,7 +1,7 @@
 """Trees of image files with one folder for each class, local or in a bucket."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,12 @@ from var_jax import BadInput
 from var_jax.data.decoding import is_image
 from var_jax.data.sources.base import EncodedImages, split_indices
 from var_jax.data.sources.imagenet import readable
+from var_jax.tools.files import in_bucket
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"
 )  # fmt: skip
-FOLDERS = {"train": ("train",), "validation": ("validation", "valid", "val")}
+VALIDATION = ("validation", "valid", "val")
 
 
 def open_folders(folder: epath.Path, split: str) -> EncodedImages:
@@ -23,13 +24,13 @@ def open_folders(folder: epath.Path, split: str) -> EncodedImages:
 
     Raises: BadInput if a class has no images, or the two splits have different classes.
     """
-    train = _first_folder(folder, FOLDERS["train"])
-    if train is None:
+    train = folder / "train"
+    if not train.is_dir():
         return _open_classes(folder, _folder_names(folder), hold_out=split)
     classes = _folder_names(train)
     if split == "train":
         return _open_classes(train, classes)
-    validation = _first_folder(folder, FOLDERS["validation"])
+    validation = next((folder / name for name in VALIDATION if (folder / name).is_dir()), None)
     if validation is None:
         raise BadInput(f"{folder} has train, but no validation or val folder beside it.")
     if extra := sorted(set(_folder_names(validation)) - set(classes)):
@@ -38,17 +39,14 @@ def open_folders(folder: epath.Path, split: str) -> EncodedImages:
 
 
 def _open_classes(folder: epath.Path, classes: Sequence[str], hold_out: str = "") -> EncodedImages:
-    """The images in the folders of these classes, all or those of one split.
-
-    Raises: BadInput if a folder has none.
-    """
+    """The images in the folders of these classes, all or those of one split."""
     names, labels = [], []
     for label, name in enumerate(classes):
         if not (folder / name).exists():
             continue
         found = sorted(n for n in _list(folder / name) if n.lower().endswith(SUFFIXES))
-        local = "://" not in str(folder)  # looking into every class takes long in a bucket
-        if not any(not local or is_image(Path(folder) / name / n) for n in found):
+        remote = in_bucket(folder)  # where looking into every class takes long
+        if not any(remote or is_image(Path(folder) / name / n) for n in found):
             raise BadInput(f"{folder / name} holds no images ({' '.join(SUFFIXES)}).")
         names += [f"{name}/{n}" for n in found]
         labels += [label] * len(found)
@@ -61,15 +59,10 @@ def _open_classes(folder: epath.Path, classes: Sequence[str], hold_out: str = ""
         names, labels = [names[i] for i in chosen], [labels[i] for i in chosen]
 
     def read(index: int) -> tuple[bytes, int, str]:
-        path = f"{folder}/{names[index]}"
-        data = epath.Path(path).read_bytes() if "://" in path else Path(path).read_bytes()
-        return data, labels[index], path
+        path = epath.Path(folder) / names[index]
+        return path.read_bytes(), labels[index], str(path)
 
     return EncodedImages(len(names), read, readable(classes))
-
-
-def _first_folder(folder: epath.Path, names: Iterable[str]) -> epath.Path | None:
-    return next((folder / name for name in names if (folder / name).is_dir()), None)
 
 
 def _folder_names(folder: epath.Path) -> list[str]:
@@ -78,6 +71,5 @@ def _folder_names(folder: epath.Path) -> list[str]:
 
 def _list(folder: epath.Path) -> list[str]:
     """Names of what lies in a folder, hidden files left out; epath is slow on large ones."""
-    remote = "://" in str(folder)
-    names = [path.name for path in folder.iterdir()] if remote else os.listdir(folder)
+    names = [path.name for path in folder.iterdir()] if in_bucket(folder) else os.listdir(folder)
     return [name for name in names if not name.startswith(".")]

@@ -5,7 +5,7 @@ from etils import epath
 
 from var_jax import BadInput
 from var_jax.data.sources.base import ArraySource, split_indices
-from var_jax.tools.npz import DAMAGED
+from var_jax.tools.npz import reading
 
 
 def open_npz(path: str, split: str, size: int, resize: float) -> ArraySource:
@@ -15,16 +15,11 @@ def open_npz(path: str, split: str, size: int, resize: float) -> ArraySource:
 
     Raises: BadInput if the file is no such .npz.
     """
-    try:
-        with epath.Path(path).expanduser().open("rb") as file, np.load(file) as arrays:
-            images, labels = arrays["arr_0"], arrays["labels"]
-            names = arrays.get("class_names")
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read: {error.strerror or error}.") from error
-    except KeyError as error:
-        raise BadInput(f"{path} lacks one of two arrays; expected arr_0 and labels.") from error
-    except DAMAGED as error:
-        raise BadInput(f"{path} is no npz file, or a damaged one.") from error
+    with reading(path), epath.Path(path).expanduser().open("rb") as file, np.load(file) as arrays:
+        if not {"arr_0", "labels"} <= {*arrays}:
+            raise BadInput(f"{path} holds {', '.join(arrays)}; expected arr_0 and labels.")
+        images, labels = arrays["arr_0"], arrays["labels"]
+        names = arrays.get("class_names")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise BadInput(
             f"{path}: arr_0 is {images.dtype} of shape {images.shape}; expected uint8 (N,H,W,3)."

@@ -3,23 +3,14 @@
 A record is "label name newline", then the image file as it was.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 
 from etils import epath
 
 from var_jax import BadInput
-from var_jax.data.records import (
-    Records,
-    begin,
-    checksum,
-    finish,
-    finished,
-    read_manifest,
-    shard_size,
-    write_shard,
-)
+from var_jax.data.records import Records, checksum, read_manifest, shard_size, write_missing
 from var_jax.data.sources.base import EncodedImages
-from var_jax.tools.logs import progress
 
 KIND = "encoded pictures"  # in manifests, those of older folders too
 
@@ -56,24 +47,13 @@ def pack(splits: Mapping[str, EncodedImages], out: epath.Path) -> None:
         "shard_size": shard_size(max(counts.values())),
         "class_names": list(splits["train"].class_names),
     }
-    begin(out, manifest)
-    records = {
-        split: Records(str(out), split, counts[split], manifest["shard_size"]) for split in splits
-    }
-    missing = [(split, shard) for split in splits for shard in records[split].missing()]
-    if not missing and finished(out):
-        return
-    left = sum(len(records[split].rows(shard)) for split, shard in missing)
-    with progress(sum(counts.values()), sum(counts.values()) - left, "packing") as bar:
-        for split, shard in missing:
-            rows = records[split].rows(shard)
-            write_shard(records[split].path(shard), _records(splits[split], rows, bar))
-    finish(out, manifest)
+    parts = [Records(str(out), split, counts[split], manifest["shard_size"]) for split in splits]
+    write_missing(out, manifest, parts, functools.partial(_records, splits), "packing")
 
 
-def _records(images: EncodedImages, rows: range, bar) -> Iterator[bytes]:
+def _records(splits: Mapping[str, EncodedImages], split: str, rows: range, bar) -> Iterator[bytes]:
     for row in rows:
-        data, label, name = images.read(row)
+        data, label, name = splits[split].read(row)
         name = "/".join(name.splitlines()[0].split("/")[-2:])  # class folder and file
         yield f"{label} {name}\n".encode() + data
         bar.update()

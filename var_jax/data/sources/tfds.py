@@ -37,9 +37,8 @@ def open_tfds(name: str, split: str) -> EncodedImages:
     parts = {"train": "train", "validation": next(filter(known.get, ("validation", "test")), "")}
     if not parts["validation"]:
         parts = {"train": "train[:95%]", "validation": "train[95%:]"}
-    source = builder.as_data_source(
-        split=parts[split], decoders={image: tfds.decode.SkipDecoding()}
-    )
+    decoders = {image: tfds.decode.SkipDecoding()}
+    source = builder.as_data_source(split=parts[split], decoders=decoders)
     names = features[label].names
     order = np.arange(len(names))
     if all(WNID.fullmatch(n) for n in names):  # some sets number ImageNet's classes differently
