@@ -1,18 +1,16 @@
-"""Writes the table of benchmarks/aot.md: `var_jax.aot` for each row, two hours on one core.
+"""Prints the table of benchmarks/aot.md: `var_jax.aot` for each row, two hours on one core.
 
     pip install -e '.[tpu]' && python benchmarks/aot.py --out /tmp/aot
 
-Each row's JSON goes to the folder and is not made again, so a stopped run goes on.
+The JSON of each row stays in the folder, so a stopped command continues.
 """
 
+import argparse
 import json
 import pathlib
 import subprocess
 import sys
 
-from absl import app, flags
-
-OUT = flags.DEFINE_string("out", None, "Folder of the rows.", required=True)
 ROOT = pathlib.Path(__file__).parents[1]
 SLICES = [
     ("d16", "v5e:4x8"), ("d20", "v5e:8x8"), ("d24", "v5e:8x8"), ("d30", "v5e:8x16"),
@@ -20,7 +18,8 @@ SLICES = [
 ]  # fmt: skip
 ROWS = [
     *((*row, program) for row in SLICES for program in ("transformer", "pixels")),
-    ("tok", "v5e:8x8", "tokenizer"), ("d16", "v5e:4x8", "sampler"), ("d30", "v5e:8x16", "sampler"),
+    ("tokenizer", "v5e:8x8", "tokenizer"), ("d16", "v5e:4x8", "sampler"),
+    ("d30", "v5e:8x16", "sampler"),
 ]  # fmt: skip
 HEAD = (
     "config", "topology", "mesh", "batch", "program", "memory a chip, GB", "cycles, M",
@@ -28,41 +27,41 @@ HEAD = (
 )  # fmt: skip
 
 
-def main(argv: list[str]) -> None:
-    """Makes the rows that are missing and prints the table."""
-    del argv
+def main() -> None:
+    """Compiles the rows that are missing and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the rows")
+    out = parser.parse_args().out
     print("|".join(["", *HEAD, ""]), "|".join(["", *["---"] * len(HEAD), ""]), sep="\n")
     for row in ROWS:
-        print("|".join(["", *line(*row), ""]), flush=True)
+        print("|".join(["", *line(out, *row), ""]), flush=True)
 
 
-def line(name: str, topology: str, program: str) -> list[str]:
+def line(out: pathlib.Path, name: str, topology: str, program: str) -> list[str]:
     """The cells of one row."""
-    path = pathlib.Path(OUT.value) / f"{name}_{topology.replace(':', '-')}_{program}.json"
+    path = out / f"{name}_{topology.replace(':', '-')}_{program}.json"
     if not path.exists():
-        config = "tokenizer.py:256" if name == "tok" else f"imagenet.py:{name}"
-        command = ["--config", f"configs/{config}", "--topology", topology, "--program", program]
-        made = subprocess.run(
-            [sys.executable, "-m", "var_jax.aot", *command, "--json"], cwd=ROOT, check=True,
-            stdout=subprocess.PIPE, text=True,
+        config = "tokenizer:256" if name == "tokenizer" else f"imagenet:{name}"
+        command = ["--config", config, "--topology", topology, "--program", program, "--json"]
+        done = subprocess.run(
+            [sys.executable, "-m", "var_jax.aot", *command],
+            cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(made.stdout)
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(done.stdout)
     r = json.loads(path.read_text())
-    of = f" of {r['memory_per_chip'] / 1e9:.1f}"
+    memory = f"{r['bytes_per_chip'] / 1e9:.1f} of {r['memory_per_chip'] / 1e9:.1f}"
+    first = [name, topology, r["mesh"], str(r["batch_size"]), program]
+    last = f"{r['compile_seconds']:.0f}"
     if not r["fits"]:
-        wanted = f"{r['bytes_per_chip'] / 1e9:.1f}{of}: too much"
-        measured = [wanted, *["-"] * 5]
-    else:
-        measured = [
-            f"{r['bytes_per_chip'] / 1e9:.1f}{of}", f"{r['estimated_cycles'] / 1e6:.0f}",
-            f"{r['kernel_cycles_charged'] / 1e6:.0f}", f"{r['efficiency']:.2f}",
-            f"{r['images_per_second']:,.0f}",
-            f"{r['collective_bytes'] / 1e9:.1f} ({r['collective_bytes_fsdp'] / 1e9:.1f})",
-        ]  # fmt: skip
-    first = ["tokenizer" if name == "tok" else name, topology, r["mesh"], str(r["batch_size"])]
-    return [*first, program, *measured, f"{r['compile_seconds']:.0f}"]
+        return [*first, f"{memory}: too much", *["-"] * 5, last]
+    collectives = f"{r['collective_bytes'] / 1e9:.1f} ({r['collective_bytes_fsdp'] / 1e9:.1f})"
+    return [
+        *first, memory, f"{r['estimated_cycles'] / 1e6:.0f}",
+        f"{r['kernel_cycles_charged'] / 1e6:.0f}", f"{r['efficiency']:.2f}",
+        f"{r['images_per_second']:,.0f}", collectives, last,
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

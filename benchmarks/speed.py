@@ -1,10 +1,9 @@
-"""How fast encoding, the training step and sampling are, beside the PyTorch release if you have it.
+"""Speed of encoding, of a transformer's gradient and of sampling, beside the PyTorch release.
 
     python benchmarks/speed.py [--size small|d16] [--rounds 5] [--reference PATH]
 
 PATH is a clone of github.com/FoundationVision/VAR (needs torch). Both run in this process on the
-same two threads in float32, in turn, and the median counts. Compile time is listed apart. Random
-weights: the work is the same.
+same threads in float32, in turn, with random weights. Times are medians, compiling is apart.
 """
 
 import argparse
@@ -26,7 +25,8 @@ from flax import nnx
 from var_jax.config import TokenizerConfig, TransformerConfig
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.var import Transformer
-from var_jax.sampling.autoregressive import image_keys, sample
+from var_jax.sampling.autoregressive import Weights, sample
+from var_jax.sampling.generate import image_keys
 from var_jax.schedule import num_tokens
 
 Task = Callable[[], object]
@@ -73,8 +73,7 @@ def main() -> None:
         task()
         compiling = time.perf_counter() - started
         tasks = [task, theirs[name]] if theirs else [task]
-        for other in tasks[1:]:
-            other()
+        tasks[-1]()
         times = interleaved(tasks, args.rounds)
         mine = statistics.median(times[0])
         rate = size.batch / mine
@@ -87,7 +86,7 @@ def main() -> None:
 
 
 def interleaved(tasks: list[Task], rounds: int) -> list[list[float]]:
-    """Seconds of each task, in turn, so that the machine's moods hit all alike."""
+    """Seconds of each task, in turn, so that other work on the machine slows all alike."""
     times: list[list[float]] = [[] for _ in tasks]
     for _ in range(rounds):
         for task, kept in zip(tasks, times, strict=True):
@@ -98,14 +97,13 @@ def interleaved(tasks: list[Task], rounds: int) -> list[list[float]]:
 
 
 def our_tasks(size: Size, image: np.ndarray, labels: np.ndarray) -> dict[str, Task]:
-    """Encode, forward and backward, sample: each jitted, each waiting for its result."""
+    """Encode, forward and backward, sample: each jitted, each waits for its result."""
     tokenizer = jax.jit(lambda: Tokenizer(size.tokenizer, rngs=nnx.Rngs(0)))()
     transformer = jax.jit(lambda: Transformer(size.transformer, rngs=nnx.Rngs(1)))()
     encode = jax.jit(Tokenizer.encode)
     tokens = encode(tokenizer, image)
-    inputs = jax.jit(lambda tokenizer, idx: tokenizer.quantizer.teacher_input(idx))(
-        tokenizer, tokens
-    )
+    inputs = jax.jit(lambda t, idx: t.quantizer.teacher_forcing_inputs(idx))(tokenizer, tokens)
+    weights = Weights(tokenizer, transformer)
     keys = image_keys(0, jnp.arange(size.batch))
 
     def loss(transformer):
@@ -118,7 +116,7 @@ def our_tasks(size: Size, image: np.ndarray, labels: np.ndarray) -> dict[str, Ta
     return {
         "encode": lambda: wait(encode(tokenizer, image)),
         "forward and backward": lambda: wait(gradient(transformer)),
-        "sample": lambda: wait(sample(transformer, tokenizer, labels, keys)),
+        "sample": lambda: wait(sample(weights, labels, keys)),
     }
 
 
@@ -138,7 +136,7 @@ def reference_tasks(
         num_classes=config.num_classes, depth=config.depth, shared_aln=config.shared_adaln,
         flash_if_available=False, fused_if_available=False,
     )  # fmt: skip
-    for parameter in vae.parameters():  # the release leaves them uninitialised before loading
+    for parameter in vae.parameters():  # the release leaves them uninitialized before loading
         torch.nn.init.normal_(parameter, std=0.02)
     vae.eval()
     pixels = torch.from_numpy(image.transpose(0, 3, 1, 2).copy())

@@ -9,7 +9,7 @@ ACCELERATOR=${ACCELERATOR:-v5litepod-32}
 SLICES=${SLICES:-1}
 SPOT=${SPOT:-true}
 BUCKET=${BUCKET:-gs://BUCKET}      # code, data and checkpoints
-CONFIG=${CONFIG:-configs/imagenet.py:d16}
+CONFIG=${CONFIG:-imagenet:d16}
 WORKDIR=${WORKDIR:-$BUCKET/runs/$NAME}
 
 dry_run=false

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on all GPUs of this host: gpu.sh [--dry_run] [--config.a.b=v ...]. One process drives all.
-#   CONFIG=configs/imagenet.py:d16 WORKDIR=runs/d16 gpu.sh
+#   CONFIG=imagenet:d16 WORKDIR=runs/d16 gpu.sh
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Starts training on every host, or goes on where a stopped run was: the command is the same.
-#   NAME=d16 CONFIG=configs/imagenet.py:d16 BUCKET=gs://mine run.sh [--dry_run] [--config.a.b=v ...]
+# Starts training on every host, or continues a stopped run: the command is the same.
+#   NAME=d16 CONFIG=imagenet:d16 BUCKET=gs://mine run.sh [--dry_run] [--config.a.b=v ...]
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
 

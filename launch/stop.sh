@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Ends training on every host; it saves first, and run.sh goes on from there.
+# Ends training on every host; it saves first, and run.sh continues from there.
 #   NAME=d16 ZONE=us-central1-a stop.sh [--dry_run]
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Keeps a run on spot TPUs alive: after a preemption it asks anew, sets up and goes on. Leave it
-# running on any machine with gcloud; it takes what run.sh takes, and ends with the run, or with exit
-# code 2 once the run is refused.
-#   NAME=d16 CONFIG=configs/imagenet.py:d16 BUCKET=gs://mine watch.sh [--dry_run]
+# Keeps a run on spot TPUs alive: after a preemption it creates the slice again, sets up and
+# continues. Leave it running on any machine with gcloud. It takes the flags of run.sh, and ends with
+# the run, or with exit code 2 once the run is refused.
+#   NAME=d16 CONFIG=imagenet:d16 BUCKET=gs://mine watch.sh [--dry_run]
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
 here=$(dirname "$0")

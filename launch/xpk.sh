@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The same training on GKE, through xpk (pip install xpk). The cluster is made where it is missing.
+# The same training on GKE, through xpk (pip install xpk). A missing cluster is created.
 #   CLUSTER=pod ACCELERATOR=v5litepod-32 SLICES=2 BUCKET=gs://mine xpk.sh [--dry_run]
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"

@@ -1,7 +1,7 @@
 """Reads the golden cases: numbers of the public PyTorch implementation on fixed inputs.
 
 `golden/*.npz` hold inputs and results, `golden/*.shapes.json` the names and shapes of a state dict.
-Weights are drawn, tensor by tensor, from (seed, name, shape); see `weight`.
+Weights are random, tensor by tensor, from (seed, name, shape); see `weight`.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The scale schedule: how the tokens of one image are laid out, coarse to fine (VAR §3.1).
+"""The scale schedule: the order of the tokens of one image, coarse to fine (VAR §3.1).
 
 A schedule is the tuple `patch_nums` of side lengths, 1 first. Scale k holds `patch_nums[k]**2`
 tokens; the scales follow each other in one sequence of L tokens. Everything here is static NumPy.

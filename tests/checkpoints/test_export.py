@@ -1,4 +1,4 @@
-"""Exports are self-describing, bit-exact, replaced whole, and tell their fingerprints."""
+"""Exports are self-describing, bit-exact, replaced as a whole, and have a fingerprint."""
 
 import dataclasses
 import json

@@ -1,7 +1,7 @@
 """PyTorch's files without PyTorch: what it writes is read, what would do harm is refused.
 
 The pickles here come from Python's own pickler and stand-ins for torch's classes, not from our
-writer, so that the two do not share a mistake.
+writer, so that the two do not share an error.
 """
 
 import io

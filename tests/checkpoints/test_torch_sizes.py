@@ -66,7 +66,7 @@ def test_tokenizers(config):
     assert tokenizer_config(state(config), None, config.codebook_znorm) == config
 
 
-def test_the_file_tells_its_schedule():
+def test_the_schedule_is_read_from_the_file():
     assert transformer_config(state(SMALL), None) == SMALL
     without = {name: t for name, t in state(SMALL).items() if name != "lvl_1L"}
     assert transformer_config(without, (1, 2, 4)) == SMALL

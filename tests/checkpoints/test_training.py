@@ -218,7 +218,7 @@ def test_a_kill_while_saving_leaves_the_earlier_one(tmp_path, delay):
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting needs root")
-def test_a_full_disk_is_told_and_leaves_the_earlier_one(tmp_path):
+def test_a_full_disk_is_an_error_and_leaves_the_earlier_one(tmp_path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no right to mount")

@@ -46,15 +46,15 @@ def test_sample(trained, tmp_path):
     flags = ("--checkpoint", trained / "checkpoint", "--batch_size", 8)
     code, _, err = run("sample", *flags, "--labels", "flags,0,3", "--out", tmp_path / "a")
     assert code == 0, err
-    with np.load(tmp_path / "a" / "samples.npz") as made:
-        assert made["arr_0"].shape == (3, 16, 16, 3) and made["arr_0"].dtype == np.uint8
-        assert made["labels"].tolist() == [8, 0, 3]
-        assert made["tokens"].shape == (3, 21) and made["tokens"].dtype == np.int32
+    with np.load(tmp_path / "a" / "samples.npz") as samples:
+        assert samples["arr_0"].shape == (3, 16, 16, 3) and samples["arr_0"].dtype == np.uint8
+        assert samples["labels"].tolist() == [8, 0, 3]
+        assert samples["tokens"].shape == (3, 21) and samples["tokens"].dtype == np.int32
     assert not (tmp_path / "a" / "parts").exists()
     code, _, err = run("sample", *flags, "--num", 20, "--out", tmp_path / "b")
     assert code == 0, err
-    with np.load(tmp_path / "b" / "samples.npz") as made:
-        assert np.bincount(made["labels"]).tolist() == [3, 3, 2, 2, 2, 2, 2, 2, 2]
+    with np.load(tmp_path / "b" / "samples.npz") as samples:
+        assert np.bincount(samples["labels"]).tolist() == [3, 3, 2, 2, 2, 2, 2, 2, 2]
 
 
 def test_train_bad_input(tmp_path):
@@ -98,15 +98,15 @@ def test_too_many_devices_for_the_batch(tmp_path, flag, sentence):
 
 
 @pytest.mark.slow
-def test_samples_may_be_drawn_otherwise_later(trained, tmp_path):
+def test_sampling_settings_may_change_later(trained, tmp_path):
     workdir = shutil.copytree(trained, tmp_path / "work")
     flag = "--config.sampling.top_p=0.5"
     code, _, err = run_alone("train", "--config", TINY, "--workdir", workdir, flag)
     assert code == 0, err
     about = json.loads((workdir / "checkpoint" / "config.json").read_text())
     assert about["sampling"] == {"cfg": 1.5, "top_k": 900, "top_p": [0.5]}
-    pictures = ((d / "samples.png").read_bytes() for d in (workdir, trained))
-    assert len(set(pictures)) == 2
+    images = ((d / "samples.png").read_bytes() for d in (workdir, trained))
+    assert len(set(images)) == 2
     assert (workdir / "metrics.jsonl").read_text() == (trained / "metrics.jsonl").read_text()
 
 
@@ -118,7 +118,7 @@ def test_another_configs_work_directory_is_refused(trained):
 
 
 @pytest.mark.slow
-def test_each_stage_alone(untrained, tmp_path):
+def test_each_training_alone(untrained, tmp_path):
     """A tokenizer by itself, its codes on disk, and a transformer that trains from them."""
     flags = ("--config", TINY, "--config.train_transformer.steps=0", "--workdir", tmp_path / "a")
     code, out, err = run("train", *flags)
@@ -130,7 +130,7 @@ def test_each_stage_alone(untrained, tmp_path):
     np.savez(tmp_path / "own.npz", arr_0=images, labels=np.arange(60) % 2)
     own = ("--images", tmp_path / "own.npz", "--cache", "--copies", 2, "--shift", 1)
     code, out, err = run("encode", "--checkpoint", checkpoint, *own, "--out", cache)
-    assert code == 0 and "codes of 114 crops of 60 pictures" in out, err
+    assert code == 0 and "codes of 114 crops of 60 images" in out, err
     there = (
         f"--config.pretrained_tokenizer={checkpoint}", f"--config.data.tokens={cache}",
         f"--config.data.source={tmp_path / 'own.npz'}", "--config.transformer.num_classes=2",

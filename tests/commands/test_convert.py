@@ -67,26 +67,26 @@ def converted(files, tmp_path_factory):
 
 def test_the_checkpoint_holds_the_weights(converted):
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
-    made = load_models(str(converted), mesh)
-    assert made.class_names == tuple("0123456789")
-    for ours, known in zip(made[:2], models("base")[:2], strict=True):
-        for leaf, golden in zip(jax.tree.leaves(ours), jax.tree.leaves(known), strict=True):
+    models_read = load_models(str(converted), mesh)
+    assert models_read.class_names == tuple("0123456789")
+    for ours, wanted in zip(models_read[:2], models("base")[:2], strict=True):
+        for leaf, golden in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_array_equal(leaf, golden)
-    config, golden = made.transformer.config, models("base")[1].config
+    config, golden = models_read.transformer.config, models("base")[1].config
     assert (config.patch_nums, config.num_heads) == (golden.patch_nums, golden.num_heads)
 
 
 @pytest.mark.slow
-def test_the_commands_draw_the_releases_tokens(converted, tmp_path):
+def test_sampling_gives_the_tokens_of_the_release(converted, tmp_path):
     gold = load("base")
     labels, cfg = ",".join(map(str, gold["labels"])), json.loads(str(gold["config"]))["cfg"]
     flags = ("--labels", labels, "--cfg", cfg, "--top_k", 1, "--batch_size", 2, "--out", tmp_path)
     code, _, err = run("sample", "--checkpoint", converted, *flags)
     assert code == 0, err
-    with np.load(tmp_path / "samples.npz") as made:
-        np.testing.assert_array_equal(made["tokens"], gold["greedy_tokens"])
+    with np.load(tmp_path / "samples.npz") as found:
+        np.testing.assert_array_equal(found["tokens"], gold["greedy_tokens"])
         image = 255 * gold["greedy_image"].transpose(0, 2, 3, 1)
-        np.testing.assert_allclose(made["arr_0"], image, atol=0.51)
+        np.testing.assert_allclose(found["arr_0"], image, atol=0.51)
 
 
 def test_back_to_torch_is_bit_identical(converted, tmp_path):
@@ -163,10 +163,10 @@ def test_encode(converted, tmp_path):
     flags = ("--checkpoint", converted, "--out", tmp_path / "tokens", "--batch_size", 2)
     code, _, err = run("encode", "--images", tmp_path / "images.npz", *flags)
     assert code == 0, err
-    with np.load(tmp_path / "tokens" / "tokens.npz") as made:
-        assert made["tokens"].dtype == np.int32
+    with np.load(tmp_path / "tokens" / "tokens.npz") as found:
+        assert found["tokens"].dtype == np.int32
         expected = jax.jit(Tokenizer.encode)(models("base")[0], to_float(jnp.asarray(images)))
-        np.testing.assert_array_equal(made["tokens"], expected)
+        np.testing.assert_array_equal(found["tokens"], expected)
     np.savez(tmp_path / "images.npz", arr_0=images[:, :32])
     code, _, err = run("encode", "--images", tmp_path / "images.npz", *flags)
     assert code == 2 and "holds images of 32 x 64 pixels; the tokenizer of" in err

@@ -16,15 +16,15 @@ SCALES = (1, 2, 4)
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("picture") / "wide.png"
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photo") / "wide.png"
     pixels = np.random.default_rng(0).integers(0, 255, (48, 60, 3), np.uint8)
     Image.fromarray(pixels).save(path)
     return path
 
 
-def test_box_and_paste(untrained, picture, tmp_path):
-    flags = ("--image", picture, "--task", "outpaint", "--box", ".25,0,.75,.5", "--paste")
+def test_box_and_paste(untrained, photo, tmp_path):
+    flags = ("--image", photo, "--task", "outpaint", "--box", ".25,0,.75,.5", "--paste")
     code, _, err = run("edit", "--checkpoint", untrained, *flags, "--out", tmp_path / "out")
     assert code == 0, err
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
@@ -32,7 +32,7 @@ def test_box_and_paste(untrained, picture, tmp_path):
     ]  # fmt: skip
     result = np.asarray(Image.open(tmp_path / "out" / "result.png"))
     outside = ~box_mask((0.25, 0, 0.75, 0.5), 16)
-    original = crop(Image.open(picture), 16, resize=1)
+    original = crop(Image.open(photo), 16, resize=1)
     np.testing.assert_array_equal(result[~outside], original[~outside])
     assert (result != original)[outside].mean() > 0.5
     arrays = load_npz(tmp_path / "out" / "edit.npz")
@@ -40,13 +40,13 @@ def test_box_and_paste(untrained, picture, tmp_path):
     np.testing.assert_array_equal(arrays["keep"], known_mask(outside[::4, ::4], SCALES))
 
 
-def test_mask_and_class(untrained, picture, tmp_path):
+def test_mask_and_class(untrained, photo, tmp_path):
     white = np.zeros((24, 30), np.uint8)
     white[:, 15:] = 255  # the right half, of a mask half as large
     Image.fromarray(white).save(tmp_path / "mask.png")
     flags = ("--mask", tmp_path / "mask.png", "--task", "class", "--label", "flags", "--num", 3)
     out = tmp_path / "out"
-    code, _, err = run("edit", "--checkpoint", untrained, "--image", picture, *flags, "--out", out)
+    code, _, err = run("edit", "--checkpoint", untrained, "--image", photo, *flags, "--out", out)
     assert code == 0, err
     arrays = load_npz(out / "edit.npz")
     right = box_mask((0, 0.5, 1, 1), SCALES[-1])
@@ -59,13 +59,13 @@ def test_mask_and_class(untrained, picture, tmp_path):
 
 
 @pytest.mark.slow
-def test_drawn_as_the_checkpoint_says(untrained, picture, tmp_path):
+def test_sampled_with_the_settings_of_the_checkpoint(untrained, photo, tmp_path):
     copy = shutil.copytree(untrained, tmp_path / "copy")
     about = json.loads((copy / "config.json").read_text())
     about["sampling"] = {"cfg": 3.0, "top_k": 5, "top_p": [1, 0.9, 0.7]}
     (copy / "config.json").write_text(json.dumps(about))
     given = ("--cfg", 3, "--top_k", 5, "--top_p", "1,.9,.7")
-    shared = ("--image", picture, "--box", "0,0,1,1", "--label", 3)
+    shared = ("--image", photo, "--box", "0,0,1,1", "--label", 3)
 
     def tokens(checkpoint, out, *flags):
         flags = ("--checkpoint", checkpoint, "--out", tmp_path / out, *shared, *flags)
@@ -78,9 +78,9 @@ def test_drawn_as_the_checkpoint_says(untrained, picture, tmp_path):
     assert (by_itself != tokens(copy, "c", "--top_k", 0)).any()
 
 
-def test_bad_input(untrained, picture, tmp_path):
+def test_bad_input(untrained, photo, tmp_path):
     Image.new("L", (10, 10)).save(tmp_path / "mask.png")
-    box, image, out = ("--box", "0,0,1,1"), ("--image", picture), tmp_path / "out"
+    box, image, out = ("--box", "0,0,1,1"), ("--image", photo), tmp_path / "out"
     said = {
         ("--image", "nowhere.png", *box): "--image=nowhere.png cannot be read: No such file",
         ("--image", __file__, *box): "cannot be read: no image in a known format",
@@ -89,7 +89,7 @@ def test_bad_input(untrained, picture, tmp_path):
         image: "say what to repaint: either --box or --mask",
         (*image, "--box", "0,0,.1,.1"): "--box leaves nothing to repaint on the 4 x 4 cells",
         (*image, "--mask", tmp_path / "mask.png"): "--mask is 10 x 10 pixels, --image 60 x 48",
-        (*image, "--mask", picture, "--task", "outpaint"): "--task=outpaint goes with --box",
+        (*image, "--mask", photo, "--task", "outpaint"): "--task=outpaint goes with --box",
         (*image, *box, "--task", "class"): "--task=class needs --label",
         (*image, *box, "--label", "dogs"): "--label holds 'dogs'; the classes of",
         (*image, *box, "--num", 0): "--num",

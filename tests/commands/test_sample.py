@@ -1,4 +1,4 @@
-"""`var_jax.sample` from outside: counts, rejection, the picture of scales, unfinished runs."""
+"""`var_jax.sample` from outside: counts, rejection, the image of scales, unfinished runs."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def sample(checkpoint, out, *flags):
 
 
 @pytest.mark.slow
-def test_rejection_keeps_the_best_of_what_would_be_drawn(untrained, tmp_path, monkeypatch):
+def test_rejection_keeps_the_best_samples(untrained, tmp_path, monkeypatch):
     (tmp_path / "scorers.py").write_text(SCORER)
     monkeypatch.syspath_prepend(tmp_path)
     shared = ("--batch_size", 4, "--show_scales")
@@ -75,17 +75,17 @@ def test_bad_input(untrained, tmp_path):
     assert not out.exists()
 
 
-def test_settings_bind_once_there_are_images(untrained, tmp_path):
+def test_settings_cannot_change_once_there_are_images(untrained, tmp_path):
     parts = tmp_path / "parts"
     parts.mkdir()
     (parts / "settings.json").write_text(json.dumps({"batch_size": 64}))  # it ran out of memory
     (parts / ".00000000.npz.partial").write_bytes(b"PK")  # and then was killed
-    made = sample(untrained, tmp_path, "--labels", "3:2")
-    assert made["labels"].tolist() == [3, 3] and not parts.exists()
+    samples = sample(untrained, tmp_path, "--labels", "3:2")
+    assert samples["labels"].tolist() == [3, 3] and not parts.exists()
 
 
 @pytest.mark.slow
-def test_the_checkpoint_says_how_to_draw(untrained, tmp_path):
+def test_the_settings_of_the_checkpoint(untrained, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(untrained, copy)
     about = json.loads((copy / "config.json").read_text())
@@ -100,7 +100,7 @@ def test_the_checkpoint_says_how_to_draw(untrained, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_unfinished_run_goes_on(untrained, tmp_path):
+def test_an_unfinished_run_continues(untrained, tmp_path):
     flags = ("--labels", "3:4", "--batch_size", 2)
     whole = sample(untrained, tmp_path / "whole", *flags)
     models = load_models(str(untrained), make_mesh(1, 1, 1, devices=jax.devices()[:1]))
@@ -111,7 +111,7 @@ def test_an_unfinished_run_goes_on(untrained, tmp_path):
     parts.mkdir(parents=True)
     (parts / "settings.json").write_text(json.dumps(settings | {"top_p": "0.96"}))
     half = {name: array[:2] for name, array in whole.items()}
-    half["arr_0"] = 255 - half["arr_0"]  # so that one sees that it was not drawn again
+    half["arr_0"] = 255 - half["arr_0"]  # which shows that it is not sampled again
     save_npz(parts / "00000000.npz", **half)
     resumed = sample(untrained, tmp_path / "begun", *flags)
     np.testing.assert_array_equal(resumed["arr_0"][:2], half["arr_0"])

@@ -1,4 +1,4 @@
-"""Decoding and cropping, against Pillow's plain path and against files made to break."""
+"""Decoding and cropping, against Pillow's plain path and against damaged files."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""The input pipeline on a source of numbered items, so that every row can be told apart."""
+"""The input pipeline on a source of numbered items, so that every row can be recognized."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor

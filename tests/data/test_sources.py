@@ -1,4 +1,4 @@
-"""Images from disk: every kind of set, made small, read alike."""
+"""Images from disk: a small set of every kind is read alike."""
 
 import io
 import json
@@ -22,7 +22,7 @@ COLOURS = {"n00000001": (200, 30, 30), "n00000002": (30, 200, 30), "n00000003": 
 
 
 def jpeg(colour, shade):
-    """A plain image whose colour tells its class and whose shade tells which one it is."""
+    """A plain image: its colour is its class, its shade its number in the class."""
     file = io.BytesIO()
     Image.new("RGB", (40, 30), tuple(min(c + shade, 255) for c in colour)).save(file, "JPEG")
     return file.getvalue()

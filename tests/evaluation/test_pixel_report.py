@@ -1,4 +1,4 @@
-"""Figures that tell near-copies and monotony from new images."""
+"""The pixel report finds near-copies and little variety."""
 
 import numpy as np
 import pytest
@@ -48,20 +48,20 @@ def test_variety_is_given_where_validation_images_share_a_class(held_out, given)
 
 def test_copies_may_be_mirrored():
     """A training image is a bar at the left, one of the samples the same at the right."""
-    known = np.zeros((1, 4, 4, 3), np.uint8)
-    known[0, :, 0] = 255
-    blank = np.zeros_like(known)  # a quarter of the pixels is off by 1: RMS of 0.5
-    train, validation = source(known, [0]), source(blank, [0])
-    made = lambda labels: np.concatenate([known[:, :, ::-1], blank])
-    found = report(train, validation, made, same)
+    training = np.zeros((1, 4, 4, 3), np.uint8)
+    training[0, :, 0] = 255
+    blank = np.zeros_like(training)  # a quarter of the pixels is off by 1: RMS of 0.5
+    train, validation = source(training, [0]), source(blank, [0])
+    samples = lambda labels: np.concatenate([training[:, :, ::-1], blank])
+    found = report(train, validation, samples, same)
     assert (found["near-copies, validation"], found["near-copies, samples"]) == (0.0, 0.5)
     assert found["distance to training, validation"] == pytest.approx(0.5)
     assert found["distance to training, samples"] == pytest.approx(0.25)
 
 
 def test_copies_are_of_what_the_tokenizer_makes_of_training_images():
-    known, held_out = flat(0, 200), flat(100)
-    train, validation = source(known, [0, 0]), source(held_out, [0])
+    training, held_out = flat(0, 200), flat(100)
+    train, validation = source(training, [0, 0]), source(held_out, [0])
     brighter = lambda images: images + 51  # an error of 0.2, or 13.98 dB
     found = report(train, validation, lambda labels: flat(51, 51 + 10), brighter)
     assert found["validation PSNR (dB)"] == pytest.approx(13.98, abs=0.01)

@@ -29,6 +29,14 @@ def test_slices_are_asked_for_together(tmp_path):
     assert "--node-prefix d16 --node-count 2" in out and "--spot" not in out
 
 
+def test_slurm_starts_one_process_a_node_with_all_gpus():
+    env = {"PATH": "/usr/bin:/bin", "PROJECT": "p", "GPUS": "4"}
+    script = [LAUNCH / "slurm.sh", "--dry_run"]
+    out = subprocess.run(script, env=env, capture_output=True, text=True).stdout.replace("\\", "")
+    assert "--ntasks-per-node 1 --gpus-per-node 4" in out
+    assert "JAX_LOCAL_DEVICE_IDS=0,1,2,3 srun" in out
+
+
 FAKES = {
     "gcloud": """case "$*" in
   *queued-resources\\ ssh*) bash -c "${@: -1}" ;;

@@ -22,9 +22,9 @@ def draw(labels=LABELS, batch_size=4, seed=0, index=None, known=None, **how):
     weights = Weights(*models("base")[:2])
     sampler = functools.partial(sample, **how)
     rest = {"batch_size": batch_size, "seed": seed, "index": index, "known": known}
-    made = collect(generate(sampler, weights, labels, **rest))
-    assert made.rows.tolist() == list(range(len(labels)))
-    return made.images, made.tokens
+    generated = collect(generate(sampler, weights, labels, **rest))
+    assert generated.rows.tolist() == list(range(len(labels)))
+    return generated.images, generated.tokens
 
 
 def test_cached_decoding_equals_teacher_forcing():
@@ -56,7 +56,7 @@ def test_seeds_and_labels_matter():
 
 
 def test_each_scale_has_its_top_p():
-    """Drawn freely at the first two scales and greedily after them, those settle the rest."""
+    """Sampled freely at the first two scales and greedily after them, those settle the rest."""
     greedy = [1e-9] * (len(models("base")[1].config.patch_nums) - 2)
     tokens = draw(np.full(16, 3, np.int32), top_p=(1.0, 1.0, *greedy), top_k=0, cfg=None)[1]
     assert len(np.unique(tokens[:, :5], axis=0)) == len(np.unique(tokens, axis=0)) > 1
@@ -67,17 +67,17 @@ def test_smooth_mixes_codes():
     assert mixed.shape == plain.shape and (mixed != plain).any()
 
 
-def test_mixtures_become_draws_from_sharper_logits():
-    """At the first scale a mixture; at the last nearly one code, drawn from twice the logits."""
+def test_mixtures_become_samples_of_sharper_logits():
+    """At the first scale a mixture; at the last nearly one code, sampled from twice the logits."""
     share = np.array([0.5, 0.3, 0.2])
     logits = jnp.broadcast_to(jnp.log(share), (4000, 1, 3))
     first, last = (mix(image_keys(0, jnp.arange(4000)), logits, jnp.eye(3), r) for r in (0.0, 1.0))
     assert np.median(first.max(-1)) < 0.99 < np.median(last.max(-1))
-    drawn = np.bincount(last[:, 0].argmax(-1), minlength=3) / 4000
-    np.testing.assert_allclose(drawn, share**2 / (share**2).sum(), atol=0.03)
+    found = np.bincount(last[:, 0].argmax(-1), minlength=3) / 4000
+    np.testing.assert_allclose(found, share**2 / (share**2).sum(), atol=0.03)
 
 
-def test_a_batch_is_rounded_up_to_the_mesh_and_no_image_is_made_twice():
+def test_a_batch_is_rounded_up_to_the_mesh_and_no_image_is_sampled_twice():
     """80 images in batches of 4 on 8 devices are 10 programs of 8."""
     calls = []
 
@@ -89,8 +89,8 @@ def test_a_batch_is_rounded_up_to_the_mesh_and_no_image_is_made_twice():
         return images, None
 
     with jax.set_mesh(make_mesh(8, 1, 1)):
-        made = collect(generate(sampler, None, np.zeros(80, np.int32), batch_size=4))
-    assert calls == [8] * 10 and len(made.images) == 80 and made.tokens is None
+        generated = collect(generate(sampler, None, np.zeros(80, np.int32), batch_size=4))
+    assert calls == [8] * 10 and len(generated.images) == 80 and generated.tokens is None
 
 
 @pytest.mark.slow

@@ -27,9 +27,9 @@ def test_gradients_of_a_product(D, F, w_spec, out, mesh_shape):
         x_axis = "tensor" if w_spec[0] == "tensor" else None
         x_MD, w_DF = reshard(x, ("data", "fsdp"), x_axis), reshard(w, *w_spec)
         grads = jax.jit(jax.grad(lambda x, w: (project(x, w, out) * g).sum(), (0, 1)))
-        made = grads(x_MD, w_DF)
-        assert not mesh_shape or made[1].sharding == w_DF.sharding
-        got = jax.device_get(made)
+        results = grads(x_MD, w_DF)
+        assert not mesh_shape or results[1].sharding == w_DF.sharding
+        got = jax.device_get(results)
     chex.assert_trees_all_close(got, (g @ w.T, x.T @ g), rtol=1e-5, atol=1e-5)
 
 

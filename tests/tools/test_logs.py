@@ -43,7 +43,7 @@ def test_a_resumed_run_leaves_the_file_of_a_run_never_stopped(tmp_path):
     newest = max(boards, key=lambda path: path.stat().st_mtime_ns)
     events = [Event.FromString(data) for data in frames(newest.read_bytes())]
     starts = [event.step for event in events if event.session_log.status == SessionLog.START]
-    assert starts == [4]  # TensorBoard is told to forget the same
+    assert starts == [4]  # TensorBoard forgets the same
     records = logs.read_metrics(tmp_path / "stopped")
     assert records[0] == {"stage": "warmup", "step": 9, "loss": 3.5}
     assert [r["step"] for r in records[1:]] == [1, 2, 3, 4, 5, 6]
@@ -69,8 +69,8 @@ def test_tensorboard_gets_scalars_and_images(tmp_path):
     assert b"prior/loss" in events and b"prior/samples" in events and b"hook" not in events
 
 
-def test_a_full_disk_is_heard(tmp_path):
-    """On the thread that writes, where tensorboardX has another on which nobody would."""
+def test_a_full_disk_is_an_error(tmp_path):
+    """An error of the thread that writes; tensorboardX would lose it in a thread of its own."""
     metrics = logs.Metrics(tmp_path)
     metrics.image("prior", 1, "samples", np.zeros((8, 8, 3), np.uint8))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -6,28 +6,28 @@ import pytest
 from var_jax import BadInput
 from var_jax.tools.npz import Images, join_npz, load_npz, save_npz
 
-PICTURES = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed, save_npz])
 def test_batches(tmp_path, save):
     path = tmp_path / "a.npz"
-    save(path, labels=np.arange(5), arr_0=PICTURES)
+    save(path, labels=np.arange(5), arr_0=IMAGES)
     images = Images(path)
     assert images.shape == (5, 4, 6, 3)
     batches = list(images.batches(2))
     assert [len(batch) for batch in batches] == [2, 2, 1]
-    np.testing.assert_array_equal(np.concatenate(batches), PICTURES)
+    np.testing.assert_array_equal(np.concatenate(batches), IMAGES)
 
 
 @pytest.mark.parametrize(
     ("arrays", "sentence"),
     [
-        ({"images": PICTURES}, "holds images, expected 'arr_0'"),
-        ({"arr_0": PICTURES / 255}, "'arr_0' as float64 of shape"),
-        ({"arr_0": PICTURES[..., 0]}, r"uint8 of shape \(5, 4, 6\); expected uint8 images"),
-        ({"arr_0": PICTURES[:0]}, r"of shape \(0, 4, 6, 3\)"),
-        ({"arr_0": np.asfortranarray(PICTURES)}, "stored by columns"),
+        ({"images": IMAGES}, "holds images, expected 'arr_0'"),
+        ({"arr_0": IMAGES / 255}, "'arr_0' as float64 of shape"),
+        ({"arr_0": IMAGES[..., 0]}, r"uint8 of shape \(5, 4, 6\); expected uint8 images"),
+        ({"arr_0": IMAGES[:0]}, r"of shape \(0, 4, 6, 3\)"),
+        ({"arr_0": np.asfortranarray(IMAGES)}, "stored by columns"),
         ({"arr_0": np.array([{}], object)}, "'arr_0' as object"),
     ],
 )
@@ -44,9 +44,9 @@ def test_damaged_files(tmp_path):
     path.write_bytes(b"<html>")
     with pytest.raises(BadInput, match="is no npz file"):
         Images(path)
-    np.savez(path, arr_0=PICTURES)
+    np.savez(path, arr_0=IMAGES)
     whole = path.read_bytes()
-    path.write_bytes(whole.replace(PICTURES[3].tobytes(), bytes(72)))
+    path.write_bytes(whole.replace(IMAGES[3].tobytes(), bytes(72)))
     with pytest.raises(BadInput, match="or a damaged one"):
         list(Images(path).batches(2))
 

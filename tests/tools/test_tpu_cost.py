@@ -1,5 +1,5 @@
 # ruff: noqa: E501
-"""The cost of a compiled program, read from a text made by hand."""
+"""The cost of a compiled program, read from a short hand-written text."""
 
 from var_jax.tools import tpu_cost as hlo
 
@@ -57,7 +57,7 @@ def test_loop_bodies_count_for_every_trip():
     assert hlo.cycles(PROGRAM) == {"matrix products": 16 * 200, "copies and layouts": 7}
 
 
-def test_a_trip_count_that_is_told():
+def test_a_trip_count_in_the_text():
     line = '%loop = while(%c), body=%b, backend_config={"known_trip_count":{"n":"30"}}'
     assert PROGRAM.trips(line) == 30
 
@@ -66,7 +66,7 @@ def test_kernels_are_counted_by_name():
     assert hlo.kernels(PROGRAM) == {"block_causal_forward": 16}
 
 
-def test_pieces_count_once_and_reduce_scatters_are_recognised():
+def test_pieces_count_once_and_reduce_scatters_are_recognized():
     # 64 x 16 bfloat16 each, a trip; the second fusion's piece belongs to the same gather, while the
     # reduce-scatters that share a channel are two, beside the one in a fusion.
     size = 64 * 16 * 2 * 16

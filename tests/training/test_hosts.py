@@ -60,14 +60,16 @@ def alone(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes, resumed_by, mesh", [(2, 1, "tensor=2"), (4, 2, "fsdp=4")])
-def test_processes_agree_with_one_and_hand_over(tmp_path, alone, processes, resumed_by, mesh):
+def test_processes_equal_one_and_continue_each_other(tmp_path, alone, processes, resumed_by, mesh):
     losses = train(tmp_path, processes, *FLAGS)
     assert ("transformer", 5) in alone
-    agree(losses, alone)
-    assert "samples / validation" in json.loads((tmp_path / "summary.json").read_text())
+    check_equal(losses, alone)
+    assert "class agreement, samples / validation" in json.loads(
+        (tmp_path / "summary.json").read_text()
+    )
     assert (tmp_path / "samples.png").exists()
     shutil.rmtree(tmp_path / "transformer" / "5")  # as if stopped after step 4
-    agree(
+    check_equal(
         train(tmp_path, resumed_by, *FLAGS, "--config.mesh.fsdp=1", f"--config.mesh.{mesh}"), alone
     )
 
@@ -83,7 +85,7 @@ def test_hosts_share_the_work_of_a_token_cache(tmp_path):
     flags = ("--checkpoint", "emoji", "--images", tmp_path / "images", "--out")
     together(1, "encode", *flags, tmp_path / "alone")
     said = together(2, "encode", *flags, tmp_path / "shared")
-    assert any("codes of 600 crops of 600 pictures" in out for out in said)
+    assert any("codes of 600 crops of 600 images" in out for out in said)
     names = [path.name for path in sorted((tmp_path / "alone").iterdir())]
     assert len(names) == 5  # four shards and the manifest
     assert names == [path.name for path in sorted((tmp_path / "shared").iterdir())]
@@ -94,13 +96,13 @@ def test_hosts_share_the_work_of_a_token_cache(tmp_path):
 
 
 def codes(folder):
-    """The records of a cache's training pictures: class and codes."""
+    """The records of a cache's training images: class and tokens."""
     manifest = read_manifest(epath.Path(folder), KIND)
     records = records_of(manifest, str(folder), "train")
     return np.stack([np.frombuffer(records[i], RECORD) for i in range(len(records))])
 
 
-def agree(losses, others):
+def check_equal(losses, others):
     """Within what the order of sums makes of float32 in the few steps of a run."""
     assert losses.keys() == others.keys()
     np.testing.assert_allclose(list(losses.values()), list(others.values()), rtol=2e-4)

@@ -48,7 +48,7 @@ def save_export(directory: str | PurePath, parts: Mapping[str, PyTree], config: 
         beside.mkdir(parents=True)
     multihost_utils.sync_global_devices("export begins")
     context = storage.context()
-    context.memory.deepcopy_host_arrays = False  # Nobody changes them while this waits.
+    context.memory.deepcopy_host_arrays = False  # Nothing changes them meanwhile.
     # 8 to 22 % smaller, ten times slower, twice the memory.
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(parts))
     context.array.saving.use_compression = size < MAX_COMPRESSED

@@ -71,7 +71,7 @@ class Records:
     def _source(self):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        # With the ranges told, it need not open every file at the start.
+        # With these it need not open every file at the start.
         spans = [f"{self.path(i)}[0:{len(self.rows(i))}]" for i in range(self.shards)]
         return ArrayRecordDataSource(spans)
 

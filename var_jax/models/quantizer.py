@@ -83,7 +83,7 @@ class Quantizer(nnx.Module):
         return (1 - ratio) * h + ratio * (conv + self.phi_bias[j][None, None, None])
 
     def embed(self, idx_BL: Int32[Array, "B L"], k: int) -> Float[Array, "B p p C"]:
-        """The code vectors of scale k, laid out as a square."""
+        """The code vectors of scale k, as a square."""
         p = self.config.patch_nums[k]
         idx_Bl = idx_BL[:, slices(self.config.patch_nums)[k]]
         return self.codebook[...][idx_Bl.reshape(-1, p, p)]

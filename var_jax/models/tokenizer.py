@@ -21,7 +21,7 @@ HIGH = jax.lax.Precision.HIGH
 
 
 def conv(c_in: int, c_out: int, size: int, rngs: nnx.Rngs, **kwargs) -> nnx.Conv:
-    """A square convolution with torch's default initialisation, as the release trains from."""
+    """A square convolution with torch's default initialization, as the release trains from."""
     bound = (c_in * size * size) ** -0.5
     draw = lambda key, shape, dtype, **_: jax.random.uniform(key, shape, dtype, -bound, bound)
     return nnx.Conv(

@@ -1,4 +1,4 @@
-"""The device mesh, always ('data', 'fsdp', 'tensor'), and how batches and weights lie on it."""
+"""The device mesh, always ('data', 'fsdp', 'tensor'), and the shardings on it."""
 
 import contextlib
 import math
@@ -102,7 +102,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def put_global_batch(batch: Any, mesh: Mesh) -> Any:
-    """Arrays that every process holds whole, laid out as `put_batch` does."""
+    """Arrays that every process holds whole, split as by `put_batch`."""
     sharding = NamedSharding(mesh, P(BATCH))
     put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
     return jax.tree.map(put, batch)
@@ -134,7 +134,7 @@ def replicated(path: tuple, leaf: Any) -> P:
 def layout_of(table: dict[str, tuple]) -> Callable[[tuple, Any], P]:
     """(path, leaf) → PartitionSpec by the last name in the path; what is not in `table` is whole.
 
-    Moments and averages lie as their weights do. Weights of stacked blocks have one axis more.
+    Moments and averages are split as their weights. Weights of stacked blocks have one axis more.
     """
 
     def layout(path: tuple, leaf: Any) -> P:

@@ -33,12 +33,12 @@ def round_up(count: int) -> int:
 
 
 def reshard(x: T, *spec: Axes) -> T:
-    """Arrays laid out as `spec` says, one entry for each leading axis (the rest are not split)."""
+    """Arrays sharded by `spec`, one entry for each leading axis (the rest are not split)."""
     return jax.tree.map(lambda x: jax.sharding.reshard(x, P(*spec)), x) if on_mesh() else x
 
 
 def einsum(equation: str, x: Array, w: Array, *spec: Axes, **kwargs) -> Array:
-    """`jnp.einsum` with the result laid out as `spec` says."""
+    """`jnp.einsum` with the result sharded by `spec`."""
     out = P(*spec) if on_mesh() else None
     return jnp.einsum(equation, x, w, out_sharding=out, **kwargs)
 
@@ -86,7 +86,7 @@ def product_forward(x: Array, w: Array, out: Axes, dtype: DTypeLike | None):
 
 
 def product_backward(out: Axes, dtype: DTypeLike | None, kept: tuple[Array, Array], g: Array):
-    """The gradients of x and w, laid out as they are."""
+    """The gradients of x and w, sharded as they are."""
     x, w = kept
     g = g.astype(x.dtype)  # of the float32 logits; TPUs would round it all the same
     share = lambda x, g: jnp.matmul(x.T, g, preferred_element_type=dtype or w.dtype)
@@ -114,7 +114,7 @@ product.defvjp(product_forward, product_backward)
 
 
 def matmul(x: Array, w: Array, spec: P, dtype: DTypeLike | None = None) -> Array:
-    """x @ w laid out as `spec` says."""
+    """x @ w, sharded by `spec`."""
     return jnp.matmul(x, w, preferred_element_type=dtype, out_sharding=spec if on_mesh() else None)
 
 

@@ -130,7 +130,7 @@ def _help(main: Main, names: list[str]) -> str:
 
 
 def _sentence(error: Exception) -> str | None:
-    """What to tell about a mistake of the user's or a full disk; None for a bug."""
+    """The sentence for bad input or a full disk; None for a bug."""
     if isinstance(error, BadInput):
         return str(error)
     return _disk_full(error) or _memory_full(error) or _bad_path(error)

@@ -1,6 +1,6 @@
 """TensorBoard's files, on disk as soon as a call returns.
 
-tensorboardX's SummaryWriter writes on a thread, where nobody hears that the disk is full, and
+tensorboardX's SummaryWriter writes on a thread, where errors such as a full disk are lost, and
 cannot hide the steps that a resumed run repeats; so this uses what lies below it.
 """
 

@@ -201,8 +201,13 @@ def evaluate(
         return values if total is None else jax.tree.map(jnp.add, total, values)
 
     total, count = None, len(source)
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    for batch in epoch(source, task.config.batch_size // task.parts, **share):
+    batches = epoch(
+        source,
+        task.config.batch_size // task.parts,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    for batch in batches:
         batch = put_batch(batch, mesh)
         mask = batch.pop("mask")
         total = add(total, state, batch, mask, frozen or {})
