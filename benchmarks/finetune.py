@@ -55,10 +55,11 @@ def main(args: flags.FlagValues) -> None:
             config = from_dict(Config, load_config(f"finetune:{args.checkpoint}"))
             training = dataclasses.replace(
                 config.train_transformer, steps=args.steps, batch_size=32, learning_rate=rate,
-                warmup_steps=10, eval_every=15, sample_every=0,
+                warmup_steps=10,
             )  # fmt: skip
             config = dataclasses.replace(
                 config, train_transformer=training,
+                every=dataclasses.replace(config.every, evaluate=15, sample=0),
                 data=dataclasses.replace(config.data, source=str(source), flip=True),
                 init_from=config.init_from if start == "fine-tuned" else "",
             )  # fmt: skip

@@ -34,7 +34,6 @@ class Variant(NamedTuple):
     drop_path: float = 0.0
     ema_decay: float = 0.99
     token_noise: float = 0.2
-    sample_every: int = 300
     # The first scales choose the image, the others refine it: wide for variety, then narrow.
     top_p: tuple[float, ...] = (0.8, 0.6, 0.4, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1)
 
@@ -46,7 +45,7 @@ VARIANTS = {
     "large": Variant(
         (1, 1, 1, 2, 2, 4, 4, 4, 4, 4, 4, 4), 4000, 4000, vocab_size=2048, latent_dim=128,
         depth=6, width=256, shared_adaln=True, drop_path=0.1, ema_decay=0.999,
-        token_noise=0.3, sample_every=500,
+        token_noise=0.3,
         top_p=(0.9, 0.8, 0.7, 0.5, 0.3) + 7 * (0.1,),
     ),
 }  # fmt: skip
@@ -72,15 +71,14 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train_tokenizer.update(
         steps=this.tokenizer_steps, batch_size=32, learning_rate=8e-3, schedule="cos",
         warmup_steps=30, final_lr_ratio=0.0, weight_decay=0.0, final_weight_decay=0.0,
-        clip_norm=1.0, ema_decay=0.995, log_every=10, save_every=250, eval_every=500,
-        sample_every=500,
+        clip_norm=1.0, ema_decay=0.995,
     )  # fmt: skip
     config.train_transformer.update(
         steps=this.transformer_steps, batch_size=32, learning_rate=1.6e-2, schedule="lin0",
         warmup_steps=50, final_lr_ratio=0.01, ema_decay=this.ema_decay,
-        token_noise=this.token_noise, log_every=10, save_every=200, eval_every=this.sample_every,
-        sample_every=this.sample_every,
+        token_noise=this.token_noise,
     )  # fmt: skip
+    config.every.update(log=10, save=250, evaluate=250, sample=500)
     config.sampling.update(cfg=0.0, top_k=0, top_p=this.top_p)
     config.export_dtype = "bfloat16"
     config.report = "var_jax.evaluation.pixel_report:report"

@@ -29,9 +29,9 @@ def get_config(variant: str = "emoji") -> ConfigDict:
     config.data.size = tokenizer["patch_nums"][-1] * downsample
     config.train_transformer.update(
         steps=2000, batch_size=64, learning_rate=1e-4, schedule="lin0", warmup_steps=100,
-        final_lr_ratio=0.1, ema_decay=0.99, log_every=10, save_every=200, eval_every=200,
-        sample_every=200,
+        final_lr_ratio=0.1, ema_decay=0.99,
     )  # fmt: skip
+    config.every.update(log=10, save=200, evaluate=200, sample=200)
     sampling = {k: tuple(v) if isinstance(v, list) else v for k, v in about["sampling"].items()}
     config.sampling.update(sampling)
     return config

@@ -49,9 +49,9 @@ def get_config(variant: str = "d16") -> ConfigDict:
     config.train_transformer.update(
         steps=steps, batch_size=batch_size, learning_rate=rate, schedule="lin0",
         warmup_steps=steps // 50, final_lr_ratio=final_rate, weight_decay=0.05,
-        final_weight_decay=final_decay, log_every=100, save_every=2500,
-        eval_every=2500, sample_every=2500,
+        final_weight_decay=final_decay,
     )  # fmt: skip
+    config.every.update(log=100, save=2500, evaluate=2500, sample=2500)
     # Few enough shards of the width that the rows of each, 64 to 120, fill tiles of a TPU's memory.
     config.mesh.fsdp = 32 if large else 16
     return config

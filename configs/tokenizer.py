@@ -27,8 +27,8 @@ def get_config(variant: str = "256") -> ConfigDict:
     config.train_tokenizer.update(
         steps=100_000, batch_size=768 if variant == "256" else 192, learning_rate=4e-5,
         schedule="cos", warmup_steps=2000, final_lr_ratio=0.01, b1=0.5, b2=0.9,
-        weight_decay=0.0, final_weight_decay=0.0, clip_norm=10.0, ema_decay=0.9999, log_every=100,
-        save_every=2500, eval_every=2500, sample_every=2500,
+        weight_decay=0.0, final_weight_decay=0.0, clip_norm=10.0, ema_decay=0.9999,
     )  # fmt: skip
     config.train_transformer.update(steps=0)
+    config.every.update(log=100, save=2500, evaluate=2500, sample=2500)
     return config

@@ -52,7 +52,7 @@ def test_one_number_stands_for_a_tuple_of_it():
         ({"schedule": "step"}, "schedule='step' is not one of lin0, cos"),
         ({"batch_size": 30, "accumulate": 4}, "accumulate=4 does not divide batch_size=30"),
         ({"token_noise": 1.5}, r"token_noise=1\.5; expected 0 to 1"),
-        ({"eval_every": -1}, "eval_every=-1; expected at least 0"),
+        ({"warmup_steps": -1}, "warmup_steps=-1; expected at least 0"),
     ],
 )
 def test_bad_training(fields, sentence):

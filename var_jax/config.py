@@ -177,18 +177,12 @@ class TrainConfig:
     clip_norm: float = 2.0  # 0: gradients are not clipped
     lr_scale: str = ""  # REGEX=FACTOR,...: a factor on the rate of weights by path; 0 freezes them
     ema_decay: float = 0.0  # of the averaged weights; 0: none are kept
-    log_every: int = 50
-    save_every: int = 1000
-    keep_every: int = 0  # checkpoints that stay for good, besides the newest three
-    eval_every: int = 0  # figures of the validation set; 0: only at the end
-    sample_every: int = 0  # images to look at; 0: only at the end
 
     def __post_init__(self):
         check_ranges(
             self, steps=ANY, batch_size=SOME, learning_rate=ANY, warmup_steps=ANY,
             final_lr_ratio=ANY, weight_decay=ANY, final_weight_decay=ANY, b1=PART, b2=PART,
-            clip_norm=ANY, ema_decay=PART, log_every=SOME, save_every=SOME, keep_every=ANY,
-            eval_every=ANY, sample_every=ANY,
+            clip_norm=ANY, ema_decay=PART,
         )  # fmt: skip
         if self.schedule not in ("lin0", "cos"):
             raise BadInput(f"schedule={self.schedule!r} is not one of lin0, cos.")
@@ -238,6 +232,20 @@ class TrainTransformerConfig(TrainConfig):
             raise BadInput(
                 f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}."
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EveryConfig:
+    """After how many steps things happen, in both trainings; after the last step all of them do."""
+
+    log: int = 50  # a record of the metrics
+    save: int = 1000  # a checkpoint; the newest three stay
+    keep: int = 0  # a checkpoint that stays for good; 0: none
+    evaluate: int = 0  # figures of the validation set; 0: only at the end
+    sample: int = 0  # images to look at; 0: only at the end
+
+    def __post_init__(self):
+        check_ranges(self, log=SOME, save=SOME, keep=ANY, evaluate=ANY, sample=ANY)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -304,6 +312,7 @@ class Config:
     transformer: TransformerConfig = TransformerConfig()
     train_tokenizer: TrainTokenizerConfig = TrainTokenizerConfig()
     train_transformer: TrainTransformerConfig = TrainTransformerConfig()
+    every: EveryConfig = EveryConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     sampling: SamplingConfig = SamplingConfig()

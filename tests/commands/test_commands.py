@@ -64,7 +64,7 @@ def test_train_bad_input(tmp_path):
         (): "--config is missing",
         ("--config", "nowhere.py"): "nowhere.py",
         (*tiny, "--config.train_tokenizer.stepz=3"): "stepz",
-        (*tiny, "--config.train_tokenizer.save_every=many"): "many",
+        (*tiny, "--config.every.save=many"): "many",
         (*tiny, "--config.data.size=32"): "give latents of side 8",
         (*tiny, "--config.train_transformer.schedule=step"): "schedule='step' is not one of lin",
         (*tiny, "--config.train_tokenizer.learning_rate=nan"): "=nan; expected a finite number",
@@ -170,7 +170,7 @@ def test_a_killed_run_ends_as_if_never_stopped(trained, tmp_path, seen):
 @pytest.mark.slow
 def test_one_run_at_a_time_and_ctrl_c_saves_where_it_is(tmp_path):
     workdir = tmp_path / "work"
-    flags = ("--config.train_tokenizer.steps=100000", "--config.train_tokenizer.save_every=90000")
+    flags = ("--config.train_tokenizer.steps=100000", "--config.every.save=90000")
     process = start("train", "--config", TINY, "--workdir", workdir, *flags)
     wait_for(workdir / "metrics.jsonl")
     code, _, said = run("train", "--config", TINY, "--workdir", workdir, *flags)

@@ -15,10 +15,10 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     config.transformer.update(num_classes=9, depth=2, width=32, num_heads=2)
     stage = dict(
-        steps=12, batch_size=16, learning_rate=1e-2, ema_decay=0.9, log_every=1, save_every=4,
-        eval_every=6, sample_every=6,
+        steps=12, batch_size=16, learning_rate=1e-2, ema_decay=0.9,
     )  # fmt: skip
     config.train_tokenizer.update(stage)
     config.train_transformer.update(stage, token_noise=0.2)
+    config.every.update(log=1, save=4, evaluate=6, sample=6)
     config.report = "var_jax.evaluation.pixel_report:report"
     return config

@@ -13,6 +13,7 @@ from jax.sharding import AxisType
 from test_tasks import TOKENIZER, TRAIN_TOKENIZER
 
 from var_jax import BadInput
+from var_jax.config import EveryConfig
 from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import batches
 from var_jax.data.sources import Emoji
@@ -21,7 +22,8 @@ from var_jax.tools.logs import Metrics
 from var_jax.training import loop
 from var_jax.training.tokenizer import tokenizer_task
 
-CONFIG = dataclasses.replace(TRAIN_TOKENIZER, steps=9, log_every=1, save_every=2)
+CONFIG = dataclasses.replace(TRAIN_TOKENIZER, steps=9)
+EVERY = EveryConfig(log=1, save=2)
 
 
 @functools.cache
@@ -48,7 +50,7 @@ def train(directory, config, until=None, signalled=None):
     with jax.set_mesh(mesh):
         state = loop.run(
             task, stream, mesh=mesh, seed=0, directory=directory / "ckpt", metrics=metrics,
-            hooks=(loop.Hook("often", 4, run), loop.Hook("seldom", 6, lambda step, state: {})),
+            every=EVERY, hooks=(loop.Hook("often", 4, run), loop.Hook("seldom", 6, lambda *_: {})),
         )  # fmt: skip
         return jax.device_get(state)
 

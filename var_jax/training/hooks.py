@@ -26,15 +26,26 @@ MAX_ROWS, SAMPLES_PER_CLASS = 16, 10  # of samples.png
 
 
 def validation(
-    task: Task, source: Source, *, mesh: jax.sharding.Mesh, frozen: Frozen | None = None
+    every: int,
+    task: Task,
+    source: Source,
+    *,
+    mesh: jax.sharding.Mesh,
+    frozen: Frozen | None = None,
 ) -> Hook:
     """Figures of the validation set."""
     run = lambda step, state: evaluate(task, state, source, mesh=mesh, frozen=frozen)
-    return Hook("validation", task.config.eval_every, run)
+    return Hook("validation", every, run)
 
 
 def reconstructions(
-    task: Task, source: Source, metrics: Metrics, *, mesh: jax.sharding.Mesh, workdir: epath.Path
+    every: int,
+    task: Task,
+    source: Source,
+    metrics: Metrics,
+    *,
+    mesh: jax.sharding.Mesh,
+    workdir: epath.Path,
 ) -> Hook:
     """reconstructions.png of the validation set."""
 
@@ -43,11 +54,11 @@ def reconstructions(
         show(image, workdir, metrics, task.name, step, "reconstructions")
         return {}
 
-    return Hook("reconstructions", task.config.sample_every, run)
+    return Hook("reconstructions", every, run)
 
 
 def samples(
-    task: Task, frozen: Models, metrics: Metrics, *, seed: int, workdir: epath.Path
+    every: int, task: Task, frozen: Models, metrics: Metrics, *, seed: int, workdir: epath.Path
 ) -> Hook:
     """samples.png, of the models in `frozen` with the transformer as it is."""
 
@@ -57,7 +68,7 @@ def samples(
         show(image, workdir, metrics, task.name, step, "samples")
         return {}
 
-    return Hook("samples", task.config.sample_every, run)
+    return Hook("samples", every, run)
 
 
 def show(

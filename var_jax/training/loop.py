@@ -19,6 +19,7 @@ from jaxtyping import Array, Key
 
 from var_jax import BadInput
 from var_jax.checkpoints.training import Checkpoints
+from var_jax.config import EveryConfig
 from var_jax.data.pipeline import epoch
 from var_jax.data.sources import Source
 from var_jax.sharding.mesh import put_batch, shard
@@ -47,6 +48,7 @@ def run(
     seed: int,
     directory: str | PurePath,
     metrics: Metrics,
+    every: EveryConfig,
     frozen: Frozen | None = None,
     hooks: Sequence[Hook] = (),
     initialize: Callable[[Any], Any] | None = None,
@@ -64,7 +66,7 @@ def run(
     config, frozen = task.config, frozen or {}
     # Apart, because both number what they draw by folding small integers into their key.
     init_key, key = jax.random.split(jax.random.key(seed))
-    checkpoints = Checkpoints(directory, keep_every=config.keep_every)
+    checkpoints = Checkpoints(directory, keep_every=every.keep)
     state, step = restore_or_init(task, checkpoints, batches, mesh, init_key, initialize)
     metrics.rewind(task.name, step)
     if 0 < step < config.steps:
@@ -89,11 +91,11 @@ def run(
             speed.count(values)
             bar.update(1, **log.shown)
             last, stop = step == config.steps, should_stop(step, interrupted)
-            if step % config.log_every == 0 or last:
+            if step % every.log == 0 or last:
                 log.write(step, values)
                 if pace := speed.since_last():
                     metrics.write(task.name, step, file="speed.jsonl", **pace)
-            if step % config.save_every == 0 or last or stop:
+            if step % every.save == 0 or last or stop:
                 log.flush()
                 check_finite(task.name, step, values)
                 checkpoints.save(step, state, batches.get_state(), wait=last or stop)

@@ -119,7 +119,7 @@ class Run:
         if self.pretrained:
             return self.pretrained
         task = tokenizer_task(self.config.tokenizer, self.config.train_tokenizer)
-        looks = {"mesh": self.mesh, "workdir": self.workdir}
+        every, where = self.config.every, {"mesh": self.mesh, "workdir": self.workdir}
         state = loop.run(
             task,
             self.batches(self.train, task.config.batch_size),
@@ -127,9 +127,10 @@ class Run:
             seed=self.config.seed,
             directory=self.workdir / "tokenizer",
             metrics=self.metrics,
+            every=every,
             hooks=(
-                hooks.validation(task, self.validation, mesh=self.mesh),
-                hooks.reconstructions(task, self.validation, self.metrics, **looks),
+                hooks.validation(every.evaluate, task, self.validation, mesh=self.mesh),
+                hooks.reconstructions(every.sample, task, self.validation, self.metrics, **where),
             ),
             profile=self.profile,
         )
@@ -142,7 +143,7 @@ class Run:
         task = autoregressive_task(config.transformer, config.train_transformer)
         source, validation = self.cached or (self.train, self.validation)
         models = Models(tokenizer, None, self.train.class_names, config.sampling)  # type: ignore
-        looks = {"seed": config.seed, "workdir": self.workdir}
+        every, where = config.every, {"seed": config.seed, "workdir": self.workdir}
         state = loop.run(
             task,
             self.batches(source, task.config.batch_size, augmented=not self.cached),
@@ -150,10 +151,11 @@ class Run:
             seed=config.seed,
             directory=self.workdir / "transformer",
             metrics=self.metrics,
+            every=every,
             frozen=frozen,
             hooks=(
-                hooks.validation(task, validation, mesh=self.mesh, frozen=frozen),
-                hooks.samples(task, models, self.metrics, **looks),
+                hooks.validation(every.evaluate, task, validation, mesh=self.mesh, frozen=frozen),
+                hooks.samples(every.sample, task, models, self.metrics, **where),
             ),
             initialize=self.initialize if config.init_from else None,
             profile=self.profile,
