@@ -45,6 +45,11 @@ def test_a_notebook_shows_a_grid(model):
     assert model.sample("Flags")[0, 0]._repr_png_() is None  # a row of pixels is no image
 
 
+def test_a_notebook_prints_a_model_in_one_line(model):
+    assert repr(model).startswith("Model(32 px, 9 classes, depth 6") and len(repr(model)) < 120
+    assert type(model.sample("Flags").mean()) is np.float64
+
+
 def test_coarse_to_fine_ends_in_the_image(model):
     tokens = model.encode(model.sample(["Symbols", "Objects"]))
     steps = model.coarse_to_fine(tokens)
@@ -77,6 +82,15 @@ def test_any_image_is_cropped_to_the_models_size(model, tmp_path):
         (lambda m: m.sample(["Cars"]), "label holds 'Cars'; the classes of this checkpoint are"),
         (lambda m: m.sample([9]), "label holds 9; classes are 0 to 8"),
         (lambda m: m.sample([]), "no labels are given"),
+        (lambda m: m.sample(np.array([99])), "label holds 99; classes are 0 to 8"),
+        (lambda m: m.sample("Flags", batch_size=0), "batch_size=0; expected at least 1"),
+        (lambda m: m.decode(np.zeros((1, 7), np.int32)), r"tokens have shape \(1, 7\); expected"),
+        (
+            lambda m: m.decode(np.full((1, 123), 9999)),
+            "tokens hold 9999 to 9999; expected 0 to 2047",
+        ),
+        (lambda m: m.edit(np.zeros((2, 32, 32, 3), np.uint8), (0, 0, 1, 1)), "an image of shape"),
+        (lambda m: m.edit(np.zeros((32, 32, 3), np.uint8), (0, 0, 1)), r"repaint has shape \(3,\)"),
         (lambda m: m.sample("Flags", top_p=[0.5, 0.5]), r"top_p=0\.5,0\.5 has 2 numbers"),
         (lambda m: m.sample("Flags", cfg=-1.0), r"cfg=-1\.0; expected at least 0"),
         (lambda m: m.encode(np.zeros((1, 9, 9, 3), np.uint8)), r"expected uint8 \(N, 32, 32, 3\)"),

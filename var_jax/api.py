@@ -15,33 +15,36 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Bool, Int32, Shaped, UInt8
+from jaxtyping import Bool, Int, Int32, Shaped, UInt8
 from PIL import Image
 
 from var_jax import BadInput
 from var_jax.config import SamplingConfig
 from var_jax.data.decoding import Unreadable, crop, decode
 from var_jax.models.load import Models, load_models
-from var_jax.models.tokenizer import encode_images
+from var_jax.models.tokenizer import decode_tokens, encode_images
 from var_jax.sampling.autoregressive import KnownTokens, Weights, sampler
 from var_jax.sampling.generate import (
     Generated,
     coarse_to_fine,
     collect,
-    decode_tokens,
     generate,
     in_batches,
 )
-from var_jax.sampling.masks import Box, box_mask, known_mask, pool_mask
+from var_jax.sampling.masks import box_mask, known_mask, pool_mask
+from var_jax.schedule import num_tokens
 from var_jax.sharding.mesh import using
 from var_jax.tools.images import grid
 
-Label = str | int
+Label = str | int | np.integer | np.str_
 LARGEST = 1024  # side of what any model paints; larger images may be read reduced
 
 
 class Images(np.ndarray):
     """A uint8 array (N, H, W, 3), or a single image (H, W, 3), that a notebook shows as a grid."""
+
+    def __array_wrap__(self, array, context=None, return_scalar=False):
+        return np.asarray(array)[()]  # what is computed from images is a plain array
 
     def _repr_png_(self) -> bytes | None:
         if self.dtype != np.uint8 or self.ndim not in (3, 4) or self.shape[-1] != 3:
@@ -68,11 +71,11 @@ def load(
     return Model(load_models(checkpoint, mesh, dtype), mesh)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A tokenizer and a transformer, ready to use. Images are uint8 (N, H, W, 3) of `image_size`.
 
-    Of several processes each gets the images that its own devices make.
+    Of several processes all call the same methods, and each gets all results.
     """
 
     models: Models
@@ -95,7 +98,7 @@ class Model:
 
     def sample(
         self,
-        labels: Label | Sequence[Label],
+        labels: Label | Sequence[Label] | np.ndarray,
         *,
         seed: int = 0,
         cfg: float | None = None,
@@ -113,11 +116,12 @@ class Model:
         Raises: BadInput for an unknown class, or settings out of range.
         """
         how = self.settings(cfg, top_k, top_p)
-        return self._generate(labels, how, seed, batch_size, smooth=smooth).images.view(Images)
+        made = self._generate(self._numbers(labels), how, seed, batch_size, smooth=smooth)
+        return made.images.view(Images)
 
     def sample_tokens(
         self,
-        labels: Label | Sequence[Label],
+        labels: Label | Sequence[Label] | np.ndarray,
         *,
         seed: int = 0,
         cfg: float | None = None,
@@ -126,7 +130,8 @@ class Model:
         batch_size: int = 64,
     ) -> Int32[np.ndarray, "N L"]:
         """The tokens of what `sample` returns."""
-        tokens = self._generate(labels, self.settings(cfg, top_k, top_p), seed, batch_size).tokens
+        how = self.settings(cfg, top_k, top_p)
+        tokens = self._generate(self._numbers(labels), how, seed, batch_size).tokens
         assert tokens is not None
         return tokens
 
@@ -140,7 +145,7 @@ class Model:
         images = np.asarray(images)
         images = images[None] if images.ndim == 3 else images
         shape = (self.image_size, self.image_size, 3)
-        if images.dtype != np.uint8 or images.shape[1:] != shape:
+        if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
             raise BadInput(
                 f"images are {images.dtype} of shape {images.shape}; expected uint8 (N, {shape[0]},"
                 f" {shape[1]}, 3)."
@@ -148,22 +153,23 @@ class Model:
         with using(self.mesh):
             return in_batches(encode_images, self.models.tokenizer, images, batch_size)
 
-    def decode(self, tokens: Int32[np.ndarray, "N L"], *, batch_size: int = 64) -> Images:
+    def decode(self, tokens: Int[np.ndarray, "N L"], *, batch_size: int = 64) -> Images:
         """The images of tokens."""
-        tokens = np.asarray(tokens, np.int32)
+        tokens = self._check_tokens(tokens)
         with using(self.mesh):
             images = in_batches(decode_tokens, self.models.tokenizer, tokens, batch_size)
         return images.view(Images)
 
-    def coarse_to_fine(self, tokens: Int32[np.ndarray, "N L"]) -> UInt8[np.ndarray, "N K H W 3"]:
+    def coarse_to_fine(self, tokens: Int[np.ndarray, "N L"]) -> UInt8[np.ndarray, "N K H W 3"]:
         """What the images of tokens look like after each of the K scales."""
+        tokens = self._check_tokens(tokens)
         with using(self.mesh):
-            return coarse_to_fine(self.models.tokenizer, np.asarray(tokens, np.int32))[1]
+            return coarse_to_fine(self.models.tokenizer, tokens)
 
     def edit(
         self,
-        image: UInt8[np.ndarray, "H W 3"],
-        repaint: Bool[np.ndarray, "H W"] | Box,
+        image: UInt8[np.ndarray, "..."],
+        repaint: Bool[np.ndarray, "..."] | Sequence[float],
         *,
         label: Label | None = None,
         num: int = 1,
@@ -189,8 +195,8 @@ class Model:
 
     def edit_tokens(
         self,
-        image: UInt8[np.ndarray, "H W 3"],
-        repaint: Bool[np.ndarray, "H W"] | Box,
+        image: UInt8[np.ndarray, "..."],
+        repaint: Bool[np.ndarray, "..."] | Sequence[float],
         *,
         settings: SamplingConfig,
         label: Label | None = None,
@@ -200,11 +206,21 @@ class Model:
         batch_size: int = 8,
     ) -> tuple[Generated, Bool[np.ndarray, " L"]]:
         """`edit` with its tokens, and which tokens were kept."""
-        cells = self.patch_nums[-1]
-        if isinstance(repaint, tuple):
-            where = box_mask(repaint, cells)
-        else:
+        cells, size = self.patch_nums[-1], self.image_size
+        if np.shape(image) != (size, size, 3) or num < 1:
+            raise BadInput(
+                f"an image of shape {np.shape(image)} and num={num} are given; expected"
+                f" ({size}, {size}, 3) and at least 1."
+            )
+        if np.shape(repaint) == (size, size):
             where = pool_mask(np.asarray(repaint, np.float32), cells)
+        elif np.shape(repaint) == (4,):
+            where = box_mask(tuple(map(float, repaint)), cells)  # type: ignore[arg-type]
+        else:
+            raise BadInput(
+                f"repaint has shape {np.shape(repaint)}; expected a mask of ({size}, {size}) or a"
+                " box (y0, x0, y1, x1)."
+            )
         if not where.any():
             raise BadInput(f"nothing is left to repaint on the {cells} x {cells} cells.")
         keep = known_mask(where, self.patch_nums)
@@ -249,19 +265,36 @@ class Model:
         Raises: BadInput, which calls the argument `name`, if there is no such class.
         """
         names = self.class_names
-        if isinstance(label, (int, np.integer)) or re.fullmatch("-?[0-9]+", label):
+        if isinstance(label, (int, np.integer)) or re.fullmatch("-?[0-9]+", str(label)):
             if 0 <= int(label) < len(names):
                 return int(label)
             raise BadInput(f"{name} holds {label}; classes are 0 to {len(names) - 1}.")
-        found = [i for i, known in enumerate(names) if known.lower() == label.lower()]
+        found = [i for i, known in enumerate(names) if known.lower() == str(label).lower()]
         if not found:
             some = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
             raise BadInput(f"{name} holds {label!r}; the classes of this checkpoint are {some}.")
         return found[0]
 
+    def _numbers(self, labels: Label | Sequence[Label] | np.ndarray) -> Int32[np.ndarray, " N"]:
+        several = [labels] if np.ndim(labels) == 0 else list(labels)  # type: ignore[arg-type]
+        if not several:
+            raise BadInput("no labels are given; expected at least one class.")
+        return np.array([self.class_index(label) for label in several], np.int32)  # type: ignore
+
+    def _check_tokens(self, tokens: Int[np.ndarray, "N L"]) -> Int32[np.ndarray, "N L"]:
+        tokens, codes = np.asarray(tokens), self.models.tokenizer.config.vocab_size
+        length = num_tokens(self.patch_nums)
+        if tokens.ndim != 2 or tokens.shape[1] != length or not len(tokens):
+            raise BadInput(f"tokens have shape {tokens.shape}; expected (N, {length}).")
+        if not 0 <= tokens.min() <= tokens.max() < codes:
+            raise BadInput(
+                f"tokens hold {tokens.min()} to {tokens.max()}; expected 0 to {codes - 1}."
+            )
+        return tokens.astype(np.int32)
+
     def _generate(
         self,
-        labels: Label | Sequence[Label] | Int32[np.ndarray, " N"],
+        labels: Int32[np.ndarray, " N"],
         settings: SamplingConfig,
         seed: int,
         batch_size: int,
@@ -269,19 +302,20 @@ class Model:
         smooth: bool = False,
         known: KnownTokens | None = None,
     ) -> Generated:
-        if not isinstance(labels, np.ndarray):
-            several = [labels] if isinstance(labels, (str, int)) else labels
-            labels = np.array([self.class_index(label) for label in several], np.int32)
-        if not len(labels):
-            raise BadInput("no labels are given; expected at least one class.")
+        if batch_size < 1:
+            raise BadInput(f"batch_size={batch_size}; expected at least 1.")
         weights = Weights(self.models.tokenizer, self.models.transformer)
+        how = {"batch_size": batch_size, "seed": seed, "known": known}
         with using(self.mesh):
-            return collect(
-                generate(
-                    sampler(settings, smooth), weights, labels, batch_size=batch_size, seed=seed,
-                    known=known,
-                )
-            )  # fmt: skip
+            parts = generate(sampler(settings, smooth), weights, labels, **how)
+            return collect(parts, len(labels))
+
+    def __repr__(self) -> str:
+        c = self.models.transformer.config
+        return (
+            f"Model({self.image_size} px, {len(self.class_names)} classes, depth {c.depth}, width"
+            f" {c.width}, scales {self.patch_nums})"
+        )
 
 
 def read_image(path: str | PurePath, name: str = "image") -> Image.Image:

@@ -104,13 +104,9 @@ class TokenizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """The next-scale transformer (VAR §3.2). `from_depth` gives the paper's family d16 ... d36."""
+class BlocksConfig:
+    """A stack of AdaLN blocks, whatever network they are of."""
 
-    patch_nums: tuple[int, ...] = PATCH_NUMS_256
-    vocab_size: int = 4096
-    latent_dim: int = 32
-    num_classes: int = 1000  # of an experiment, 0: as many as its data have
     depth: int = 16
     width: int = 1024
     num_heads: int = 16
@@ -124,10 +120,9 @@ class TransformerConfig:
     remat: str = "none"  # recomputed backward: none, selective (elementwise work), full
 
     def __post_init__(self):
-        check_schedule(self.patch_nums)
         check_ranges(
-            self, vocab_size=SOME, latent_dim=SOME, num_classes=ANY, depth=SOME,
-            width=SOME, num_heads=SOME, mlp_ratio=ANY, drop_path=PART, gamma_std=ANY,
+            self, depth=SOME, width=SOME, num_heads=SOME, mlp_ratio=ANY, drop_path=PART,
+            gamma_std=ANY,
         )  # fmt: skip
         if self.width % self.num_heads:
             raise BadInput(f"num_heads={self.num_heads} does not divide width={self.width}.")
@@ -144,16 +139,31 @@ class TransformerConfig:
         if self.remat not in ("none", "selective", "full"):
             raise BadInput(f"remat={self.remat!r} is not one of none, selective, full.")
 
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig(BlocksConfig):
+    """The next-scale transformer (VAR §3.2). `from_depth` gives the paper's family d16 ... d36."""
+
+    patch_nums: tuple[int, ...] = PATCH_NUMS_256
+    vocab_size: int = 4096
+    latent_dim: int = 32
+    num_classes: int = 1000  # of an experiment, 0: as many as its data have
+
+    def __post_init__(self):
+        check_schedule(self.patch_nums)
+        super().__post_init__()
+        check_ranges(self, vocab_size=SOME, latent_dim=SOME, num_classes=ANY)
+
     @classmethod
     def from_depth(cls, depth: int, **overrides: Any) -> "TransformerConfig":
         """Width 64·depth, depth heads, drop-path 0.1·depth/24; d36 is the 512 px model."""
         large = {"patch_nums": PATCH_NUMS_512, "shared_adaln": True} if depth == 36 else {}
         sizes = {"width": 64 * depth, "num_heads": depth, "drop_path": 0.1 * depth / 24}
         return cls(depth=depth, **{**sizes, **large, **overrides})
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.num_heads
 
     @property
     def num_tokens(self) -> int:
@@ -257,7 +267,7 @@ class DataConfig:
     resize: float = 1.125  # shorter edge ahead of the random crop, in sizes
     flip: bool = False  # mirror half of the images (of the emoji no symbols and flags)
     shift: int = 0  # random move by up to so many pixels
-    workers: int = 0  # processes beside the threads that decode
+    workers: int = 0  # processes that decode, beside threads; they need room in /dev/shm
     tokens: str = ""  # a token cache (var_jax.encode) that the transformer trains from
 
     def __post_init__(self):

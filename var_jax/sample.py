@@ -20,7 +20,7 @@ from var_jax import BadInput
 from var_jax.checkpoints.export import load_fingerprint
 from var_jax.data.sources import open_source
 from var_jax.sampling.autoregressive import Weights, sampler
-from var_jax.sampling.to_disk import Job, Score, first_rows
+from var_jax.sampling.to_disk import Job, Score
 from var_jax.sharding.mesh import data_mesh, using
 from var_jax.tools import cli
 from var_jax.tools.images import grid, save_png
@@ -91,10 +91,9 @@ def main(args: flags.FlagValues) -> None:
         if score is not None:
             index = job.choose(args.reject, score)
         paths = job.sample(index)
-    if args.show_scales:
-        tokens = first_rows(paths, "tokens", ROWS, args.batch_size)
-        save_png(out / "scales.png", scales(model, tokens))
-    images = first_rows(paths, "arr_0", SHOWN, args.batch_size)
+        images = job.first_rows(paths, "arr_0", SHOWN)
+        if args.show_scales:
+            save_png(out / "scales.png", scales(model, job.first_rows(paths, "tokens", ROWS)))
     scale = max(1, 96 // images.shape[1])
     save_png(out / "grid.png", grid(images, columns=min(len(images), 10), scale=scale))
     path = job.finish(paths)

@@ -8,9 +8,9 @@ import pytest
 from var_jax.data.sources import open_source
 from var_jax.evaluation.pixel_report import arrays, psnr, report
 from var_jax.models.load import load_models
+from var_jax.sampling.generate import reconstruct_images
 from var_jax.sharding.mesh import make_mesh
 from var_jax.training.hooks import draw_samples
-from var_jax.training.tokenizer import reconstruct
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def shipped():
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
     with jax.set_mesh(mesh):
         models = load_models("emoji", mesh)
-        yield models, functools.partial(reconstruct, models.tokenizer, mesh=mesh)
+        yield models, functools.partial(reconstruct_images, models.tokenizer)
 
 
 def test_it_reconstructs_held_out_images(shipped):

@@ -22,7 +22,7 @@ def draw(labels=LABELS, batch_size=4, seed=0, index=None, known=None, **how):
     weights = Weights(*models("base")[:2])
     sampler = functools.partial(sample, **how)
     rest = {"batch_size": batch_size, "seed": seed, "index": index, "known": known}
-    generated = collect(generate(sampler, weights, labels, **rest))
+    generated = collect(generate(sampler, weights, labels, **rest), len(labels))
     assert generated.rows.tolist() == list(range(len(labels)))
     return generated.images, generated.tokens
 
@@ -89,7 +89,7 @@ def test_a_batch_is_rounded_up_to_the_mesh_and_no_image_is_sampled_twice():
         return images, None
 
     with jax.set_mesh(make_mesh(8, 1, 1)):
-        generated = collect(generate(sampler, None, np.zeros(80, np.int32), batch_size=4))
+        generated = collect(generate(sampler, None, np.zeros(80, np.int32), batch_size=4), 80)
     assert calls == [8] * 10 and len(generated.images) == 80 and generated.tokens is None
 
 

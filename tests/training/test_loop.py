@@ -17,7 +17,7 @@ from var_jax.config import EveryConfig
 from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import batches
 from var_jax.data.sources import Emoji
-from var_jax.sharding.mesh import AXES
+from var_jax.sharding.mesh import AXES, make_mesh
 from var_jax.tools.logs import Metrics
 from var_jax.training import loop
 from var_jax.training.tokenizer import tokenizer_task
@@ -91,3 +91,21 @@ def test_speed_counts_no_compiling(tmp_path):
     records = [json.loads(line) for line in (tmp_path / "speed.jsonl").open()]
     assert [r["step"] for r in records] == list(range(2, 10))  # the first step compiles
     assert all(r["images_per_second"] > 0 and 0 <= r["data_wait"] <= 1 for r in records)
+
+
+def test_validation_is_compiled_once():
+    """Traced once for shapes and once for the program, whatever the number of calls."""
+    task, traces = task_of(CONFIG), []
+
+    def eval_step(state, batch, frozen):
+        traces.append(1)
+        return {"level": batch["image"].astype("float32").mean((1, 2, 3)) + state}
+
+    mesh = make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        source = Emoji("validation", 16)  # 194 images: the last batch of 16 is padded
+        evaluate = loop.make_evaluation(task._replace(eval_step=eval_step), source, mesh=mesh)
+        found = [evaluate(state)["val_level"] for state in (0.0, 0.0, 1.0)]
+    assert len(traces) <= 4
+    assert found[0] == found[1] == pytest.approx(source.images.mean((1, 2, 3)).mean(), rel=1e-5)
+    assert found[2] == pytest.approx(found[0] + 1)

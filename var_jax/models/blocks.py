@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from var_jax.config import TransformerConfig
+from var_jax.config import BlocksConfig
 from var_jax.models import backend
 from var_jax.sharding.mesh import BATCH
 from var_jax.sharding.ops import (
@@ -46,7 +46,7 @@ class Block(nnx.Module):
     transformers alike.
     """
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: BlocksConfig, *, rngs: nnx.Rngs):
         D, H, N = config.width, config.num_heads, config.head_dim
         F = round(D * config.mlp_ratio)
         std = (3 * D) ** -0.5
@@ -157,7 +157,7 @@ class Block(nnx.Module):
         return part(Block.add, x, keep2 * gamma2, part(Block.mlp_out, h)), made
 
 
-def stack_blocks(config: TransformerConfig, key: Key[Array, ""]) -> Block:
+def stack_blocks(config: BlocksConfig, key: Key[Array, ""]) -> Block:
     """`depth` blocks whose weights are stacked along a leading axis."""
     keys = jax.random.split(key, config.depth)
     return jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(keys)
@@ -184,7 +184,7 @@ def run_blocks(
 
 
 def drop_path(
-    config: TransformerConfig, key: Key[Array, ""], batch: int
+    config: BlocksConfig, key: Key[Array, ""], batch: int
 ) -> Float[Array, "depth 2 B 1 1"]:
     """Which residual branches an image keeps, scaled to keep the mean (stochastic depth)."""
     rate = jnp.linspace(0, config.drop_path, config.depth)[:, None, None, None, None]

@@ -1,7 +1,7 @@
 """Resampling between scales as small matrices, exact with respect to the PyTorch release.
 
-Both directions are separable and linear, so a resize is two matrix products. `jax.image.resize`
-cannot stand in: its "cubic" has another kernel (A = -0.5) and its "area" another definition.
+Both directions are separable and linear, so a resize is two matrix products, and many resizes are
+two stacked ones. jax's own "bicubic-pytorch" gives the same; its "area" has another definition.
 """
 
 import functools

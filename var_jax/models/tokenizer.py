@@ -219,3 +219,29 @@ def encode(
 def encode_images(tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"]) -> Int32[Array, "B L"]:
     """The codes of images, on every device of a mesh."""
     return data_parallel(encode)(tokenizer, image)[0]
+
+
+def decode_latents(tokenizer: Tokenizer, f_hat: Float[Array, "B h w C"]) -> UInt8[Array, "B H W 3"]:
+    """Quantized latents → images, a few at a time; on one device."""
+    decode = lambda f_hat: to_bytes(tokenizer.decode_latent(f_hat))
+    return in_parts(decode, f_hat, tokenizer.config.images_at_a_time)
+
+
+@jax.jit
+def decode_tokens(tokenizer: Tokenizer, tokens: Int32[Array, "B L"]) -> UInt8[Array, "B H W 3"]:
+    """The images of tokens, on every device of a mesh."""
+    decode = lambda tokenizer, tokens: decode_latents(
+        tokenizer, tokenizer.quantizer.decode(tokens)[-1]
+    )
+    return data_parallel(decode)(tokenizer, tokens)
+
+
+@jax.jit
+def decode_scales(tokenizer: Tokenizer, tokens: Int32[Array, "B L"]) -> UInt8[Array, "B K H W 3"]:
+    """The images after each scale, on every device of a mesh."""
+
+    def decode(tokenizer, tokens):
+        sums = tokenizer.quantizer.decode(tokens)
+        return jnp.stack([decode_latents(tokenizer, f_hat) for f_hat in sums], axis=1)
+
+    return data_parallel(decode)(tokenizer, tokens)

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int32, Key, Shaped, UInt8
 
 from var_jax.config import SamplingConfig
-from var_jax.models.tokenizer import Tokenizer, to_bytes
+from var_jax.models.tokenizer import Tokenizer, decode_latents
 from var_jax.models.var import Transformer
 from var_jax.sampling import filters
 from var_jax.schedule import slices
 from var_jax.sharding.mesh import BATCH
-from var_jax.sharding.ops import data_parallel, in_parts, reshard
+from var_jax.sharding.ops import data_parallel, reshape, reshard
 
 
 class Weights(NamedTuple):
@@ -52,7 +52,7 @@ def sample(
     """
     how = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "smooth": smooth}
     f_hat, tokens = sample_latent(weights, labels, keys, known, **how)
-    return decode_latent(weights.tokenizer, f_hat), tokens
+    return data_parallel(decode_latents)(weights.tokenizer, f_hat), tokens
 
 
 def sample_latent(
@@ -71,8 +71,7 @@ def sample_latent(
     patch_nums, num_classes = transformer.config.patch_nums, transformer.config.num_classes
     top_ps = np.broadcast_to(top_p, len(patch_nums)).tolist()
     guided = cfg is not None
-    both = lambda x, y: jnp.concatenate([x, y]) if guided else x
-    labels = reshard(both(labels, jnp.full_like(labels, num_classes)), BATCH)
+    labels = pairs(labels, jnp.full_like(labels, num_classes)) if guided else labels
     cache = transformer.empty_cache(len(labels))
     x, tokens = transformer.embed_start(labels), []
     side, C = patch_nums[-1], quantizer.config.latent_dim
@@ -80,7 +79,9 @@ def sample_latent(
     for k, here in enumerate(slices(patch_nums)):
         ratio = k / max(len(patch_nums) - 1, 1)
         logits, cache = transformer.decode(k, x, labels, cache)
-        logits = reshard(filters.guide(logits, cfg * ratio) if guided else logits, BATCH)
+        if guided:
+            logits = filters.guide(reshape(logits, len(keys), 2, *logits.shape[1:]), cfg * ratio)
+        logits = reshard(logits, BATCH)  # the vocabulary whole on each device
         logits = filters.top_p(filters.top_k(logits, top_k), top_ps[k])
         scale_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
         idx_Bl = jax.vmap(jax.random.categorical)(scale_keys, logits).astype(jnp.int32)
@@ -95,9 +96,13 @@ def sample_latent(
         advance = data_parallel(functools.partial(next_scale, k=k))
         f_hat, x_BlC = advance(quantizer, code_BlC, f_hat)
         if k + 1 < len(patch_nums):
-            x = reshard(both(x_BlC, x_BlC), BATCH)
-            x = transformer.embed_inputs(x, here.stop)
+            x = transformer.embed_inputs(pairs(x_BlC, x_BlC) if guided else x_BlC, here.stop)
     return f_hat, jnp.concatenate(tokens, axis=1)
+
+
+def pairs(cond: Shaped[Array, "B *rest"], uncond: Shaped[Array, "B *rest"]) -> Array:
+    """cond and uncond of each image one after the other, (2B, ...): both on the same device."""
+    return reshape(jnp.stack([cond, uncond], axis=1), 2 * len(cond), *cond.shape[1:])
 
 
 def embed(quantizer, idx_Bl: Int32[Array, "B l"]) -> Float[Array, "B l C"]:
@@ -127,16 +132,6 @@ def mix(
     noise = jax.vmap(draw)(keys, logits)
     weight = jax.nn.softmax((logits * (1 + ratio) + noise) / temperature, axis=-1)
     return jnp.einsum("BlV,VC->BlC", weight, codebook, precision=jax.lax.Precision.HIGHEST)
-
-
-def decode_latent(tokenizer: Tokenizer, f_hat: Float[Array, "B h w C"]) -> UInt8[Array, "B H W 3"]:
-    """Quantized latents → images 0..255, a few at a time on each device."""
-    to_images = lambda tokenizer, f_hat: in_parts(
-        lambda f_hat: to_bytes(tokenizer.decode_latent(f_hat)),
-        f_hat,
-        tokenizer.config.images_at_a_time,
-    )
-    return data_parallel(to_images)(tokenizer, f_hat)
 
 
 def sampler(settings: SamplingConfig, smooth: bool = False) -> Callable[..., Any]:

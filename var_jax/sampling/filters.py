@@ -12,10 +12,10 @@ from jaxtyping import Array, Bool, Float, UInt32
 
 
 def guide(
-    logits_2BlV: Float[Array, "twice l V"], strength: Float[Array, ""] | float
+    logits_B2lV: Float[Array, "B 2 l V"], strength: Float[Array, ""] | float
 ) -> Float[Array, "B l V"]:
-    """Classifier-free guidance: (1+t)·cond − t·uncond; the batch holds cond, then uncond."""
-    cond, uncond = jnp.split(logits_2BlV, 2)
+    """Classifier-free guidance: (1+t)·cond − t·uncond, of pairs of cond and uncond."""
+    cond, uncond = logits_B2lV[:, 0], logits_B2lV[:, 1]
     return (1 + strength) * cond - strength * uncond
 
 

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, Int32, Key, UInt8
 
-from var_jax.models.tokenizer import Tokenizer, to_bytes
+from var_jax.models.tokenizer import Tokenizer, decode_scales, decode_tokens, encode_images
 from var_jax.sharding.mesh import local_rows, put_global_batch
-from var_jax.sharding.ops import data_parallel, in_parts, on_mesh, round_up
+from var_jax.sharding.ops import on_mesh, round_up
 
 Sampler = Callable[..., tuple[Array, Array | None]]
 
@@ -72,64 +73,50 @@ def fetch(rows: np.ndarray, images: Array, tokens: Array | None) -> Generated:
     return Generated(rows[here[kept]], mine[kept], codes)
 
 
-def collect(parts: Iterator[Generated]) -> Generated:
-    """All of this process's images together."""
+def collect(parts: Iterator[Generated], count: int) -> Generated:
+    """All `count` images and their tokens, on every process."""
     rows, images, tokens = zip(*parts, strict=True)
-    codes = None if tokens[0] is None else np.concatenate(tokens)
-    return Generated(np.concatenate(rows), np.concatenate(images), codes)
+    here = np.concatenate(rows)
+    gather = lambda values: gather_rows(here, np.concatenate(values), count)
+    codes = None if tokens[0] is None else gather(tokens)
+    return Generated(np.arange(count, dtype=np.int32), gather(images), codes)
 
 
-def coarse_to_fine(
-    tokenizer: Tokenizer, tokens: Int32[np.ndarray, "N L"]
-) -> tuple[Int32[np.ndarray, " n"], UInt8[np.ndarray, "n K H W 3"]]:
-    """What images look like after each scale: the running sums of their codes, decoded.
-
-    Of several processes each gets some rows: which they are comes first.
-    """
-    count = len(tokens)
-    sums = running_sums(tokenizer, put(np.resize(tokens, (round_up(count), tokens.shape[1]))))
-    steps = [local_rows(decode_sum(tokenizer, f_hat)) for f_hat in sums]
-    rows = steps[0][0]
-    return rows[rows < count], np.stack([images[rows < count] for _, images in steps], axis=1)
-
-
-@jax.jit
-def running_sums(tokenizer: Tokenizer, tokens: Int32[Array, "N L"]) -> list[Array]:
-    """The quantized latent after each scale."""
-    return data_parallel(lambda t, tokens: t.quantizer.decode(tokens))(tokenizer, tokens)
-
-
-@jax.jit
-def decode_sum(tokenizer: Tokenizer, f_hat: Array) -> UInt8[Array, "N H W 3"]:
-    """Quantized latents as images."""
-    return data_parallel(lambda t, f_hat: to_bytes(t.decode_latent(f_hat)))(tokenizer, f_hat)
-
-
-@jax.jit
-def decode_tokens(tokenizer: Tokenizer, tokens: Int32[Array, "N L"]) -> UInt8[Array, "N H W 3"]:
-    """Tokens as images."""
-    decode = lambda tokenizer, tokens: in_parts(
-        lambda tokens: to_bytes(tokenizer.decode(tokens)),
-        tokens,
-        tokenizer.config.images_at_a_time,
-    )
-    return data_parallel(decode)(tokenizer, tokens)
+def gather_rows(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+    """The `count` rows of all processes, of which this one has some, on every process."""
+    if jax.process_count() == 1:
+        return values
+    mine = np.zeros((count, *values.shape[1:]), values.dtype)
+    mine[rows] = values
+    return process_allgather(mine).sum(axis=0, dtype=values.dtype)
 
 
 def in_batches(
-    f: Callable[[Any, Array], Array], weights: Any, rows: np.ndarray, batch_size: int
+    f: Callable[[Any, Array], Array], weights: Any, rows: np.ndarray, batch_size: int = 64
 ) -> np.ndarray:
-    """`f(weights, rows)` of any number of rows, a batch at a time; the last one is padded.
-
-    Of several processes each gets the rows of its own devices.
-    """
+    """`f(weights, rows)` of any number of rows, on every process: a batch at a time, padded."""
     size, made = round_up(min(batch_size, len(rows))), []
     for start in range(0, len(rows), size):
-        count = min(size, len(rows) - start)
-        batch = put(np.resize(rows[start : start + count], (size, *rows.shape[1:])))
-        here, values = local_rows(f(weights, batch))
-        made.append(values[here < count])
+        batch = rows[start : start + size]
+        here, values = local_rows(f(weights, put(np.resize(batch, (size, *rows.shape[1:])))))
+        kept = here < len(batch)
+        made.append(gather_rows(here[kept], values[kept], len(batch)))
     return np.concatenate(made)
+
+
+def coarse_to_fine(
+    tokenizer: Tokenizer, tokens: Int32[np.ndarray, "N L"], batch_size: int = 64
+) -> UInt8[np.ndarray, "N K H W 3"]:
+    """What images look like after each scale: the running sums of their tokens, decoded."""
+    return in_batches(decode_scales, tokenizer, tokens, batch_size)
+
+
+def reconstruct_images(
+    tokenizer: Tokenizer, images: UInt8[np.ndarray, "N H W 3"]
+) -> UInt8[np.ndarray, "N H W 3"]:
+    """Images through the tokenizer and back."""
+    tokens = in_batches(encode_images, tokenizer, images)
+    return in_batches(decode_tokens, tokenizer, tokens)
 
 
 def put(array: np.ndarray) -> jax.Array:

@@ -11,8 +11,9 @@ from etils import epath
 from jaxtyping import Float, Int32, Shaped
 
 from var_jax import BadInput
-from var_jax.sampling.generate import Sampler, collect, generate
+from var_jax.sampling.generate import Sampler, generate
 from var_jax.sampling.reject import best, candidates
+from var_jax.sharding.ops import round_up
 from var_jax.tools.files import replacing
 from var_jax.tools.logs import progress
 from var_jax.tools.npz import join_npz, load_npz, save_npz
@@ -34,6 +35,11 @@ class Job:
     with_tokens: bool = True  # mixed codes are no tokens
 
     @property
+    def part_size(self) -> int:
+        """Images of a part: a batch, rounded up to what the mesh divides."""
+        return round_up(min(self.batch_size, len(self.labels)))
+
+    @property
     def parts(self) -> epath.Path:
         """The folder of unfinished parts."""
         return self.out / "parts"
@@ -43,7 +49,7 @@ class Job:
 
         Raises: BadInput if it holds parts of another job.
         """
-        about = self.parts / "settings.json"
+        about, settings = self.parts / "settings.json", settings | {"batch_size": self.part_size}
         if about.exists() and any(self.parts.glob("*.npz")):
             check_settings(self.parts, json.loads(about.read_text()), settings)
             return
@@ -88,26 +94,29 @@ class Job:
         prefix: str,
         doing: str,
     ) -> list[epath.Path]:
-        """Draws batch by batch and writes what `part_of` makes of each, unless it is there."""
-        count, size = len(labels), min(self.batch_size, len(labels))
+        """Samples batch by batch and writes what `part_of` makes of each, unless it is there."""
+        count, size = len(labels), self.part_size
         paths = {i: self.parts / f"{prefix}{i:08d}.npz" for i in range(0, count, size)}
-        left = [start for start, path in paths.items() if not path.exists()]
-        done = count - sum(min(size, count - start) for start in left)
-        with progress(count, done, doing) as bar:
-            for start in left:
-                rows = slice(start, min(start + size, count))
-                padded = np.resize(np.arange(rows.start, rows.stop), size)  # one program serves all
-                made = collect(
-                    generate(
-                        self.sampler, self.weights, labels[padded], index=index[padded],
-                        batch_size=size, seed=self.seed,
-                    )
-                )  # fmt: skip
-                number = rows.stop - rows.start
-                tokens = None if made.tokens is None else made.tokens[:number]
-                save_npz(paths[start], **part_of(rows, made.images[:number], tokens))
-                bar.update(number)
+        left = [range(i, min(i + size, count)) for i, path in paths.items() if not path.exists()]
+        if left:
+            rows = np.concatenate(left)
+            made = generate(
+                self.sampler, self.weights, labels[rows], index=index[rows], batch_size=size,
+                seed=self.seed,
+            )  # fmt: skip
+            with progress(count, count - len(rows), doing) as bar:
+                for part, batch in zip(left, made, strict=True):
+                    kept = part_of(slice(part.start, part.stop), batch.images, batch.tokens)
+                    save_npz(paths[part.start], **kept)
+                    bar.update(len(part))
         return list(paths.values())
+
+    def first_rows(
+        self, paths: list[epath.Path], name: str, count: int
+    ) -> Shaped[np.ndarray, "N ..."]:
+        """The first `count` rows of an array that lies in parts."""
+        needed = paths[: -(-count // self.part_size)]
+        return np.concatenate([load_npz(path, name)[name] for path in needed])[:count]
 
     def finish(self, paths: list[epath.Path]) -> epath.Path:
         """Joins the parts to samples.npz and removes them."""
@@ -130,11 +139,3 @@ def check_settings(parts: epath.Path, found: dict[str, Any], settings: dict[str,
                 f"{parts} holds an unfinished run with --{name}={found.get(name)}, not {value};"
                 f" {advice}"
             )
-
-
-def first_rows(
-    paths: list[epath.Path], name: str, count: int, batch_size: int
-) -> Shaped[np.ndarray, "N ..."]:
-    """The first `count` rows of an array that lies in parts."""
-    needed = paths[: -(-count // batch_size)]
-    return np.concatenate([load_npz(path, name)[name] for path in needed])[:count]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from var_jax.sharding.mesh import BATCH
 
@@ -143,14 +143,14 @@ def split_heads(x: Float[Array, "*rest HN"], N: int) -> Float[Array, "*rest H N"
     return jax.lax.reshape(x, shape, out_sharding=P(*jax.typeof(x).sharding.spec, None))
 
 
-def reshape(x: Float[Array, "B *rest"], *shape: int) -> Float[Array, "B *new"]:
+def reshape(x: Shaped[Array, "B *rest"], *shape: int) -> Shaped[Array, "_ *new"]:
     """`x.reshape` where only the first axis is and stays split."""
     if not on_mesh():
         return x.reshape(shape)
     return jax.lax.reshape(x, shape, out_sharding=P(jax.typeof(x).sharding.spec[0]))
 
 
-def split_rows(x: Float[Array, "B *rest"], parts: int) -> Float[Array, "b parts *rest"]:
+def split_rows(x: Shaped[Array, "B *rest"], parts: int) -> Shaped[Array, "b parts *rest"]:
     """The batch in `parts` parts of every `parts`-th row, along a second axis."""
     return reshape(x, x.shape[0] // parts, parts, *x.shape[1:])
 

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import math
+import re
 import runpy
 import traceback
 from collections.abc import Iterable
@@ -46,7 +47,7 @@ def load_config(spec: str, fields: Iterable[str] = ()) -> ConfigDict:
 def config_name(spec: str) -> str:
     """A name for the runs of a config: "emoji-large" for emoji:large and configs/emoji.py:large."""
     name, _, variant = spec.partition(":")
-    return "-".join(filter(None, (Path(name).stem, variant)))
+    return "-".join(filter(None, (Path(name).stem, *re.findall(r"[\w.]*\w", variant))))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -5,20 +5,17 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import UInt8
 
 from var_jax.data.sources import Source
 from var_jax.models.load import Models
 from var_jax.models.tokenizer import Tokenizer, encode_images
 from var_jax.sampling import autoregressive
-from var_jax.sampling.generate import coarse_to_fine, collect, generate
-from var_jax.sharding.mesh import put_global_batch, to_host
-from var_jax.sharding.ops import round_up
+from var_jax.sampling.generate import coarse_to_fine, collect, generate, in_batches
 from var_jax.tools.images import grid, labelled_rows, save_png
 from var_jax.tools.logs import Metrics
 from var_jax.training.autoregressive import TransformerState
-from var_jax.training.loop import Hook, evaluate
+from var_jax.training.loop import Hook, make_evaluation
 from var_jax.training.task import Frozen, Task
 from var_jax.training.tokenizer import TokenizerState
 
@@ -34,8 +31,8 @@ def validation(
     frozen: Frozen | None = None,
 ) -> Hook:
     """Figures of the validation set."""
-    run = lambda step, state: evaluate(task, state, source, mesh=mesh, frozen=frozen)
-    return Hook("validation", every, run)
+    evaluate = make_evaluation(task, source, mesh=mesh, frozen=frozen)
+    return Hook("validation", every, lambda step, state: evaluate(state))
 
 
 def reconstructions(
@@ -44,13 +41,12 @@ def reconstructions(
     source: Source,
     metrics: Metrics,
     *,
-    mesh: jax.sharding.Mesh,
     workdir: epath.Path,
 ) -> Hook:
     """reconstructions.png of the validation set."""
 
     def run(step: int, state: TokenizerState) -> dict[str, Any]:
-        image = reconstruction_rows(state.autoencoder.best, source, mesh)
+        image = reconstruction_rows(state.autoencoder.best, source)
         show(image, workdir, metrics, task.name, step, "reconstructions")
         return {}
 
@@ -86,14 +82,12 @@ def show(
 
 
 def reconstruction_rows(
-    tokenizer: Tokenizer, source: Source, mesh: jax.sharding.Mesh, count: int = 12
+    tokenizer: Tokenizer, source: Source, count: int = 12
 ) -> UInt8[np.ndarray, "H W 3"]:
     """A row an image: original, reconstruction, and the image after each scale."""
     rows = np.linspace(0, len(source) - 1, count).astype(int)
     originals = np.stack([source[int(i)]["image"] for i in rows])
-    padded = np.resize(originals, (round_up(count), *originals.shape[1:]))
-    tokens = to_host(encode_images(tokenizer, put_global_batch(padded, mesh)))[:count]
-    steps = everywhere(*coarse_to_fine(tokenizer, tokens), count)
+    steps = coarse_to_fine(tokenizer, in_batches(encode_images, tokenizer, originals))
     strip = np.concatenate([originals[:, None], steps[:, -1:], steps], axis=1)
     scale = max(1, 64 // originals.shape[1])
     return grid(strip.reshape(-1, *originals.shape[1:]), columns=strip.shape[1], scale=scale)
@@ -114,14 +108,5 @@ def draw_samples(
     """Samples of these classes, as `sample` draws them from the export, on every process."""
     sampler = autoregressive.sampler(models.sampling)
     weights = autoregressive.Weights(models.tokenizer, models.transformer)
-    made = collect(generate(sampler, weights, labels, batch_size=batch_size, seed=seed))
-    return everywhere(made.rows, made.images, len(labels))
-
-
-def everywhere(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-    """The `count` rows of all processes, each of which has some of them, on every process."""
-    if jax.process_count() == 1:
-        return values
-    mine = np.zeros((count, *values.shape[1:]), values.dtype)
-    mine[rows] = values
-    return process_allgather(mine).sum(axis=0, dtype=values.dtype)
+    parts = generate(sampler, weights, labels, batch_size=batch_size, seed=seed)
+    return collect(parts, len(labels)).images

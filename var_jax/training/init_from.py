@@ -16,6 +16,7 @@ from var_jax.sharding.mesh import to_host
 from var_jax.tools.trees import path_name
 
 SAME = ("depth", "width", "num_heads", "mlp_ratio", "qk_norm", "shared_adaln")
+OF_VOCABULARY = ("head", "head_bias", "word")
 
 
 def transformer_from(
@@ -56,9 +57,10 @@ def transformer_from(
         value = given[name]
         if name == "class_embed":
             value = matched_classes(to_host(leaf), value, old_names, class_names)
-        if value.shape != leaf.shape:  # another vocabulary
+        if name in OF_VOCABULARY and value.shape != leaf.shape:
             return leaf
-        return jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding)
+        value = np.asarray(value, leaf.dtype)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
 
     return jax.tree_util.tree_map_with_path(place, fresh)
 

@@ -1,6 +1,7 @@
 """The loop that every training runs in: resume, step, log, save, hooks."""
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -86,8 +87,8 @@ def run(
             step += 1
             trace(step)
             with speed.waiting():
-                batch = put_batch(next(batches), mesh)
-            state, values = train_step(state, batch, frozen, key)
+                batch = next(batches)
+            state, values = train_step(state, put_batch(batch, mesh), frozen, key)
             speed.count(values)
             bar.update(1, **log.shown)
             last, stop = step == config.steps, should_stop(step, interrupted)
@@ -99,7 +100,9 @@ def run(
                 log.flush()
                 check_finite(task.name, step, values)
                 checkpoints.save(step, state, batches.get_state(), wait=last or stop)
-            run_hooks([h for h in hooks if h.is_due(step, config.steps)], log, step, state)
+            if not stop:  # else the next start runs them
+                with speed.excluding():
+                    run_hooks([h for h in hooks if h.is_due(step, config.steps)], log, step, state)
         stop = stop or should_stop(config.steps + 1, interrupted)  # during the last hooks
     if stop:
         say(f"{task.name}: saved; the same command goes on from step {step}")
@@ -187,33 +190,41 @@ def check_finite(name: str, step: int, values: dict) -> None:
             )
 
 
-def evaluate(
-    task: Task, state: Any, source: Source, *, mesh: jax.sharding.Mesh, frozen: Frozen | None = None
-) -> dict[str, float]:
-    """Means over all of `source`, as `val_NAME`.
+def make_evaluation(
+    task: Task, source: Source, *, mesh: jax.sharding.Mesh, frozen: Frozen | None = None
+) -> Callable[[Any], dict[str, float]]:
+    """A function of the state: means over all of `source`, as `val_NAME`.
 
     Each process reads its share, in batches no larger than the parts of a training step. Sums stay
-    on the devices until the end.
+    on the devices until the end. One program serves every call.
     """
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=0)
     def add(total, state, batch, mask, frozen):
         values = task.eval_step(state, batch, frozen)
-        values = {name: jnp.where(mask, value, 0.0).sum() for name, value in values.items()}
-        return values if total is None else jax.tree.map(jnp.add, total, values)
+        masked_sum = lambda value: jnp.where(mask, value, 0.0).sum()
+        return jax.tree.map(lambda total, value: total + masked_sum(value), total, values)
 
-    total, count = None, len(source)
-    batches = epoch(
-        source,
-        task.config.batch_size // task.parts,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    for batch in batches:
-        batch = put_batch(batch, mesh)
-        mask = batch.pop("mask")
-        total = add(total, state, batch, mask, frozen or {})
-    return {f"val_{name}": float(value) / count for name, value in (total or {}).items()}
+    def evaluate(state: Any) -> dict[str, float]:
+        total, batches = (
+            None,
+            epoch(
+                source,
+                task.config.batch_size // task.parts,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            ),
+        )
+        for batch in batches:
+            batch = put_batch(batch, mesh)
+            mask = batch.pop("mask")
+            if total is None:
+                values = jax.eval_shape(task.eval_step, state, batch, frozen or {})
+                total = {name: jnp.zeros(()) for name in values}
+            total = add(total, state, batch, mask, frozen or {})
+        return {f"val_{name}": float(x) / len(source) for name, x in (total or {}).items()}
+
+    return evaluate
 
 
 class Speed:
@@ -239,6 +250,13 @@ class Speed:
         started = time.monotonic()
         yield
         self._waited += time.monotonic() - started
+
+    @contextlib.contextmanager
+    def excluding(self):
+        """Around what is no training."""
+        started = time.monotonic()
+        yield
+        self._since += time.monotonic() - started
 
     def since_last(self) -> dict[str, Any]:
         """The figures of the steps since the last call; none of no step."""

@@ -13,24 +13,26 @@ from jax.experimental.multihost_utils import process_allgather, sync_global_devi
 
 from var_jax import BadInput
 from var_jax.checkpoints.export import load_fingerprint
-from var_jax.config import Config, TrainConfig, from_dict, settings
+from var_jax.config import Config, TrainConfig, from_dict, parse_lr_scale, settings
 from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import batches
 from var_jax.data.records import read_json, read_manifest
 from var_jax.data.sources import Source, open_source
 from var_jax.data.token_cache import KIND, TokenCache, open_tokens
-from var_jax.models.load import Models, as_exported, describe, load_tokenizer, save_models
+from var_jax.models.load import Models, as_exported, build, describe, load_tokenizer, save_models
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.var import Transformer
+from var_jax.sampling.generate import reconstruct_images
 from var_jax.sharding.mesh import check_batch, check_hosts, check_model, make_mesh
 from var_jax.tools.files import acquire_lock, replacing
 from var_jax.tools.images import curves, save_png
 from var_jax.tools.logs import Metrics, read_metrics
 from var_jax.tools.plugins import find_function
+from var_jax.tools.trees import path_name
 from var_jax.training import hooks, loop
 from var_jax.training.autoregressive import TransformerState, autoregressive_task
 from var_jax.training.init_from import transformer_from
-from var_jax.training.tokenizer import reconstruct, tokenizer_task
+from var_jax.training.tokenizer import tokenizer_task
 
 # What may differ between starts in one work directory.
 UNBOUND = ("mesh", "sampling", "report")
@@ -84,6 +86,7 @@ class Run:
         accumulate = config.train_transformer.accumulate
         check_batches("train_transformer", config.train_transformer, accumulate, self.mesh)
         check_tokenizer(config)
+        check_start(config)
         self.pretrained: Tokenizer | None = None
         self.cached: tuple[TokenCache, TokenCache] | None = None
         fingerprint = ""
@@ -119,7 +122,7 @@ class Run:
         if self.pretrained:
             return self.pretrained
         task = tokenizer_task(self.config.tokenizer, self.config.train_tokenizer)
-        every, where = self.config.every, {"mesh": self.mesh, "workdir": self.workdir}
+        every, where = self.config.every, {"workdir": self.workdir}
         state = loop.run(
             task,
             self.batches(self.train, task.config.batch_size),
@@ -185,8 +188,8 @@ class Run:
             return {}
         function = find_function("config.report", self.config.report)
         draw = functools.partial(hooks.draw_samples, models, seed=self.config.seed + 1)
-        again = functools.partial(reconstruct, models.tokenizer, mesh=self.mesh)
-        return function(self.train, self.validation, draw, again)
+        reconstruct = functools.partial(reconstruct_images, models.tokenizer)
+        return function(self.train, self.validation, draw, reconstruct)
 
 
 def with_classes(config: Config, classes: int) -> Config:
@@ -238,6 +241,25 @@ def check_tokenizer(config: Config) -> None:
             f"data.tokens={config.data.tokens} holds the codes of a tokenizer; name its checkpoint"
             " as --config.pretrained_tokenizer=DIR."
         )
+
+
+def check_start(config: Config) -> None:
+    """Raises BadInput where `init_from` or `lr_scale` would mean nothing."""
+    if config.init_from and not (config.train_transformer.steps and config.pretrained_tokenizer):
+        raise BadInput(
+            f"init_from={config.init_from} starts the training of a transformer on the tokens of a"
+            " tokenizer: train_transformer.steps and pretrained_tokenizer must be set."
+        )
+    for name, models in (("tokenizer", config.tokenizer), ("transformer", config.transformer)):
+        rules = parse_lr_scale(getattr(config, f"train_{name}").lr_scale)
+        paths = jax.tree_util.tree_leaves_with_path(build(models)) if rules else []
+        for rule, _ in rules:
+            if not any(rule.search(path_name(path)) for path, _ in paths):
+                known = ", ".join(path_name(path) for path, _ in paths[:8])
+                raise BadInput(
+                    f"train_{name}.lr_scale: no weight of the {name} is called {rule.pattern!r};"
+                    f" they are {known}, ..."
+                )
 
 
 def occupy(workdir: epath.Path, config: Config, tokenizer: str) -> None:

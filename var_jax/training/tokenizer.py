@@ -1,19 +1,18 @@
 """Training of the tokenizer: it learns to reconstruct images (VAR eq. 5)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int32, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int32, Key, UInt8
 
 from var_jax.config import TokenizerConfig, TrainTokenizerConfig
 from var_jax.models.patch_codec import make_tokenizer
-from var_jax.models.tokenizer import Tokenizer, to_bytes, to_float
-from var_jax.sharding.mesh import put_global_batch, replicated, to_host
-from var_jax.sharding.ops import data_parallel, round_up
+from var_jax.models.tokenizer import Tokenizer, to_float
+from var_jax.sharding.mesh import replicated
+from var_jax.sharding.ops import data_parallel
 from var_jax.tools.trees import path_name
 from var_jax.training.codebook import CodebookStats, codes_by_scale, init_stats, update_codebook
 from var_jax.training.losses import psnr, squared_error
@@ -58,7 +57,10 @@ def tokenizer_task(model_config: TokenizerConfig, config: TrainTokenizerConfig) 
             trained, state.codebook, code.idx, code.residual,
             jax.random.fold_in(key, state.step), config.codebook_decay,
         )  # fmt: skip
-        learner = learner._replace(params=with_codebook(learner.params, codebook))
+        learner = learner._replace(
+            params=with_codebook(learner.params, codebook),
+            opt_state=forget_codes(learner.opt_state, dead),
+        )
         learner = update_ema(learner, state.step, config.ema_decay)
         if learner.ema is not None:  # an average with a dead code would bring it back
             kept = jnp.where(dead[:, None], codebook, learner.ema.quantizer.codebook[...])
@@ -101,21 +103,11 @@ def with_codebook(tokenizer: Tokenizer, codebook: Float[Array, "V C"]) -> Tokeni
     return jax.tree_util.tree_map_with_path(place, tokenizer)
 
 
-@jax.jit
-def reconstruct_batch(
-    tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"]
-) -> UInt8[Array, "B H W 3"]:
-    """Images through the tokenizer and back."""
-    run = lambda tokenizer, image: to_bytes(tokenizer.decode(tokenizer.encode(to_float(image))))
-    return data_parallel(run)(tokenizer, image)
+def forget_codes(opt_state: Any, dead: Bool[Array, " V"]) -> Any:
+    """The optimizer's state without the moments of restarted codes."""
 
+    def forget(path, leaf):
+        is_moment = path_name(path).endswith("quantizer.codebook")
+        return jnp.where(dead[:, None], 0.0, leaf) if is_moment else leaf
 
-def reconstruct(
-    tokenizer: Tokenizer, images: UInt8[np.ndarray, "N H W 3"], *, mesh: jax.sharding.Mesh
-) -> UInt8[np.ndarray, "N H W 3"]:
-    """`reconstruct_batch` of any number of images, whole on every process."""
-    size, made = round_up(64), []
-    for start in range(0, len(images), size):
-        padded = np.resize(images[start : start + size], (size, *images.shape[1:]))
-        made.append(to_host(reconstruct_batch(tokenizer, put_global_batch(padded, mesh))))
-    return np.concatenate(made)[: len(images)]
+    return jax.tree_util.tree_map_with_path(forget, opt_state)
