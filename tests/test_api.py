@@ -82,9 +82,18 @@ def test_any_image_is_cropped_to_the_models_size(model, tmp_path):
         (lambda m: m.sample(["Cars"]), "label holds 'Cars'; the classes of this checkpoint are"),
         (lambda m: m.sample([9]), "label holds 9; classes are 0 to 8"),
         (lambda m: m.sample([]), "no labels are given"),
+        (lambda m: m.sample("Flags", seed=-1), "seed=-1; expected"),
+        (
+            lambda m: m.edit(np.zeros((32, 32, 3), np.uint8), (0, 0, 1.5, 1)),
+            "expected 0 <= y0 < y1",
+        ),
+        (
+            lambda m: var_jax.load("emoji", mesh=jax.make_mesh((8,), ("x",))),
+            "the mesh has the axes",
+        ),
         (lambda m: m.sample(np.array([99])), "label holds 99; classes are 0 to 8"),
-        (lambda m: m.sample("Flags", batch_size=0), "batch_size=0; expected at least 1"),
-        (lambda m: m.decode(np.zeros((1, 7), np.int32)), r"tokens have shape \(1, 7\); expected"),
+        (lambda m: m.sample("Flags", batch_size=0), "batch_size=0 and seed=0; expected at least 1"),
+        (lambda m: m.decode(np.zeros((1, 7), np.int32)), r"tokens are int32 of shape \(1, 7\)"),
         (
             lambda m: m.decode(np.full((1, 123), 9999)),
             "tokens hold 9999 to 9999; expected 0 to 2047",

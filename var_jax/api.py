@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Bool, Int, Int32, Shaped, UInt8
+from jaxtyping import Bool, Int32, Shaped, UInt8
 from PIL import Image
 
 from var_jax import BadInput
@@ -33,7 +33,7 @@ from var_jax.sampling.generate import (
 )
 from var_jax.sampling.masks import box_mask, known_mask, pool_mask
 from var_jax.schedule import num_tokens
-from var_jax.sharding.mesh import using
+from var_jax.sharding.mesh import AXES, using
 from var_jax.tools.images import grid
 
 Label = str | int | np.integer | np.str_
@@ -66,6 +66,8 @@ def load(
 
     Raises: BadInput if there is no such checkpoint, or it is damaged.
     """
+    if mesh is not None and mesh.axis_names != AXES:
+        raise BadInput(f"the mesh has the axes {mesh.axis_names}; expected {AXES} (make_mesh).")
     current = jax.sharding.get_mesh()
     mesh = mesh or (None if current.empty else current)
     return Model(load_models(checkpoint, mesh, dtype), mesh)
@@ -153,14 +155,14 @@ class Model:
         with using(self.mesh):
             return in_batches(encode_images, self.models.tokenizer, images, batch_size)
 
-    def decode(self, tokens: Int[np.ndarray, "N L"], *, batch_size: int = 64) -> Images:
+    def decode(self, tokens: Shaped[np.ndarray, "..."], *, batch_size: int = 64) -> Images:
         """The images of tokens."""
         tokens = self._check_tokens(tokens)
         with using(self.mesh):
             images = in_batches(decode_tokens, self.models.tokenizer, tokens, batch_size)
         return images.view(Images)
 
-    def coarse_to_fine(self, tokens: Int[np.ndarray, "N L"]) -> UInt8[np.ndarray, "N K H W 3"]:
+    def coarse_to_fine(self, tokens: Shaped[np.ndarray, "..."]) -> UInt8[np.ndarray, "N K H W 3"]:
         """What the images of tokens look like after each of the K scales."""
         tokens = self._check_tokens(tokens)
         with using(self.mesh):
@@ -215,7 +217,10 @@ class Model:
         if np.shape(repaint) == (size, size):
             where = pool_mask(np.asarray(repaint, np.float32), cells)
         elif np.shape(repaint) == (4,):
-            where = box_mask(tuple(map(float, repaint)), cells)  # type: ignore[arg-type]
+            y0, x0, y1, x1 = map(float, repaint)  # type: ignore[arg-type]
+            if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
+                raise BadInput(f"box {repaint}; expected 0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1.")
+            where = box_mask((y0, x0, y1, x1), cells)
         else:
             raise BadInput(
                 f"repaint has shape {np.shape(repaint)}; expected a mask of ({size}, {size}) or a"
@@ -265,7 +270,9 @@ class Model:
         Raises: BadInput, which calls the argument `name`, if there is no such class.
         """
         names = self.class_names
-        if isinstance(label, (int, np.integer)) or re.fullmatch("-?[0-9]+", str(label)):
+        if not isinstance(label, (str, int, np.integer)):
+            raise BadInput(f"{name} holds {label!r}; expected a class name or number.")
+        if isinstance(label, (int, np.integer)) or re.fullmatch("-?[0-9]+", label):
             if 0 <= int(label) < len(names):
                 return int(label)
             raise BadInput(f"{name} holds {label}; classes are 0 to {len(names) - 1}.")
@@ -276,16 +283,22 @@ class Model:
         return found[0]
 
     def _numbers(self, labels: Label | Sequence[Label] | np.ndarray) -> Int32[np.ndarray, " N"]:
+        if isinstance(labels, jax.Array):
+            labels = np.asarray(labels)
         several = [labels] if np.ndim(labels) == 0 else list(labels)  # type: ignore[arg-type]
         if not several:
             raise BadInput("no labels are given; expected at least one class.")
         return np.array([self.class_index(label) for label in several], np.int32)  # type: ignore
 
-    def _check_tokens(self, tokens: Int[np.ndarray, "N L"]) -> Int32[np.ndarray, "N L"]:
+    def _check_tokens(self, tokens: Shaped[np.ndarray, "..."]) -> Int32[np.ndarray, "N L"]:
         tokens, codes = np.asarray(tokens), self.models.tokenizer.config.vocab_size
         length = num_tokens(self.patch_nums)
-        if tokens.ndim != 2 or tokens.shape[1] != length or not len(tokens):
-            raise BadInput(f"tokens have shape {tokens.shape}; expected (N, {length}).")
+        integers = np.issubdtype(tokens.dtype, np.integer)
+        if not integers or tokens.ndim != 2 or tokens.shape[1] != length or not len(tokens):
+            raise BadInput(
+                f"tokens are {tokens.dtype} of shape {tokens.shape}; expected integers of shape"
+                f" (N, {length})."
+            )
         if not 0 <= tokens.min() <= tokens.max() < codes:
             raise BadInput(
                 f"tokens hold {tokens.min()} to {tokens.max()}; expected 0 to {codes - 1}."
@@ -302,8 +315,10 @@ class Model:
         smooth: bool = False,
         known: KnownTokens | None = None,
     ) -> Generated:
-        if batch_size < 1:
-            raise BadInput(f"batch_size={batch_size}; expected at least 1.")
+        if batch_size < 1 or seed < 0:
+            raise BadInput(
+                f"batch_size={batch_size} and seed={seed}; expected at least 1 and at least 0."
+            )
         weights = Weights(self.models.tokenizer, self.models.transformer)
         how = {"batch_size": batch_size, "seed": seed, "known": known}
         with using(self.mesh):

@@ -101,11 +101,11 @@ def _parse(args: flags.FlagValues, argv: Sequence[str]) -> None:
     home = os.path.expanduser("~/")  # as in --out=~/samples, which no shell expands
     words = [re.sub(r"^(--[\w.]+=)~/", lambda flag: flag[1] + home, word) for word in argv]
     words = [re.sub(r"^--config\.", "--config_field=", word) for word in words]
-    for i, word in enumerate(words[:-1]):  # --config.a.b v
-        if re.fullmatch(r"--config_field=[\w.]+", word) and not words[i + 1].startswith("--"):
-            words[i : i + 2] = [f"{word}={words[i + 1]}", ""]
+    for i in reversed(range(len(words) - 1)):  # --config.a.b v
+        if re.fullmatch(r"--config_field=[\w.]+", words[i]) and not words[i + 1].startswith("--"):
+            words[i : i + 2] = [f"{words[i]}={words[i + 1]}"]
     try:
-        rest = args(["", *filter(None, words)])
+        rest = args(["", *words])
     except flags.UnrecognizedFlagError as error:
         near = did_you_mean(error.flagname, args)
         raise BadInput(f"unknown flag --{error.flagname}{near}") from error
