@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ from jaxtyping import Float, Int32, Shaped
 from var_jax import BadInput
 from var_jax.sampling.generate import Sampler, generate
 from var_jax.sampling.reject import best, candidates
-from var_jax.sharding.ops import round_up
 from var_jax.tools.files import replacing
 from var_jax.tools.logs import progress
 from var_jax.tools.npz import join_npz, load_npz, save_npz
@@ -35,11 +35,6 @@ class Job:
     with_tokens: bool = True  # mixed codes are no tokens
 
     @property
-    def part_size(self) -> int:
-        """Images of a part: a batch, rounded up to what the mesh divides."""
-        return round_up(min(self.batch_size, len(self.labels)))
-
-    @property
     def parts(self) -> epath.Path:
         """The folder of unfinished parts."""
         return self.out / "parts"
@@ -49,7 +44,7 @@ class Job:
 
         Raises: BadInput if it holds parts of another job.
         """
-        about, settings = self.parts / "settings.json", settings | {"batch_size": self.part_size}
+        about = self.parts / "settings.json"
         if about.exists() and any(self.parts.glob("*.npz")):
             check_settings(self.parts, json.loads(about.read_text()), settings)
             return
@@ -95,7 +90,7 @@ class Job:
         doing: str,
     ) -> list[epath.Path]:
         """Samples batch by batch and writes what `part_of` makes of each, unless it is there."""
-        count, size = len(labels), self.part_size
+        count, size = len(labels), self.batch_size
         paths = {i: self.parts / f"{prefix}{i:08d}.npz" for i in range(0, count, size)}
         left = [range(i, min(i + size, count)) for i, path in paths.items() if not path.exists()]
         if left:
@@ -105,8 +100,12 @@ class Job:
                 seed=self.seed,
             )  # fmt: skip
             with progress(count, count - len(rows), doing) as bar:
-                for part, batch in zip(left, made, strict=True):
-                    kept = part_of(slice(part.start, part.stop), batch.images, batch.tokens)
+                each = (
+                    row for batch in made for row in zip(batch.images, batch.tokens, strict=True)
+                )
+                for part in left:  # a batch may be more than a part: the mesh rounds it up
+                    images, tokens = map(np.stack, zip(*islice(each, len(part)), strict=True))
+                    kept = part_of(slice(part.start, part.stop), images, tokens)
                     save_npz(paths[part.start], **kept)
                     bar.update(len(part))
         return list(paths.values())
@@ -115,7 +114,7 @@ class Job:
         self, paths: list[epath.Path], name: str, count: int
     ) -> Shaped[np.ndarray, "N ..."]:
         """The first `count` rows of an array that lies in parts."""
-        needed = paths[: -(-count // self.part_size)]
+        needed = paths[: -(-count // self.batch_size)]
         return np.concatenate([load_npz(path, name)[name] for path in needed])[:count]
 
     def finish(self, paths: list[epath.Path]) -> epath.Path:
