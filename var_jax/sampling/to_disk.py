@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterator
+from itertools import islice, repeat
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from etils import epath
 from jaxtyping import Float, Int32, Shaped
 
 from var_jax import BadInput
-from var_jax.sampling.generate import Sampler, generate
+from var_jax.sampling.generate import Generated, Sampler, generate
 from var_jax.sampling.reject import best, candidates
 from var_jax.tools.files import replacing
 from var_jax.tools.logs import progress
@@ -100,12 +100,10 @@ class Job:
                 seed=self.seed,
             )  # fmt: skip
             with progress(count, count - len(rows), doing) as bar:
-                each = (
-                    row for batch in made for row in zip(batch.images, batch.tokens, strict=True)
-                )
+                images = one_by_one(made)
                 for part in left:  # a batch may be more than a part: the mesh rounds it up
-                    images, tokens = map(np.stack, zip(*islice(each, len(part)), strict=True))
-                    kept = part_of(slice(part.start, part.stop), images, tokens)
+                    stacked = map(stack, zip(*islice(images, len(part)), strict=True))
+                    kept = part_of(slice(part.start, part.stop), *stacked)
                     save_npz(paths[part.start], **kept)
                     bar.update(len(part))
         return list(paths.values())
@@ -138,3 +136,15 @@ def check_settings(parts: epath.Path, found: dict[str, Any], settings: dict[str,
                 f"{parts} holds an unfinished run with --{name}={found.get(name)}, not {value};"
                 f" {advice}"
             )
+
+
+def one_by_one(batches: Iterator[Generated]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Each image and its tokens, if there are any."""
+    for batch in batches:
+        tokens = repeat(None) if batch.tokens is None else batch.tokens
+        yield from zip(batch.images, tokens, strict=False)
+
+
+def stack(rows: tuple[Any, ...]) -> Any:
+    """Rows as one array; None of those that are None."""
+    return None if rows[0] is None else np.stack(rows)
