@@ -20,7 +20,6 @@ from var_jax.tools.configs import did_you_mean
 
 Main = Callable[[flags.FlagValues], None]
 BAD_INPUT = 2
-MAX_CACHE = 2**32  # bytes of compiled programs
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it.
 
 
@@ -188,4 +187,3 @@ def _cache_compiled_programs() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache / "var_jax"))
-        jax.config.update("jax_compilation_cache_max_size", MAX_CACHE)
