@@ -36,7 +36,7 @@ def define_flags() -> None:
     """Defines the flags of this benchmark."""
     flags.DEFINE_string("package", None, "The npm tarball.", required=True)
     flags.DEFINE_string("checkpoint", None, "Of configs/emoji.py.", required=True)
-    flags.DEFINE_integer("steps", 150, "Of each run.")
+    flags.DEFINE_integer("steps", 120, "Of each run.")
     flags.DEFINE_list("rates", ["4e-3", "1.6e-2"], "Learning rates for 256 images.")
     flags.DEFINE_string("out", "runs/finetune", "Work directories.")
     flags.DEFINE_string("figures", "benchmarks/emoji", "Where the curve and its numbers go.")
