@@ -66,16 +66,21 @@ def torch_pickle(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch._utils", utils)
 
     class Pickler(pickle.Pickler):
+        extra = ()  # of a persistent id
+
         def persistent_id(self, obj):
             if isinstance(obj, Storage):
-                return ("storage", getattr(torch, obj.kind), obj.key, "cpu", obj.count)
+                kind = getattr(torch, obj.kind)
+                return ("storage", kind, obj.key, "cpu", obj.count, *self.extra)
 
         def reducer_override(self, obj):
             return (_rebuild_tensor_v2, obj.about) if isinstance(obj, Tensor) else NotImplemented
 
-    def dumps(obj, protocol=2):
+    def dumps(obj, protocol=2, extra=()):
         data = io.BytesIO()
-        Pickler(data, protocol).dump(obj)
+        pickler = Pickler(data, protocol)
+        pickler.extra = extra
+        pickler.dump(obj)
         return data.getvalue()
 
     return dumps
@@ -89,6 +94,14 @@ def archive(path, pickled, *storages, compress=zipfile.ZIP_STORED, order=b"littl
             file.writestr(f"model/data/{key}", np.asarray(storage).tobytes())
         file.writestr("model/version", "3\n")
     return path
+
+
+def legacy(pickled, *storages, keys="01", little_endian=True, number=0x1950A86A20F9469CFC6C):
+    """What PyTorch before 1.6 writes."""
+    facts = {"protocol_version": 1001, "little_endian": little_endian, "type_sizes": {"int": 4}}
+    head = [pickle.dumps(part, 2) for part in (number, 1001, facts)]
+    values = [struct.pack("<q", s.size) + s.tobytes() for s in map(np.asarray, storages)]
+    return b"".join([*head, pickled, pickle.dumps(list(keys[: len(storages)]), 2), *values])
 
 
 def read(path, *keys):
@@ -114,6 +127,51 @@ def test_views_of_storages_are_read(torch_pickle, tmp_path, protocol):
     np.testing.assert_array_equal(tensors["transposed"], grid.T)
     np.testing.assert_array_equal(tensors["half"], half)
     assert tensors["half"].dtype == np.float16 and tensors["number"] == 5
+
+
+def test_legacy_files_are_read(torch_pickle, tmp_path):
+    values, half = np.arange(24, dtype=np.float32), np.arange(4, dtype=np.float16)
+    state = OrderedDict(
+        part=Tensor(Storage("0", 24), (3, 2), (1, 6), 8),
+        half=Tensor(Storage("1", 4, "HalfStorage"), (4,), (1,)),
+    )
+    state._metadata = OrderedDict({"": {"version": 1}})
+    path = tmp_path / "t.pth"
+    path.write_bytes(legacy(torch_pickle(state, extra=(None,)), values, half))
+    tensors = read(path)
+    np.testing.assert_array_equal(tensors["part"], values.reshape(4, 6)[1:3, 2:5].T)
+    np.testing.assert_array_equal(tensors["half"], half)
+
+
+def test_legacy_files_of_python_2_are_read(tmp_path):
+    storage = b"(U\x07storagectorch\nFloatStorage\nU\x010U\x06cuda:0K\x02NtQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00K\x02\x85K\x01\x85\x89NtR"
+    pickled = b"\x80\x02ccollections\nOrderedDict\n]](U\x01w" + tensor + b"ea\x85R."
+    path = tmp_path / "t.pth"
+    path.write_bytes(legacy(pickled, np.float32([1, 2])))
+    np.testing.assert_array_equal(read(path)["w"], [1, 2])
+
+
+def test_damaged_legacy_files(torch_pickle, tmp_path):
+    path, values = tmp_path / "t.pth", np.arange(4, dtype=np.float32)
+    state = {"w": Tensor(Storage("0", 4), (4,), (1,))}
+    pickled = torch_pickle(state, extra=(None,))
+    view = torch_pickle(state, extra=(("1", 0, 2),))
+    call = pickle.dumps({"w": Call(exec, "raise SystemExit('it ran')")}, 2)
+    for content, sentence in (
+        (legacy(pickled, values)[:-1], "does not hold the 4 values of '0'"),
+        (legacy(pickled, values[:3]), "does not hold the 4 values of '0'"),
+        (legacy(pickled, values, keys="1"), "cannot be read"),
+        (legacy(pickled), "storage '0' is missing"),
+        (legacy(pickled, values)[:200], "cannot be read"),
+        (legacy(pickled, values, little_endian=False), "big-endian"),
+        (legacy(view, values), "a persistent object"),
+        (legacy(call, values), "holds more than weights"),
+        (legacy(torch_pickle({"w": Tensor(Storage("0", 4), (5,), (1,))}, extra=(None,)), values),
+         "reaches beyond its 16 bytes"),
+    ):  # fmt: skip
+        path.write_bytes(content)
+        refused(path, sentence)
 
 
 def test_a_state_dict_inside_a_training_checkpoint(torch_pickle, tmp_path):
@@ -160,7 +218,7 @@ def refused(path, sentence):
         (b"<!DOCTYPE html><html><body>404", "is a web page"),
         (b"\n<html>Not Found</html>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a git-lfs pointer"),
-        (pickle.dumps(0x1950A86A20F9469CFC6C, 2) + b"legacy", "PyTorch before 1.6"),
+        (pickle.dumps(0x1950A86A20F9469CFC6C, 2), "is damaged or cut short"),
         (b"PK\x03\x04" + bytes(100), "its table of contents cannot be read"),
         (b"just text", "no file of weights"),
         (struct.pack("<Q", 1 << 60) + b"{}", "header too large"),

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from var_jax import BadInput
+from var_jax.checkpoints.torch.legacy import MAGIC, LegacyFile
 from var_jax.checkpoints.torch.names import (
     CODE_USAGE,
     Tensors,
@@ -50,6 +51,8 @@ def open_tensors(path: str | Path, *keys: str) -> Tensors:
             head = file.read(64)
         if head.startswith(b"PK\x03\x04"):
             return read_pth(path, *keys)
+        if head.startswith(MAGIC):
+            return read_pth(path, *keys, kind=LegacyFile)
         if head[8:9] == b"{":
             return read_safetensors(path)
     except OSError as error:
@@ -65,8 +68,6 @@ def kind_of(head: bytes) -> str:
         return "is a git-lfs pointer, not the file itself"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "is a web page, such as the error page of a failed download"
-    if head.startswith(b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"):
-        return "has the format of PyTorch before 1.6 (save it again with a newer one)"
     return "is no file of weights, or the start of it is missing"
 
 

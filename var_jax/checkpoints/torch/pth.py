@@ -5,13 +5,14 @@ bytes for each storage. Unpickling can run any code, so `Unpickler` knows only t
 and names that describe tensors. The values stay on disk until NumPy asks for them.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, ClassVar
 
@@ -51,6 +52,9 @@ class Archive:
     def damaged(self, what: str) -> BadInput:
         return BadInput(f"{self.path} is damaged or cut short: {what}.")
 
+    def big_endian(self) -> BadInput:
+        return BadInput(f"{self.path} is of a big-endian machine; only little-endian is read.")
+
     def entry(self, name: str) -> zipfile.ZipInfo:
         """An entry as torch writes it: uncompressed."""
         try:
@@ -73,12 +77,18 @@ class Archive:
         """The object that was saved: containers, numbers, text and tensors."""
         has_order = self.root + "byteorder" in self.zip.namelist()
         if has_order and self.read(self.entry("byteorder")) != b"little":
-            raise BadInput(f"{self.path} is of a big-endian machine; only little-endian is read.")
+            raise self.big_endian()
         pickled = self.entry("data.pkl")
         if pickled.file_size > MAX_DESCRIPTION:
             raise self.damaged(f"the description of its tensors has {pickled.file_size} bytes")
+        with self.unpickling():
+            return Unpickler(self, io.BytesIO(self.read(pickled))).load()
+
+    @contextlib.contextmanager
+    def unpickling(self) -> Iterator[None]:
+        """Turns whatever a pickle makes Python raise into BadInput."""
         try:
-            return Unpickler(self, self.read(pickled)).load()
+            yield
         except BadInput:
             raise
         except NotWeights as error:
@@ -95,7 +105,7 @@ class Tensor:
     """A tensor that lies in a file; `np.asarray` reads it."""
 
     archive: Archive
-    entry: zipfile.ZipInfo
+    entry: Any  # what `archive` calls one
     dtype: np.dtype
     # As the pickle says, so anything until `check` has seen it. Offset and strides in elements.
     offset: Any = 0
@@ -125,14 +135,16 @@ class Tensor:
         return np.asarray(array, dtype)
 
 
-def read_pth(path: Path, *keys: str) -> dict[str, Tensor]:
+def read_pth(
+    path: Path, *keys: str, kind: Callable[[Path], Archive] = Archive
+) -> dict[str, Tensor]:
     """The tensors of a state dict by name; reads their description alone.
 
     `keys` lead to it inside a training checkpoint; those that a file does not have are passed over.
 
     Raises: BadInput if the file holds something else, or is damaged.
     """
-    state = Archive(path).unpickle()
+    state = kind(path).unpickle()
     for key in keys:
         state = state[key] if isinstance(state, dict) and key in state else state
     if not isinstance(state, dict) or not state:
@@ -140,8 +152,8 @@ def read_pth(path: Path, *keys: str) -> dict[str, Tensor]:
     tensors = {}
     for name, value in state.items():
         if type(name) is not str or not isinstance(value, Tensor):
-            kind = type(value).__name__.lower()
-            raise BadInput(f"{path} holds {name!r} of type {kind}, where a state dict has tensors.")
+            what = type(value).__name__.lower()
+            raise BadInput(f"{path} holds {name!r} of type {what}, where a state dict has tensors.")
         tensors[name] = dataclasses.replace(value, name=name)
         tensors[name].check()
     total = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
@@ -163,9 +175,17 @@ class Dict(dict):
         super().__setitem__(key, value)
 
 
+def ordered_dict(pairs: Iterable[Any] = ()) -> Dict:
+    """A dict of the pairs that pickles of Python 2 give, empty otherwise."""
+    made = Dict()
+    for key, value in pairs:
+        made[key] = value
+    return made
+
+
 # What a pickle may name: nothing of it is looked up or imported.
 NAMES = {
-    "collections.OrderedDict": lambda: Dict(),
+    "collections.OrderedDict": ordered_dict,
     "torch._utils._rebuild_tensor_v2": lambda storage, offset, shape, strides, *_: (
         dataclasses.replace(storage, offset=offset, shape=shape, strides=strides)
     ),
@@ -174,16 +194,17 @@ NAMES = {
 # The instructions that may occur. Those that call something can only call what `NAMES` gives.
 INSTRUCTIONS = """
     PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE
-    SHORT_BINUNICODE EMPTY_TUPLE EMPTY_LIST TUPLE TUPLE1 TUPLE2 TUPLE3 BINPUT LONG_BINPUT MEMOIZE
-    BINGET LONG_BINGET SETITEM SETITEMS APPEND APPENDS GLOBAL STACK_GLOBAL BINPERSID REDUCE
+    SHORT_BINUNICODE SHORT_BINSTRING EMPTY_TUPLE EMPTY_LIST TUPLE TUPLE1 TUPLE2 TUPLE3 BINPUT
+    LONG_BINPUT MEMOIZE BINGET LONG_BINGET SETITEM SETITEMS APPEND APPENDS GLOBAL STACK_GLOBAL
+    BINPERSID REDUCE
 """
 
 
 class Unpickler(pickle._Unpickler):
     """Python's unpickler in Python (the one in C allocates what a pickle says), cut down."""
 
-    def __init__(self, archive: Archive, pickled: bytes):
-        super().__init__(io.BytesIO(pickled))
+    def __init__(self, archive: Archive, pickled: io.BytesIO):
+        super().__init__(pickled)
         self.archive = archive
 
     def refuse(self) -> None:
