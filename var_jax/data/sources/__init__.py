@@ -1,4 +1,4 @@
-"""Labelled images from the embedded emoji, .npz files, folders and tensorflow-datasets."""
+"""Labelled images from the embedded emoji, .npz and IDX files, folders and tensorflow-datasets."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from var_jax.data.records import MANIFEST, UNFINISHED
 from var_jax.data.sources.base import SPLITS, ArraySource, EncodedImages, ImageSource, Source
 from var_jax.data.sources.emoji import Emoji
 from var_jax.data.sources.folders import open_folders
+from var_jax.data.sources.idx import open_idx
 from var_jax.data.sources.npz import open_npz
 from var_jax.data.sources.packed import open_packed
 from var_jax.data.sources.tars import TARS, open_tars
@@ -27,7 +28,7 @@ __all__ = [
 
 
 def open_source(spec: str, split: str, size: int, resize: float = 1.125) -> Source:
-    """The source that `spec` names: "emoji", an .npz, a folder or "tfds:NAME".
+    """The source that `spec` names: "emoji", an .npz, a folder, "idx:DIR" or "tfds:NAME".
 
     Its images are squares of side `size`, cropped from a shorter edge of `resize` times that.
 
@@ -41,8 +42,11 @@ def open_source(spec: str, split: str, size: int, resize: float = 1.125) -> Sour
         return Emoji(split, size)
     if spec.endswith(".npz"):
         return open_npz(spec, split, size, resize)
+    if spec.startswith("idx:"):
+        return open_idx(spec.removeprefix("idx:"), split, size, resize)
     if not (spec.startswith("tfds:") or "/" in spec or epath.Path(spec).exists()):
-        raise BadInput(f"data source is {spec!r}; expected emoji, a folder, X.npz or tfds:NAME.")
+        known = "emoji, a folder, X.npz, idx:DIR or tfds:NAME"
+        raise BadInput(f"data source is {spec!r}; expected {known}.")
     return ImageSource(open_encoded(spec, split), size, resize)
 
 

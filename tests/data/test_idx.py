@@ -1,0 +1,86 @@
+"""IDX files: MNIST and the sets that are made like it."""
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+
+from var_jax import BadInput
+from var_jax.data.sources import open_source
+
+FASHION = np.array([9, 0, 0, 3, 0, 2, 7, 2, 5, 5, 1, 4, 6, 8], np.uint8)
+
+
+def idx(array, kind=8):
+    """An array as the bytes of an IDX file."""
+    header = struct.pack(">HBB", 0, kind, array.ndim)
+    return header + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def images(count, height=28, width=28):
+    return np.arange(count * height * width).reshape(count, height, width).astype(np.uint8)
+
+
+def write(folder, labels=FASHION, packed=True, prefix="", test="t10k"):
+    """A small set; its images are numbered through."""
+    for split, count in (("train", len(labels)), (test, 5)):
+        for kind, array in (("images", images(count)), ("labels", labels[:count])):
+            path = folder / f"{prefix}{split}-{kind}-idx{array.ndim}-ubyte{'.gz' * packed}"
+            path.write_bytes(gzip.compress(idx(array)) if packed else idx(array))
+    return f"idx:{folder}"
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_images_get_a_border_and_classes_their_names(tmp_path, packed):
+    spec = write(tmp_path, packed=packed)
+    train, validation = (open_source(spec, split, 32) for split in ("train", "validation"))
+    assert (len(train), len(validation)) == (14, 5)
+    item = train[3]
+    assert train.class_names[item["label"]] == "Dress" and item["label"].dtype == np.int32
+    assert np.array_equal(item["image"][2:-2, 2:-2, 1], images(14)[3])
+    assert not item["image"][:2].any() and not item["image"][:, -2:].any()
+    assert open_source(spec, "train", 16).train_item(0, 0, np.random.default_rng(0))[
+        "image"
+    ].shape == (16, 16, 3)
+
+
+def test_letters_are_turned_and_count_from_one(tmp_path):
+    labels = np.array([2, 1, 3, 1, 2], np.uint8)
+    spec = write(tmp_path, labels, prefix="emnist-letters-", test="test")
+    source = open_source(spec, "validation", 32)
+    assert source.class_names == ("1", "2", "3") and source[0]["label"] == 1
+    assert np.array_equal(source[0]["image"][2:-2, 2:-2, 0], images(5)[0].T)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("train-labels-idx1-ubyte", None, "has no train labels"),
+        ("train-labels-idx1-ubyte", b"hello there", "is not an IDX file of bytes"),
+        ("train-labels-idx1-ubyte", idx(FASHION, kind=13), "is not an IDX file of bytes"),
+        ("train-labels-idx1-ubyte", b"\0", "cannot be read"),
+        ("train-labels-idx1-ubyte", idx(FASHION)[:-1], "its header says"),
+        ("train-labels-idx1-ubyte", idx(FASHION) + b"x", "its header says"),
+        ("train-labels-idx1-ubyte", idx(FASHION[1:]), "labels of"),
+        ("train-labels-idx1-ubyte.gz", gzip.compress(idx(FASHION))[:-9], "cannot be read"),
+        ("train-images-idx3-ubyte", b"\0\0\x08\3" + 12 * b"\xff", "expected at most"),
+        ("t10k-labels-idx1-ubyte", idx(np.full(5, 11, np.uint8)), "validation has label 11"),
+        ("kmnist-train-labels-idx1-ubyte", idx(FASHION), "holds several sets"),
+    ],
+)
+def test_bad_files_are_told(tmp_path, name, content, message):
+    spec = write(tmp_path, packed=False)
+    (tmp_path / name.removesuffix(".gz")).unlink(missing_ok=True)
+    if name.startswith("kmnist"):
+        (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(FASHION))
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=message):
+        for split in ("train", "validation"):
+            open_source(spec, split, 32)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(BadInput, match="has no train labels"):
+        open_source(f"idx:{tmp_path / 'none'}", "train", 32)

@@ -1,0 +1,88 @@
+"""The four IDX files of MNIST and of the sets that are made like it."""
+
+import gzip
+import math
+import re
+import struct
+import zlib
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+
+from var_jax import BadInput
+from var_jax.data.sources.base import ArraySource
+
+FILES = {"train": "train", "validation": "(t10k|test)"}
+PADDED = 32  # from 28: a power of two
+MAX_BYTES = 2**32  # of a file, uncompressed; EMNIST's largest takes half a gigabyte
+NAMES: dict[tuple[int, ...], tuple[str, ...]] = {  # by the first labels of the training set, as the files are named alike
+    (9, 0, 0, 3, 0, 2, 7, 2, 5, 5): (
+        "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+        "Ankle boot",
+    ),
+}  # fmt: skip
+
+
+def open_idx(directory: str, split: str, size: int, resize: float) -> ArraySource:
+    """One split of MNIST, Fashion-MNIST, KMNIST or EMNIST in `directory`, compressed or not.
+
+    28×28 grey images become 32×32 RGB by a black border. Other classes than Fashion-MNIST's are
+    called by their numbers.
+
+    Raises: BadInput if the files are missing, damaged or do not fit each other.
+    """
+    folder = epath.Path(directory).expanduser()
+    names = class_names(read_idx(find_file(folder, "train", "labels")))
+    images = read_idx(image_file := find_file(folder, split, "images"))
+    labels = read_idx(find_file(folder, split, "labels"))
+    if images.ndim != 3 or labels.shape != images.shape[:1] or not len(labels):
+        raise BadInput(
+            f"{folder}: {split} images are of shape {images.shape}, labels of {labels.shape};"
+            " expected (N,H,W) and (N,)."
+        )
+    if unknown := sorted({*map(int, labels)} - {*names}):
+        raise BadInput(f"{folder}: {split} has label {unknown[0]}, of which no training image is.")
+    if "emnist" in image_file.name:
+        images = images.transpose(0, 2, 1)  # stored by column
+    border = [(max(0, PADDED - n) // 2, max(0, PADDED - n + 1) // 2) for n in images.shape[1:]]
+    padded = np.pad(images, ((0, 0), *border))
+    rgb = np.broadcast_to(padded[..., None], (*padded.shape, 3))  # takes no memory
+    index = np.searchsorted([*names], labels).astype(np.int32)
+    return ArraySource(rgb, index, tuple(names.values()), size, resize)
+
+
+def class_names(labels: UInt8[np.ndarray, " N"]) -> dict[int, str]:
+    """The name of each label that occurs; EMNIST's letters start at 1."""
+    known = NAMES.get(tuple(map(int, labels[:10])))
+    return {int(i): known[i] if known else str(i) for i in np.unique(labels)}
+
+
+def find_file(folder: epath.Path, split: str, kind: str) -> epath.Path:
+    """The file of a split's images or labels. Raises: BadInput unless there is exactly one."""
+    name = re.compile(rf"(.*[-_])?{FILES[split]}-{kind}[-.]idx[13]-ubyte(\.gz)?")
+    found = [p for p in folder.iterdir() if name.fullmatch(p.name)] if folder.is_dir() else []
+    if not found:
+        raise BadInput(f"idx:{folder} has no {split} {kind}; expected *-{kind}-idx*-ubyte[.gz].")
+    if len({path.name.removesuffix(".gz") for path in found}) > 1:
+        several = ", ".join(sorted(path.name for path in found))
+        raise BadInput(f"idx:{folder} holds several sets ({several}); give each its own folder.")
+    return min(found)
+
+
+def read_idx(path: epath.Path) -> UInt8[np.ndarray, "..."]:
+    """The array of bytes in an IDX file. Raises: BadInput if it is not one, or cut short."""
+    try:
+        with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
+            zeros, kind, axes = struct.unpack(">HBB", file.read(4))
+            if zeros or kind != 8 or axes not in (1, 3):
+                raise BadInput(f"{path} is not an IDX file of bytes.")
+            shape = struct.unpack(f">{axes}I", file.read(4 * axes))
+            if (size := math.prod(shape)) > MAX_BYTES:
+                raise BadInput(f"{path} claims {size} bytes; expected at most {MAX_BYTES}.")
+            data = file.read(size + 1)
+    except (OSError, EOFError, struct.error, zlib.error) as error:
+        raise BadInput(f"{path} cannot be read: {error}.") from error
+    if len(data) != size:
+        raise BadInput(f"{path} holds {len(data)} bytes or more; its header says {shape}.")
+    return np.frombuffer(data, np.uint8).reshape(shape)
