@@ -16,7 +16,8 @@ from var_jax.data.sources.base import ArraySource
 FILES = {"train": "train", "validation": "(t10k|test)"}
 PADDED = 32  # from 28: a power of two
 MAX_BYTES = 2**32  # of a file, uncompressed; EMNIST's largest takes half a gigabyte
-NAMES: dict[tuple[int, ...], tuple[str, ...]] = {  # by the first labels of the training set, as the files are named alike
+# By the first labels of the training set: the files of all sets are named alike.
+NAMES: dict[tuple[int, ...], tuple[str, ...]] = {
     (9, 0, 0, 3, 0, 2, 7, 2, 5, 5): (
         "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
         "Ankle boot",
