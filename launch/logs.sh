@@ -4,4 +4,4 @@
 . "$(dirname "$0")/common.sh"
 
 run gcloud alpha compute tpus queued-resources ssh "$NAME" "${where[@]}" \
-  --node="${1:-0}" --worker="${2:-0}" --command "tail -n 50 -F var_jax/train.log"
+  --node="${1:-0}" --worker="${2:-0}" --command "tail -n 50 -F var_jax/$NAME.log"

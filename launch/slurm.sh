@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Submits training to Slurm, one process on each node for all of its GPUs.
-#   NODES=4 GPUS=8 CONFIG=imagenet:d16 WORKDIR=/shared/d16 slurm.sh [--dry_run]
+# Submits a command to Slurm, one process on each node for all of its GPUs:
+# slurm.sh [--dry_run] [COMMAND] [--flag=value ...]
+#   NODES=4 GPUS=8 CONFIG=imagenet:d16 WORKDIR=/shared/d16 slurm.sh
 # Before the time limit Slurm sends SIGTERM: the run saves and ends with 130, the job is queued again.
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
@@ -9,7 +10,8 @@ GPUS=${GPUS:-8}
 # Under Slurm jax takes one GPU a process unless this says otherwise.
 devices=$(seq -s, 0 $((GPUS - 1)))
 
+read_command "$@"
 run sbatch --job-name "$NAME" --nodes "$NODES" --ntasks-per-node 1 --gpus-per-node "$GPUS" \
   --time "${TIME:-24:00:00}" --signal TERM@120 --requeue --open-mode append --output "$NAME.log" \
-  --wrap "JAX_LOCAL_DEVICE_IDS=$devices srun python -m var_jax.train --distributed --config $CONFIG --workdir $WORKDIR $* \
+  --wrap "JAX_LOCAL_DEVICE_IDS=$devices srun $(printf '%q ' "${command[@]}" --distributed) \
     ; code=\$?; [ \$code -ne 130 ] || scontrol requeue \$SLURM_JOB_ID; exit \$code"

@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags
 
 from var_jax.config import Config, from_dict
-from var_jax.sharding.mesh import make_mesh
+from var_jax.sharding.mesh import make_mesh, sampling_mesh
 from var_jax.tools import cli
 from var_jax.tools.configs import load_config
 from var_jax.training.aot import CHIPS, PROGRAMS, batch_of, examine, largest, tpu_devices
@@ -38,7 +38,10 @@ def main(args: flags.FlagValues) -> None:
     """Compiles and prints."""
     config = from_dict(Config, load_config(args.config, args.config_field))
     devices = tpu_devices(args.topology, args.slices)
-    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    if args.program == "sampler":
+        mesh = sampling_mesh(config.mesh.fsdp, config.mesh.tensor, devices)
+    else:
+        mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     chip = CHIPS[args.topology.partition(":")[0]]
     report = examine(config, args.program, mesh, chip, batch_of(config, args.program))
     if args.largest_batch:

@@ -15,6 +15,7 @@ from var_jax import BadInput
 from var_jax.checkpoints.export import find_export, load_config, load_weights, save_export
 from var_jax.config import (
     Config,
+    MeshConfig,
     SamplingConfig,
     TokenizerConfig,
     TransformerConfig,
@@ -99,14 +100,31 @@ def load_models(
             f"{folder} holds a tokenizer but no transformer; convert it with --transformer too."
         )
     sampling = section(SamplingConfig, about, "sampling", folder)
-    if dtype == "bfloat16":
-        abstract["transformer"] = in_bfloat16(abstract["transformer"])
-    if mesh is not None:
-        layouts = {"tokenizer": shard(abstract["tokenizer"], mesh)}
-        abstract = layouts | {"transformer": shard(abstract["transformer"], mesh, var.layout)}
-    weights = load_weights(folder, abstract)
+    weights = load_weights(folder, placed(abstract, mesh, dtype))
     names = tuple(about["class_names"])
     return Models(weights["tokenizer"], weights["transformer"], names, sampling)
+
+
+def placed(
+    abstract: dict[str, Any], mesh: jax.sharding.Mesh | None, dtype: str = "auto"
+) -> dict[str, Any]:
+    """A tokenizer and a transformer as `load_models` reads them, abstract weights on the mesh."""
+    tokenizer, transformer = abstract["tokenizer"], abstract["transformer"]
+    if dtype == "bfloat16":
+        transformer = in_bfloat16(transformer)
+    if mesh is not None:
+        tokenizer, transformer = shard(tokenizer, mesh), shard(transformer, mesh, var.layout)
+    return {"tokenizer": tokenizer, "transformer": transformer}
+
+
+def trained_mesh(directory: str | PurePath) -> MeshConfig:
+    """The mesh of the run that left an export; all devices along 'data' for a converted one.
+
+    Raises: BadInput if there is no export, or it is damaged.
+    """
+    trained = load_config(directory).get("trained")
+    about = trained if isinstance(trained, dict) else {}
+    return section(MeshConfig, about, "mesh", find_export(directory))
 
 
 def in_bfloat16(transformer: Transformer) -> Transformer:

@@ -1,8 +1,7 @@
 """Sampling from VAR: labels → tokens, scale by scale → images. One jitted program (VAR §3.2)."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +133,7 @@ def mix(
     return jnp.einsum("BlV,VC->BlC", weight, codebook, precision=jax.lax.Precision.HIGHEST)
 
 
-def sampler(settings: SamplingConfig, smooth: bool = False) -> Callable[..., Any]:
+def sampler(settings: SamplingConfig, smooth: bool = False) -> functools.partial:
     """`sample` with these settings, as `generate` takes it; no guidance is half of the work."""
     return functools.partial(
         sample, cfg=settings.cfg or None, top_k=settings.top_k, top_p=settings.top_p, smooth=smooth

@@ -53,6 +53,17 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
     return Mesh(array, AXES, axis_types=types)
 
 
+def sampling_mesh(fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over `devices` (all) that splits weights as far as training did, -1 being "all".
+
+    Fewer devices split them less; 'tensor' stays inside a host.
+    """
+    devices = jax.devices() if devices is None else devices
+    here = sum(device.process_index == devices[0].process_index for device in devices)
+    tensor = math.gcd(max(tensor, 0), here)
+    return make_mesh(-1, math.gcd(max(fsdp, 0), len(devices) // tensor), tensor, devices)
+
+
 def data_mesh() -> Mesh | None:
     """A mesh of all devices along 'data'; None for a single device, which needs none."""
     return make_mesh(data=-1, fsdp=1, tensor=1) if jax.device_count() > 1 else None

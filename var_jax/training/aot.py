@@ -19,11 +19,11 @@ from jax.sharding import PartitionSpec as P
 
 from var_jax import BadInput
 from var_jax.config import Config
-from var_jax.models import backend, var
+from var_jax.models import backend
 from var_jax.models.attention import Pattern
 from var_jax.models.attention_tpu import padded_flops
-from var_jax.models.load import build
-from var_jax.sampling.autoregressive import Weights, sample
+from var_jax.models.load import build, placed
+from var_jax.sampling.autoregressive import Weights, sampler
 from var_jax.sharding.mesh import BATCH, check_batch, check_hosts, check_model, shard
 from var_jax.tools import tpu_cost
 from var_jax.tools.flops import matmul_flops, transformer_flops
@@ -170,10 +170,12 @@ def lower(config: Config, program: str, mesh: Mesh, batch_size: int):
     key = jax.eval_shape(lambda: jax.random.key(0))
     tokenizer = shard(build(config.tokenizer), mesh)
     if program == "sampler":
-        weights = Weights(tokenizer, shard(build(config.transformer), mesh, var.layout))
+        models = {"tokenizer": build(config.tokenizer), "transformer": build(config.transformer)}
+        weights, draw = Weights(**placed(models, mesh)), sampler(config.sampling)
         keys = jax.eval_shape(lambda k: jax.random.split(k, batch_size), key)
         keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=label.sharding)
-        return sample.lower(weights, label, keys), {"bytes_parameters": local_bytes(weights)}
+        lowered = draw.func.lower(weights, label, keys, None, **draw.keywords)
+        return lowered, {"bytes_parameters": local_bytes(weights)}
     batch = {
         "tokenizer": {"image": image},
         "pixels": {"image": image, "label": label},
