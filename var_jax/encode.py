@@ -20,6 +20,7 @@ from absl import flags
 from etils import epath
 
 from var_jax import BadInput
+from var_jax.data.inventory import count
 from var_jax.data.sources import ImageSource, open_source
 from var_jax.data.token_cache import records_of, write_cache
 from var_jax.models.load import load_tokenizer
@@ -94,6 +95,7 @@ def write_token_cache(args: flags.FlagValues) -> None:
             split: open_source(args.images, split, size, args.resize)
             for split in ("train", "validation")
         }
+        print(count(args.images, sources), flush=True)
         out = epath.Path(args.out)
         manifest = write_cache(
             tokenizer, sources, out, mesh=mesh, batch_size=args.batch_size, copies=args.copies,

@@ -130,7 +130,7 @@ def test_each_training_alone(untrained, tmp_path):
     np.savez(tmp_path / "own.npz", arr_0=images, labels=np.arange(60) % 2)
     own = ("--images", tmp_path / "own.npz", "--cache", "--copies", 2, "--shift", 1)
     code, out, err = run("encode", "--checkpoint", checkpoint, *own, "--out", cache)
-    assert code == 0 and "codes of 114 crops of 60 images" in out, err
+    assert code == 0 and "codes of 118 crops of 60 images" in out, err
     there = (
         f"--config.pretrained_tokenizer={checkpoint}", f"--config.data.tokens={cache}",
         f"--config.data.source={tmp_path / 'own.npz'}", "--config.transformer.num_classes=2",

@@ -1,13 +1,15 @@
 """Decoding and cropping, against Pillow's plain path and against damaged files."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from var_jax.data import decoding
-from var_jax.data.decoding import Unreadable, crop, decode
+from var_jax.data.decoding import Unreadable, begins_like_image, crop, decode
 
 
 def scene(width=60, height=40):
@@ -153,3 +155,68 @@ def test_bombs(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)  # beyond twice that, Pillow refuses
     with pytest.raises(Unreadable, match="exceeds limit"):
         decode(data, 20)
+
+
+def png_with(kind, content, crc=None):
+    """A PNG with one more chunk behind its header, perhaps with a wrong checksum."""
+    whole = encoded(scene(), "PNG")
+    crc = zlib.crc32(kind + content) if crc is None else crc
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+    return whole[:33] + chunk + whole[33:]
+
+
+def jpeg_with(marker, content):
+    """A JPEG with one more segment at its beginning."""
+    whole = encoded(scene(), "JPEG", quality=95)
+    segment = bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+    return whole[:2] + segment + whole[2:]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        png_with(b"iCCP", b"x\0\0" + zlib.compress(bytes(1_200_000))),
+        png_with(b"zTXt", b"a\0\0" + zlib.compress(bytes(50_000_000))),
+        png_with(b"tEXt", b"a\0b", crc=1),
+        png_with(b"iTXt", b"a\0\1\1abc"),
+        png_with(b"prVt", b"anything", crc=1),
+        *(png_with(kind, b"a") for kind in (b"pHYs", b"gAMA", b"cHRM", b"acTL", b"tIME", b"eXIf")),
+        png_with(b"eXIf", b"MM\0*", crc=1),
+        jpeg_with(0xE1, b"Exif\0\0garbage"),
+        jpeg_with(0xE1, b"Exif\0\0II*\0\x08\0\0\0\xff\xff"),
+        jpeg_with(0xE2, b"ICC_PROFILE\0\x05"),
+        jpeg_with(0xE2, b"MPF\0MM\0*\0\0\0\x08\0\x01\xb0\x02\0\x07\0\0\0\x20\0\0\0\x1a"),
+        jpeg_with(0xED, b"Photoshop 3.0\x008BIM\x04"),
+        jpeg_with(0xEE, b"Adobe"),
+        jpeg_with(0xE0, b"JF"),
+        encoded(scene(), "WEBP", lossless=True, exif=b"garbage", icc_profile=bytes(2_000_000)),
+        encoded(scene(), "TIFF", icc_profile=bytes(2_000_000)),
+        encoded(scene(), "JPEG", quality=95) + b"what a camera appends",
+    ],
+)
+def test_metadata_loses_no_image(data):
+    assert begins_like_image(data[:32])
+    found = np.asarray(decode(data, 20)).astype(int)
+    assert np.abs(found - np.asarray(scene())).mean() < 5
+
+
+def test_orientation_survives_broken_metadata():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = encoded(scene().transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
+    broken = whole[:33] + b"\0\0\0\1tEXta\0\0\0\0" + whole[33:]
+    assert (np.asarray(decode(broken, 20)) == np.asarray(scene())).all()
+
+
+def test_formats_are_known_by_their_first_bytes():
+    for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF"):
+        assert begins_like_image(encoded(scene(), kind)[:32])
+    for other in (
+        b"",
+        b"BMW is a car" * 3,
+        b"P7 nothing",
+        b"<svg>",
+        b"RIFF....WAVEfmt ",
+        b"%PDF-1",
+    ):
+        assert not begins_like_image(other[:32])

@@ -8,18 +8,22 @@ import functools
 import io
 import sys
 import warnings
-from pathlib import Path
+import zlib
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 100_000_000  # an image takes 4 bytes a pixel, on each thread of the pipeline
-ORIENTATION = 0x0112  # the EXIF tag
+MAX_BYTES = 4 * MAX_PIXELS  # of a file
+ORIENTATION = 0x0112  # the EXIF tag; what undoes its values
+UPRIGHT = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))
 NAMED = 20  # warnings that name their file; then every hundredth does
+STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+PNG, BMP_HEADERS = STARTS[1], (12, 40, 52, 56, 64, 108, 124)
 
-# Pillow warns about half of what it refuses; `decode` has its own limit.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow warns about odd metadata, and about half of the sizes that it refuses.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class Unreadable(Exception):
@@ -34,13 +38,15 @@ def known_formats() -> tuple[str, ...]:
     return tuple(name for name in wanted if name in Image.OPEN)
 
 
-def is_image(path: Path) -> bool:
-    """Returns whether a file begins like an image that `decode` knows."""
-    try:
-        with Image.open(path, formats=known_formats()):
-            return True
-    except Exception:  # Each decoder has its own errors for damage.
-        return False
+def begins_like_image(start: bytes) -> bool:
+    """Returns whether the first 32 bytes of a file are those of a format that `decode` knows."""
+    return (
+        start.startswith(STARTS)
+        or (start[:4], start[8:12]) == (b"RIFF", b"WEBP")
+        or (start[4:8] == b"ftyp" and b"avi" in start[8:])
+        or (start[:2] == b"BM" and int.from_bytes(start[14:18], "little") in BMP_HEADERS)
+        or (start[:1] == b"P" and start[1:2] in b"123456" and start[2:3].isspace())
+    )
 
 
 def decode(data: bytes, short: int) -> Image.Image:
@@ -48,9 +54,20 @@ def decode(data: bytes, short: int) -> Image.Image:
 
     A JPEG over four times as large as `short`, the shorter edge that will be made of it, comes
     reduced by a power of two, still at least twice that size: far cheaper, no visible difference.
+    Damage to metadata loses no image; a file that ends too soon is no whole image, and is refused.
 
     Raises: Unreadable if it is damaged, truncated, too large or not an image.
     """
+    try:
+        return _decode(data, short)
+    except Unreadable:
+        bare = without_metadata(data)
+        if bare == data:
+            raise
+    return _decode(bare, short)
+
+
+def _decode(data: bytes, short: int) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=known_formats()) as image:
             image.draft(None, (2 * short, 2 * short))  # type: ignore[arg-type]
@@ -58,9 +75,8 @@ def decode(data: bytes, short: int) -> Image.Image:
             if width * height > MAX_PIXELS:
                 raise Unreadable(f"{width} x {height} pixels are too many")
             image.load()
-            if image.getexif().get(ORIENTATION, 1) != 1:
-                image = ImageOps.exif_transpose(image)
-            return _rgb(image)
+            turn = UPRIGHT.get(_orientation(image))
+            return _rgb(image if turn is None else image.transpose(Image.Transpose(turn)))
     except Unreadable:
         raise
     except UnidentifiedImageError as error:
@@ -68,6 +84,37 @@ def decode(data: bytes, short: int) -> Image.Image:
     except Exception as error:  # Each decoder has its own errors for damage.
         lines = str(error).splitlines()
         raise Unreadable(lines[0] if lines else type(error).__name__) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # Broken EXIF has as many errors; the pixels are whole.
+        return 1
+
+
+def without_metadata(data: bytes) -> bytes:
+    """A PNG or JPEG without what does not change its pixels; other formats as they are.
+
+    Transparency, EXIF (for the orientation) and Adobe's colour transform stay if they are whole.
+    """
+    if data.startswith(PNG):
+        kept, at = [PNG], len(PNG)
+        while 0 < (length := int.from_bytes(data[at : at + 4])) + 12 <= len(data) - at:
+            kind, end = data[at + 4 : at + 8], at + length + 12
+            whole = zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(data[end - 4 : end])
+            if not kind[0] & 32 or (whole and kind in (b"tRNS", b"eXIf")):  # lower case: ancillary
+                kept.append(data[at:end])
+            at = end
+        return b"".join([*kept, data[at:]])
+    kept, at = [data[:2]], 2
+    while data.startswith(STARTS[0]) and at + 4 <= len(data) and data[at + 1] != 0xDA:
+        marker, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4])
+        adobe = marker == 0xEE and end - at >= 16
+        if adobe or marker == 0xE1 or marker not in (*range(0xE1, 0xF0), 0xFE):
+            kept.append(data[at:end])
+        at = end
+    return b"".join([*kept, data[at:]])
 
 
 def crop(

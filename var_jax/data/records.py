@@ -4,6 +4,7 @@ A folder is finished once it has manifest.json; until then unfinished.json holds
 stopped command goes on and one with other settings is refused.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -11,7 +12,7 @@ import os
 import secrets
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,9 @@ class Records:
             return self._source[index]
         except RuntimeError as error:
             path = self.path(index // self.shard_size)
+            if "Too many open files" in str(error):
+                text = f"{self.folder} has {self.shards} shards, each an open file"
+                raise BadInput(f"{text}: more than `ulimit -n` allows; raise it.") from error
             raise BadInput(f"{path} is damaged ({error}); remove it and write it again.") from error
 
     @property
@@ -71,12 +75,34 @@ class Records:
     def _source(self):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+        allow_open_files(self.shards)
         # With these it need not open every file at the start.
         spans = [f"{self.path(i)}[0:{len(self.rows(i))}]" for i in range(self.shards)]
         return ArrayRecordDataSource(spans)
 
     def __getstate__(self):
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+def allow_open_files(more: int) -> None:
+    """Raises this process's limit of open files, where it may, so that so many more can be."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < more + 256:
+            wanted = more + 256 if hard == resource.RLIM_INFINITY else min(more + 256, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+@contextlib.contextmanager
+def sound(folder: epath.Path) -> Iterator[None]:
+    """Raises BadInput where a manifest lacks a field, or has one of another kind."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise BadInput(f"{folder / MANIFEST} is damaged ({what}); write it again.") from error
 
 
 def shard_size(count: int) -> int:

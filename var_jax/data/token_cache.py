@@ -15,18 +15,20 @@ from etils import epath
 from var_jax import BadInput
 from var_jax.checkpoints.export import fingerprint
 from var_jax.data.augmentation import augment_items
+from var_jax.data.inventory import checksum_of
 from var_jax.data.pipeline import epoch
 from var_jax.data.records import (
     Records,
-    checksum,
     read_manifest,
     shard_size,
     short,
+    sound,
     write_missing,
 )
-from var_jax.data.sources import ArraySource, ImageSource, Source
+from var_jax.data.sources import Source
 from var_jax.data.sources.base import Item
 from var_jax.models.tokenizer import Tokenizer, encode_images
+from var_jax.schedule import num_tokens
 from var_jax.sharding.mesh import put_batch
 
 KIND = "a token cache"  # in manifests
@@ -44,12 +46,17 @@ class TokenCache:
     records: Records
     copies: int
     class_names: tuple[str, ...]
+    length: int
 
     def __len__(self) -> int:
         return len(self.records) // self.copies
 
     def __getitem__(self, index: int) -> Item:
-        numbers = np.frombuffer(self.records[index], RECORD).astype(np.int32)
+        data = self.records[index]
+        if len(data) != RECORD.itemsize * (1 + self.length):
+            path = self.records.path(index // self.records.shard_size)
+            raise BadInput(f"{path} is damaged: a record has {len(data)} bytes; encode it again.")
+        numbers = np.frombuffer(data, RECORD).astype(np.int32)
         return {"tokens": numbers[1:], "label": numbers[0]}
 
     def train_item(self, index: int, epoch: int, rng: np.random.Generator) -> Item:
@@ -90,9 +97,11 @@ def open_tokens(
                 f"{folder} holds tokens made with {name}={short(found.get(name))}, but this run has"
                 f" {name}={short(ours)}."
             )
-    records = records_of(manifest, folder, split)
-    records.check_complete()
-    return TokenCache(records, manifest["copies"][split], tuple(manifest["class_names"]))
+    with sound(epath.Path(folder)):
+        records = records_of(manifest, folder, split)
+        records.check_complete()
+        copies = int(manifest["copies"][split])
+    return TokenCache(records, copies, tuple(source.class_names), num_tokens(patch_nums))
 
 
 def write_cache(
@@ -159,14 +168,6 @@ def records_of(manifest: Mapping[str, Any], folder: str, split: str) -> Records:
     """The records of one split."""
     count = manifest["copies"][split] * manifest["pictures"][split]
     return Records(folder, split, count, manifest["shard_size"])
-
-
-def checksum_of(source: Source) -> str:
-    """The checksum of a source's images as they are stored, whatever their size later."""
-    if isinstance(source, ImageSource):
-        return checksum(len(source), source.encoded.read)
-    assert isinstance(source, ArraySource)
-    return checksum(len(source), lambda i: (source.images[i].tobytes(), source.labels[i]))
 
 
 def check_counts(codes: int, classes: int) -> None:

@@ -2,10 +2,13 @@
 
 import contextlib
 import io
+import lzma
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
+from typing import IO
 
 import numpy as np
 from etils import epath
@@ -13,6 +16,13 @@ from jaxtyping import UInt8
 
 from var_jax import BadInput
 from var_jax.tools.files import replacing
+
+# Deflate makes at most 1/1030 of anything, of images hardly ever less than 1/10.
+BOMB_RATIO, BOMB_BYTES = 200, 2**28
+BROKEN = (
+    zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError, SyntaxError, KeyError,
+    NotImplementedError, RuntimeError, OverflowError, struct.error, lzma.LZMAError,
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -24,8 +34,27 @@ def reading(path: str | PurePath) -> Iterator[None]:
         raise
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError) as error:
+    except MemoryError as error:
+        raise BadInput(f"{path} claims more than memory holds ({error}).") from error
+    except BROKEN as error:
+        if "allow_pickle" in str(error):
+            raise BadInput(
+                f"{path} holds an array of objects, and objects could run code: nothing of them is"
+                " read; expected arrays of numbers or text (images of one size)."
+            ) from error
         raise BadInput(f"{path} is no npz file, or a damaged one ({error}).") from error
+
+
+def check_unpacked_size(path: str | PurePath, file: IO[bytes]) -> None:
+    """Raises BadInput if a member of the npz would be far larger in memory than in the file."""
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if member.file_size > max(BOMB_BYTES, BOMB_RATIO * member.compress_size):
+                raise BadInput(
+                    f"{path} holds {member.filename!r}, {member.compress_size / 1e6:.1f} MB that"
+                    f" unpack to {member.file_size / 1e9:.1f} GB: a decompression bomb."
+                )
+    file.seek(0)
 
 
 class Images:

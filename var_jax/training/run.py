@@ -15,6 +15,7 @@ from var_jax import BadInput
 from var_jax.checkpoints.export import load_fingerprint
 from var_jax.config import Config, TrainConfig, from_dict, parse_lr_scale, settings
 from var_jax.data.augmentation import augment_items
+from var_jax.data.inventory import count, remember
 from var_jax.data.pipeline import batches
 from var_jax.data.records import read_json, read_manifest
 from var_jax.data.sources import Source, open_source
@@ -101,7 +102,10 @@ class Run:
             )
             if data.tokens:
                 self.cached = self.open_cache(fingerprint)
-        occupy(workdir, config, fingerprint)
+        splits = {"train": self.train, "validation": self.validation}
+        occupy(workdir, config, fingerprint, splits)
+        if jax.process_index() == 0:
+            print(count(data.source, splits), flush=True)
         self.metrics = Metrics(workdir)
 
     def batches(self, source: Source, batch_size: int, augmented: bool = True):
@@ -262,8 +266,8 @@ def check_start(config: Config) -> None:
                 )
 
 
-def occupy(workdir: epath.Path, config: Config, tokenizer: str) -> None:
-    """Makes `workdir` this config's, and a pretrained tokenizer's of this fingerprint.
+def occupy(workdir: epath.Path, config: Config, tokenizer: str, splits: dict[str, Source]) -> None:
+    """Makes `workdir` this config's, of these images and a pretrained tokenizer's fingerprint.
 
     Raises: BadInput if it is another's, or another process is at work in it.
     """
@@ -273,6 +277,8 @@ def occupy(workdir: epath.Path, config: Config, tokenizer: str) -> None:
             f"another run is at work in {workdir}; name another --workdir (or, if its machine is"
             " gone, remove .lock there)."
         )
+    begun = any((workdir / stage).exists() for stage in ("tokenizer", "transformer"))
+    remember(workdir / "data.json", splits, begun=begun)
     path, wanted = workdir / "config.json", json.loads(json.dumps(settings(config)))
     if jax.process_index() == 0 and not path.exists():
         with replacing(path) as beside:

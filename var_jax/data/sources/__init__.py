@@ -47,13 +47,16 @@ def open_source(spec: str, split: str, size: int, resize: float = 1.125) -> Sour
     if not (spec.startswith("tfds:") or "/" in spec or epath.Path(spec).exists()):
         known = "emoji, a folder, X.npz, idx:DIR or tfds:NAME"
         raise BadInput(f"data source is {spec!r}; expected {known}.")
-    return ImageSource(open_encoded(spec, split), size, resize)
+    encoded = open_encoded(spec, split)
+    if not len(encoded):
+        raise BadInput(f"data source {spec!r} has no {split} images.")
+    return ImageSource(encoded, size, resize)
 
 
 def open_encoded(spec: str, split: str) -> EncodedImages:
     """The encoded images that `spec` names: "tfds:NAME", or a folder of one of the other formats.
 
-    Without a validation split every tenth image (tfds: twentieth) is held out.
+    Without a validation split a tenth of the images (tfds: a twentieth) is held out.
 
     Raises: BadInput if there is no such set or split, or it is empty.
     """

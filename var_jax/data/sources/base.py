@@ -1,8 +1,10 @@
 """What the formats share: the protocols, square crops, and the rule for the held-out tenth."""
 
 import dataclasses
+import errno
+import hashlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -14,6 +16,10 @@ from var_jax.data.decoding import Skipped, Unreadable, crop, decode
 
 SPLITS = ("train", "validation")
 MOST_UNREADABLE = 100  # in a row
+# What the system says of one image, not of a disk or a network.
+OF_ONE_IMAGE = (
+    errno.ENOENT, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.EFBIG
+)  # fmt: skip
 Item = dict[str, np.ndarray]
 
 
@@ -37,11 +43,18 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class EncodedImages:
-    """Random access to `count` image files; `read` gives (bytes, label, name in warnings)."""
+    """Random access to `count` image files; `read` gives (bytes, label, name in warnings).
+
+    `names` and `sizes` in bytes are there where they cost nothing to know; `left_out` says of the
+    files beside the images why they are none.
+    """
 
     count: int
     read: Callable[[int], tuple[bytes, int, str]]
     class_names: tuple[str, ...]
+    names: Sequence[str] = ()
+    sizes: Sequence[int] = ()
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.count
@@ -80,8 +93,10 @@ class ImageSource:
             try:
                 data, label, name = self.encoded.read(i % len(self))
                 image = decode(data, round(self.resize * self.size))
-            except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-                name = str(error.filename)
+            except OSError as error:
+                if error.errno not in OF_ONE_IMAGE and not isinstance(error, FileNotFoundError):
+                    raise
+                name = str(error.filename or error)
                 self.skipped.add(name, Unreadable(str(error.strerror)))
             except Unreadable as reason:
                 self.skipped.add(name, reason)
@@ -119,7 +134,7 @@ class ArraySource:
 
 
 def held_out_tenth(names: Sequence[str], labels: np.ndarray) -> Bool[np.ndarray, " n"]:
-    """True for every tenth image of each class, in the order of a hash of the names.
+    """True for every tenth image of each class, in the order of a hash: the emoji's split.
 
     A hash instead of a generator: the split must never change with a version of NumPy.
     """
@@ -131,15 +146,26 @@ def held_out_tenth(names: Sequence[str], labels: np.ndarray) -> Bool[np.ndarray,
 
 
 def split_indices(
-    class_names: Sequence[str], names: Sequence[str], labels: np.ndarray, split: str
+    class_names: Sequence[str], keys: Sequence[bytes], labels: np.ndarray, split: str
 ) -> Int[np.ndarray, " m"]:
-    """The images of a split, in a set that has no splits of its own.
+    """The images of a split, in a set that has no splits of its own; a tenth is held out.
 
-    Raises: BadInput if a class has no image to train on.
+    The hash of an image's own key decides, so that no image moves when others come or go. Only
+    where that leaves a class nothing to train on, or nothing to validate on at all, the largest
+    hash of the class stays, or the smallest of all is held out.
+
+    Raises: BadInput if a class has fewer than two images.
     """
     counts = np.bincount(labels, minlength=len(class_names))
     if counts.min() < 2:
         found = f"{class_names[int(counts.argmin())]!r} has {counts.min()} images"
         raise BadInput(f"class {found}; expected at least 2, as a tenth is held out.")
-    held_out = held_out_tenth(names, labels)
+    digests = (hashlib.blake2b(key, digest_size=8).digest() for key in keys)
+    hashes = np.array([int.from_bytes(digest) for digest in digests], np.uint64)
+    held_out = hashes < 2**64 // 10
+    for label in np.flatnonzero(np.bincount(labels, held_out) == counts):
+        members = np.flatnonzero(labels == label)
+        held_out[members[hashes[members].argmax()]] = False
+    if not held_out.any():
+        held_out[hashes.argmin()] = True
     return np.flatnonzero(held_out if split == "validation" else ~held_out)

@@ -1,14 +1,15 @@
 """Trees of image files with one folder for each class, local or in a bucket."""
 
+import errno
+import itertools
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
 
 from var_jax import BadInput
-from var_jax.data.decoding import is_image
+from var_jax.data.decoding import MAX_BYTES, begins_like_image
 from var_jax.data.sources.base import EncodedImages, split_indices
 from var_jax.data.sources.imagenet import readable
 from var_jax.tools.files import in_bucket
@@ -17,59 +18,139 @@ SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"
 )  # fmt: skip
 VALIDATION = ("validation", "valid", "val")
+OPENED = 50_000  # files, up to which each is opened at the start, to see what it is
+IGNORED = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "lost+found"}  # of no one's making
 
 
 def open_folders(folder: epath.Path, split: str) -> EncodedImages:
-    """A tree of train/CLASS/*.jpg and validation/CLASS/*.jpg, or of CLASS/*.jpg alone.
+    """A tree of train/CLASS/image and validation/CLASS/image, or of CLASS/image alone.
+
+    Classes are numbered in the order of their names as text: 1, 10, 2. Images are what begins like
+    one; in buckets and in trees of over 50,000 files, what is named like one.
 
     Raises: BadInput if a class has no images, or the two splits have different classes.
     """
     train = folder / "train"
     if not train.is_dir():
-        return _open_classes(folder, _folder_names(folder), hold_out=split)
-    classes = _folder_names(train)
+        classes, left_out = _classes(folder)
+        return _open_classes(folder, classes, left_out, hold_out=split)
+    classes, left_out = _classes(train)
     if split == "train":
-        return _open_classes(train, classes)
+        return _open_classes(train, classes, left_out)
     validation = next((folder / name for name in VALIDATION if (folder / name).is_dir()), None)
     if validation is None:
         raise BadInput(f"{folder} has train, but no validation or val folder beside it.")
-    if extra := sorted(set(_folder_names(validation)) - set(classes)):
+    found, left_out = _classes(validation)
+    if extra := sorted(set(found) - set(classes)):
         raise BadInput(f"{validation} has a class {extra[0]!r} that {train} lacks.")
-    return _open_classes(validation, classes)
+    return _open_classes(validation, classes, left_out)
 
 
-def _open_classes(folder: epath.Path, classes: Sequence[str], hold_out: str = "") -> EncodedImages:
+def _open_classes(
+    folder: epath.Path, classes: Sequence[str], left_out: Mapping[str, str], hold_out: str = ""
+) -> EncodedImages:
     """The images in the folders of these classes, all or those of one split."""
-    names, labels = [], []
-    for label, name in enumerate(classes):
-        if not (folder / name).exists():
-            continue
-        found = sorted(n for n in _list(folder / name) if n.lower().endswith(SUFFIXES))
-        remote = in_bucket(folder)  # where looking into every class takes long
-        if not any(remote or is_image(Path(folder) / name / n) for n in found):
-            raise BadInput(f"{folder / name} holds no images ({' '.join(SUFFIXES)}).")
-        names += [f"{name}/{n}" for n in found]
-        labels += [label] * len(found)
-    if not names:
-        flat = any(n.lower().endswith(SUFFIXES) for n in _list(folder))
-        what = "images, but no folders" if flat else "no images"
-        raise BadInput(f"{folder} holds {what}; expected a folder of images for each class.")
+    there = {name: i for i, name in enumerate(classes) if (folder / name).exists()}
+    by_name = in_bucket(folder) or sum(len(os.listdir(folder / name)) for name in there) > OPENED
+    found, labels, left_out = [], [], dict(left_out)
+    for name, label in there.items():
+        images, others = _images(folder / name, by_name)
+        if not images:
+            raise _no_images(folder / name)
+        found += [(f"{name}/{image}", size) for image, size in images]
+        labels += [label] * len(images)
+        left_out |= {f"{name}/{other}": why for other, why in others.items()}
+    if not found:
+        raise _no_images(folder)
     if hold_out:
-        chosen = split_indices(classes, names, np.array(labels), hold_out)
-        names, labels = [names[i] for i in chosen], [labels[i] for i in chosen]
+        keys = [os.fsencode(name) for name, _ in found]
+        chosen = split_indices(classes, keys, np.array(labels), hold_out)
+        found, labels = [found[i] for i in chosen], [labels[i] for i in chosen]
+    names, sizes = zip(*found, strict=True)
 
     def read(index: int) -> tuple[bytes, int, str]:
         path = epath.Path(folder) / names[index]
+        if not in_bucket(folder) and os.path.getsize(path) > MAX_BYTES:
+            raise OSError(errno.EFBIG, f"over {MAX_BYTES / 1e6:.0f} MB", str(path))
         return path.read_bytes(), labels[index], str(path)
 
-    return EncodedImages(len(names), read, readable(classes))
+    sizes = () if by_name else sizes
+    return EncodedImages(len(names), read, readable(classes), names, sizes, left_out)
 
 
-def _folder_names(folder: epath.Path) -> list[str]:
-    return sorted(name for name in _list(folder) if (folder / name).is_dir())
+def _classes(folder: epath.Path) -> tuple[list[str], dict[str, str]]:
+    """Names of the folders in a folder, in order, and what else lies there.
+
+    Raises: BadInput if a name is no text.
+    """
+    folders, others = [], {}
+    for name in sorted(_list(folder)):
+        if not (folder / name).is_dir():
+            others[name] = "beside the folders of classes"
+        elif not name.isprintable():  # nobody could say it in a flag
+            raise BadInput(f"{folder} has a folder {os.fsencode(name)!r}; a class needs a name.")
+        else:
+            folders.append(name)
+    return folders, others
+
+
+def _images(folder: epath.Path, by_name: bool) -> tuple[list[tuple[str, int]], dict[str, str]]:
+    """(name, size) of the images in a folder, in order, and why others are none.
+
+    With `by_name` files that are named like images are not opened, and sizes are 0.
+    """
+    images, others = [], {}
+    for name in sorted(_list(folder)):
+        named = by_name and name.lower().endswith(SUFFIXES)
+        if in_bucket(folder):
+            why, size = "" if named else "not named like images", 0
+        else:
+            why, size = _look(os.path.join(folder, name), named)
+        if why:
+            others[name] = why
+        else:
+            images.append((name, size))
+    return images, others
+
+
+def _look(path: str, named: bool) -> tuple[str, int]:
+    """Why a local file is no image, if it is none, and its size unless it is `named` like one."""
+    if not os.path.isfile(path):  # opening a pipe might wait for ever
+        return "folders" if os.path.isdir(path) else "no files", 0
+    if named:
+        return "", 0
+    try:
+        with open(path, "rb") as file:
+            start, size = file.read(32), os.fstat(file.fileno()).st_size
+    except PermissionError:
+        return "not readable by this user", 0
+    if begins_like_image(start):
+        return "", size
+    return "of no known format" if start else "empty", size
+
+
+def _no_images(folder: epath.Path) -> BadInput:
+    """What to say of a folder without images: where the first ones below it lie."""
+    tree = () if in_bucket(folder) else itertools.islice(os.walk(folder), 1000)
+    for path, _, names in tree:
+        seen = (name for name in sorted(names) if not name.startswith("."))
+        image = next((name for name in seen if name.lower().endswith(SUFFIXES)), None)
+        if image and path == str(folder):
+            return BadInput(
+                f"{folder} holds images, but no folders; expected a folder of images for each"
+                " class."
+            )
+        if image:
+            root, last = os.path.split(os.path.dirname(path))
+            root = root if last in ("train", *VALIDATION) else os.path.dirname(path)
+            return BadInput(
+                f"{folder} holds no images itself, the first lies at {path}/{image}; expected"
+                f" images in a folder for each class, as {root} has them."
+            )
+    return BadInput(f"{folder} holds no images; every folder beside it counts as a class, too.")
 
 
 def _list(folder: epath.Path) -> list[str]:
     """Names of what lies in a folder, hidden files left out; epath is slow on large ones."""
     names = [path.name for path in folder.iterdir()] if in_bucket(folder) else os.listdir(folder)
-    return [name for name in names if not name.startswith(".")]
+    return [n for n in names if not n.startswith(".") and n.lower() not in IGNORED]

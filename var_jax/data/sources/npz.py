@@ -1,39 +1,65 @@
 """Images and labels in one .npz file."""
 
+import hashlib
+
 import numpy as np
 from etils import epath
+from jaxtyping import Shaped
 
 from var_jax import BadInput
 from var_jax.data.sources.base import ArraySource, split_indices
-from var_jax.tools.npz import reading
+from var_jax.tools.npz import check_unpacked_size, reading
 
 
 def open_npz(path: str, split: str, size: int, resize: float) -> ArraySource:
     """Images of an .npz: `arr_0` uint8 (N,H,W,3), `labels` (N,), perhaps `class_names` (C,).
 
-    Every tenth image of a class is held out.
+    A tenth is held out, by the contents of the images.
 
     Raises: BadInput if the file is no such .npz.
     """
-    with reading(path), epath.Path(path).expanduser().open("rb") as file, np.load(file) as arrays:
-        if not {"arr_0", "labels"} <= {*arrays}:
-            raise BadInput(f"{path} holds {', '.join(arrays)}; expected arr_0 and labels.")
-        images, labels = arrays["arr_0"], arrays["labels"]
-        names = arrays.get("class_names")
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+    with reading(path), epath.Path(path).expanduser().open("rb") as file:
+        check_unpacked_size(path, file)
+        with np.load(file) as arrays:
+            if not {"arr_0", "labels"} <= {*arrays}:
+                raise BadInput(f"{path} holds {', '.join(arrays)}; expected arr_0 and labels.")
+            labels, names = arrays["labels"], arrays.get("class_names")
+            images = arrays["arr_0"]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
         raise BadInput(
             f"{path}: arr_0 is {images.dtype} of shape {images.shape}; expected uint8 (N,H,W,3)."
         )
     fits = np.issubdtype(labels.dtype, np.integer) and labels.shape == (len(images),)
-    if not fits or not len(labels):
+    if not fits:
         raise BadInput(f"{path}: labels is {labels.dtype} of shape {labels.shape}; expected (N,).")
-    if labels.min() < 0:
-        raise BadInput(f"{path}: labels holds {labels.min()}; expected numbers from 0.")
-    count = int(labels.max()) + 1
-    class_names = tuple(map(str, range(count) if names is None else np.atleast_1d(names)))
-    if len(set(class_names)) < len(class_names):
-        raise BadInput(f"{path}: class_names holds one name twice.")
+    if labels.min() < 0 or labels.max() >= len(labels):  # then a class would be without an image
+        raise BadInput(
+            f"{path}: labels holds {labels.min()} to {labels.max()} for {len(labels)} images;"
+            " expected numbers of classes, from 0."
+        )
+    labels, count = labels.astype(np.int32), int(labels.max()) + 1
+    class_names = tuple(map(str, range(count))) if names is None else as_names(path, names)
     if count > len(class_names):
         raise BadInput(f"{path} has label {count - 1}, but {len(class_names)} class_names.")
-    chosen = split_indices(class_names, [str(i) for i in range(len(labels))], labels, split)
-    return ArraySource(images[chosen], labels[chosen].astype(np.int32), class_names, size, resize)
+    keys = [hashlib.blake2b(image.tobytes()).digest() for image in images]
+    chosen = split_indices(class_names, keys, labels, split)
+    return ArraySource(images[chosen], labels[chosen], class_names, size, resize)
+
+
+def as_names(path: str, names: Shaped[np.ndarray, "..."]) -> tuple[str, ...]:
+    """Class names from an array of text, of bytes in UTF-8, or of whole numbers.
+
+    Raises: BadInput for any other array, and for empty names or one that comes twice.
+    """
+    if names.dtype.kind not in "USiu" or names.ndim > 1:
+        raise BadInput(
+            f"{path}: class_names is {names.dtype} of shape {names.shape}; expected names (C,)."
+        )
+    found = [
+        n.decode(errors="backslashreplace") if isinstance(n, bytes) else str(n)
+        for n in np.atleast_1d(names)
+    ]
+    if wrong := [name for name in found if not name.strip() or found.count(name) > 1]:
+        what = "one name twice" if wrong[0].strip() else "an empty name"
+        raise BadInput(f"{path}: class_names holds {what}: {wrong[0]!r}.")
+    return tuple(found)

@@ -4,12 +4,20 @@ A record is "label name newline", then the image file as it was.
 """
 
 import functools
+import os
 from collections.abc import Iterator, Mapping
 
 from etils import epath
 
 from var_jax import BadInput
-from var_jax.data.records import Records, checksum, read_manifest, shard_size, write_missing
+from var_jax.data.records import (
+    Records,
+    checksum,
+    read_manifest,
+    shard_size,
+    sound,
+    write_missing,
+)
 from var_jax.data.sources.base import EncodedImages
 
 KIND = "encoded pictures"  # in manifests, those of older folders too
@@ -21,15 +29,22 @@ def open_packed(folder: epath.Path, split: str) -> EncodedImages:
     Raises: BadInput if it is unfinished, incomplete or something else.
     """
     manifest = read_manifest(folder, KIND)
-    records = Records(str(folder), split, manifest["counts"][split], manifest["shard_size"])
-    records.check_complete()
+    with sound(folder):
+        count, class_names = int(manifest["counts"][split]), tuple(manifest["class_names"])
+        records = Records(str(folder), split, count, int(manifest["shard_size"]))
+        records.check_complete()
 
     def read(index: int) -> tuple[bytes, int, str]:
         header, _, data = records[index].partition(b"\n")
-        label, _, name = header.decode().partition(" ")
-        return data, int(label), f"{folder}/{split}/{name}"
+        label, _, name = header.partition(b" ")
+        if not (label.isdigit() and int(label) < len(class_names)):
+            raise BadInput(
+                f"{folder}: record {index} of {split} has label {label[:20]!r}; expected 0 to"
+                f" {len(class_names) - 1}. Pack the images again."
+            )
+        return data, int(label), f"{folder}/{split}/{os.fsdecode(name)}"
 
-    return EncodedImages(len(records), read, tuple(manifest["class_names"]))
+    return EncodedImages(len(records), read, class_names)
 
 
 def pack(splits: Mapping[str, EncodedImages], out: epath.Path) -> None:
@@ -54,6 +69,6 @@ def pack(splits: Mapping[str, EncodedImages], out: epath.Path) -> None:
 def _records(splits: Mapping[str, EncodedImages], split: str, rows: range, bar) -> Iterator[bytes]:
     for row in rows:
         data, label, name = splits[split].read(row)
-        name = "/".join(name.splitlines()[0].split("/")[-2:])  # class folder and file
-        yield f"{label} {name}\n".encode() + data
+        name = "/".join(name.replace("\n", " ").split("/")[-2:])  # class folder and file
+        yield f"{label} {name}\n".encode("utf-8", "surrogateescape") + data
         bar.update()

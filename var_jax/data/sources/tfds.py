@@ -12,7 +12,7 @@ from var_jax.data.sources.base import EncodedImages
 from var_jax.data.sources.imagenet import WNID, readable
 
 
-def open_tfds(name: str, split: str) -> EncodedImages:
+def open_tfds(set_name: str, split: str) -> EncodedImages:
     """One split of NAME[/CONFIG][:VERSION] in $TFDS_DATA_DIR or ~/tensorflow_datasets.
 
     Raises: BadInput if the package or the set is missing, or the set has no images and labels.
@@ -20,18 +20,20 @@ def open_tfds(name: str, split: str) -> EncodedImages:
     try:
         import tensorflow_datasets as tfds  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise BadInput(f"data source 'tfds:{name}' needs pip install -e '.[data]'.") from error
-    folder = _prepared_folder(name)
+        raise BadInput(f"data source 'tfds:{set_name}' needs pip install -e '.[data]'.") from error
+    folder = _prepared_folder(set_name)
     builder: Any = tfds.builder_from_directory(folder)
     if builder.info.file_format.value != "array_record":
         raise BadInput(
             f"{folder} was prepared as {builder.info.file_format.value}, which only TensorFlow"
-            f" reads; expected array_record: {_prepare_command(name)}."
+            f" reads; expected array_record: {_prepare_command(set_name)}."
         )
     features, kinds = builder.info.features, (tfds.features.Image, tfds.features.ClassLabel)
     found = [[n for n, f in features.items() if isinstance(f, kind)] for kind in kinds]
     if not all(found):
-        raise BadInput(f"tfds:{name} has the features {', '.join(features)}: no image or no class.")
+        raise BadInput(
+            f"tfds:{set_name} has the features {', '.join(features)}: no image or no class."
+        )
     image, label = found[0][0], found[1][0]
     known = builder.info.splits
     parts = {"train": "train", "validation": next(filter(known.get, ("validation", "test")), "")}
@@ -46,9 +48,11 @@ def open_tfds(name: str, split: str) -> EncodedImages:
 
     def read(index: int) -> tuple[bytes, int, str]:
         item = source[index]
+        if not 0 <= (number := int(item[label])) < len(order):
+            raise BadInput(f"tfds:{set_name} has an image without a label, record {index}.")
         name = item.get("file_name", f"record {index}")
         name = name.decode() if isinstance(name, bytes) else str(name)
-        return item[image], int(order[item[label]]), name
+        return item[image], int(order[number]), name
 
     return EncodedImages(len(source), read, readable(names))
 
