@@ -26,6 +26,7 @@ from var_jax.tools import cli
 from var_jax.tools.images import grid, save_png
 from var_jax.tools.plugins import find_function
 
+MOST = 10**8  # images; of those parts the names have room for
 SHOWN, ROWS = 100, 8  # images in grid.png and in scales.png
 SETTINGS = ("labels", "num", "smooth", "reject", "scorer", "seed", "batch_size", "dtype")
 
@@ -112,8 +113,8 @@ def wanted_labels(args: flags.FlagValues, model: var_jax.Model) -> Int32[np.ndar
             raise BadInput(f"--labels holds counts, so --num={args.num} has no place.")
         return np.repeat(chosen, [1 if count is None else count for _, count in entries])
     count = len(chosen) if args.num is None else args.num
-    if count < 1:
-        raise BadInput(f"--num={count}; expected at least 1.")
+    if not 1 <= count <= MOST:
+        raise BadInput(f"--num={count}; expected 1 to {MOST}.")
     return np.resize(chosen, count)
 
 
@@ -123,15 +124,15 @@ def counted(entry: str, model: var_jax.Model) -> tuple[int, int | None]:
     is_name = entry.lower() in (known.lower() for known in model.class_names)
     if not name or not count.strip().isdecimal() or is_name:
         return model.class_index(entry, "--labels"), None
-    if int(count) < 1:
-        raise BadInput(f"--labels holds {entry}; expected a count of at least 1.")
+    if not 1 <= int(count) <= MOST:
+        raise BadInput(f"--labels holds {entry}; expected a count of 1 to {MOST}.")
     return model.class_index(name.strip(), "--labels"), int(count)
 
 
 def load_scorer(args: flags.FlagValues, model: var_jax.Model) -> Score:
     """What --scorer names. Raises: BadInput if there is no such function."""
     if args.scorer is not None:
-        return find_function("--scorer", args.scorer)
+        return find_function("--scorer", args.scorer, 2)
     emoji = open_source("emoji", "train", min(model.image_size, 64))
     if model.class_names != emoji.class_names:
         raise BadInput("--reject needs --scorer for this checkpoint; only the emoji have one.")

@@ -27,21 +27,36 @@ def load_config(spec: str, fields: Iterable[str] = ()) -> ConfigDict:
     Raises: BadInput for an unknown config, field, or a value of another type.
     """
     path, variant = _find(spec)
-    get_config = runpy.run_path(str(path)).get("get_config")
-    if get_config is None:
-        raise BadInput(f"--config: {path} defines no function get_config.")
     try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if get_config is None:
+            raise BadInput(f"--config: {path} defines no function get_config.")
         config = get_config(variant) if variant else get_config()
-    except TypeError as error:
-        frames = list(traceback.walk_tb(error.__traceback__))
-        if not frames[-1][0].f_globals.get("__name__", "").startswith("ml_collections"):
-            raise
-        line = [line for frame, line in frames if frame.f_code.co_filename == str(path)][-1]
-        text = " ".join(path.read_text().splitlines()[line - 1].split())
-        raise BadInput(f"{path}, line {line}: a value of another type in {text!r}.") from error
+    except BadInput:
+        raise
+    except Exception as error:
+        raise BadInput(_where(path, error)) from error
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise BadInput(f"--config: get_config of {path} returns a {kind}; expected a ConfigDict.")
     for field in fields:
         _change(config, *field.partition("=")[::2])
     return config
+
+
+def _where(path: Path, error: Exception) -> str:
+    """A sentence that says what went wrong in a config file, and in which line."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if frames[-1][0].f_globals.get("__name__", "").startswith("ml_collections.config_dict"):
+        said = "a value of another type"  # instead of its many lines
+    else:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+    lines = [line for frame, line in frames if frame.f_code.co_filename == str(path)]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    if not line:
+        return f"{path}: {said}."
+    text = path.read_bytes().decode(errors="replace").splitlines()[line - 1]
+    return f"{path}, line {line}: {said} in {' '.join(text.split())!r}."
 
 
 def config_name(spec: str) -> str:

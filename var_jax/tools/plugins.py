@@ -2,14 +2,18 @@
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from var_jax import BadInput
 
 
-def find_function(name: str, spec: str) -> Callable[..., Any]:
-    """The function MODULE:FUNCTION. Raises: BadInput, naming the setting, if there is none."""
+def find_function(name: str, spec: str, arguments: int) -> Callable[..., Any]:
+    """The function MODULE:FUNCTION of so many arguments.
+
+    Raises: BadInput, naming the setting, if there is none.
+    """
     module, _, attribute = spec.partition(":")
     try:
         found = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
@@ -17,4 +21,8 @@ def find_function(name: str, spec: str) -> Callable[..., Any]:
         raise BadInput(f"{name}={spec} is no MODULE:FUNCTION here ({error}).") from error
     if not callable(found):
         raise BadInput(f"{name}={spec} is no function.")
+    try:
+        inspect.signature(found).bind(*range(arguments))
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{name}={spec} cannot be called with {arguments} arguments.") from error
     return found

@@ -37,6 +37,7 @@ from var_jax.training.tokenizer import tokenizer_task
 
 # What may differ between starts in one work directory.
 UNBOUND = ("mesh", "sampling", "report")
+REPORT_ARGUMENTS = 4  # training and validation set, and functions that draw and reconstruct
 
 
 def train(config: Config, workdir: epath.Path, *, profile: int = 0) -> dict[str, Any]:
@@ -88,6 +89,8 @@ class Run:
         check_batches("train_transformer", config.train_transformer, accumulate, self.mesh)
         check_tokenizer(config)
         check_start(config)
+        if config.report:
+            find_function("config.report", config.report, REPORT_ARGUMENTS)
         self.pretrained: Tokenizer | None = None
         self.cached: tuple[TokenCache, TokenCache] | None = None
         fingerprint = ""
@@ -190,7 +193,7 @@ class Run:
         """What the config's `report` finds, if it names one."""
         if not self.config.report:
             return {}
-        function = find_function("config.report", self.config.report)
+        function = find_function("config.report", self.config.report, REPORT_ARGUMENTS)
         draw = functools.partial(hooks.draw_samples, models, seed=self.config.seed + 1)
         reconstruct = functools.partial(reconstruct_images, models.tokenizer)
         return function(self.train, self.validation, draw, reconstruct)
