@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
+GCS = ["etils[epath-gcs]"]
 TFDS = ["importlib_resources>=6", "tensorflow-datasets>=4.9.9"]
 
 setup(
@@ -56,7 +57,7 @@ setup(
         "cuda13": ["jax[cuda13]"],  # drivers from version 580 on
         "tpu": ["jax[tpu]"],
         "data": TFDS,  # for tfds:NAME
-        "gcs": ["etils[epath-gcs]"],  # for gs:// folders
+        "gcs": GCS,  # for gs:// folders
         "test": [  # [tpu] too for the tests of aot; libtpu is noisy where there is no TPU
             "beartype>=0.19",
             "chex>=0.1.90",
@@ -64,6 +65,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
+            *GCS,
             *TFDS,
         ],
     },

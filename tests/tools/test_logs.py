@@ -83,23 +83,6 @@ def test_a_full_disk_is_an_error(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_in_a_bucket_files_are_rewritten_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(logs, "in_bucket", lambda path: True)
-    clock = [0.0]
-    monkeypatch.setattr(logs.time, "monotonic", lambda: clock[0])
-    metrics = logs.Metrics(tmp_path)
-    boards = lambda: [p.read_bytes() for p in tmp_path.glob("tensorboard/prior/events*")]
-    metrics.write("prior", 1, loss=2.0)
-    assert not boards() and len(logs.read_metrics(tmp_path)) == 1
-    clock[0] += 61
-    metrics.write("prior", 2, accuracy=0.5)
-    assert len(boards()) == 1 and len(logs.read_metrics(tmp_path)) == 2
-    metrics.image("prior", 2, "samples", np.zeros((8, 8, 3), np.uint8))
-    metrics.close()
-    (board,) = boards()
-    assert b"prior/loss" in board and b"prior/accuracy" in board and b"prior/samples" in board
-
-
 def test_no_metrics_yet(tmp_path):
     assert logs.read_metrics(tmp_path) == []
 

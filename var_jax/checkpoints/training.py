@@ -1,6 +1,7 @@
 """Training checkpoints: the whole state of a run and its place in the data, on Orbax v1."""
 
 import sys
+from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
 
@@ -22,12 +23,20 @@ class Checkpoints:
     The newest `keep` stay, and of the others every `keep_every`-th step (0: none).
 
     Writing is asynchronous and atomic: whenever the process dies, every finished checkpoint stays
-    usable, and what was half written is ignored and removed at the next start.
+    usable, and what was half written is ignored and removed at the next start. `before_commit`
+    runs in the background, when all is written and nothing is visible yet.
     """
 
-    def __init__(self, directory: str | PurePath, *, keep: int = 3, keep_every: int = 0):
+    def __init__(
+        self,
+        directory: str | PurePath,
+        *,
+        keep: int = 3,
+        keep_every: int = 0,
+        before_commit: Callable[[], None] = lambda: None,
+    ):
         self._directory = storage.resolve(directory)
-        self._keep, self._keep_every = keep, keep_every
+        self._keep, self._keep_every, self._before_commit = keep, keep_every, before_commit
         self._step = -1  # The step being saved, and the save itself.
         self._saving: ocp.AsyncResponse[bool] | None = None
         self._orbax = self._open()
@@ -106,6 +115,7 @@ class Checkpoints:
 
     def _record_files(self) -> None:
         """Runs in the background when all is written, before the checkpoint gets its final name."""
+        self._before_commit()
         for path in self._directory.iterdir() if jax.process_index() == 0 else ():
             if path.name.split(".")[0] == str(self._step):
                 storage.record_files(path)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any
@@ -10,12 +11,20 @@ from typing import Any
 from etils import epath
 
 from var_jax import BadInput
+from var_jax.tools.buckets import acquire_lock as lock_in_bucket
+from var_jax.tools.buckets import filesystem
 
 
 @contextlib.contextmanager
 def replacing(path: str | PurePath) -> Iterator[epath.Path]:
-    """A path beside `path` to write to: renamed into its place at the end, gone after an error."""
+    """A local path to write to: moved to `path` at the end, gone after an error."""
     path = epath.Path(path)
+    if in_bucket(path):  # where an object appears whole, and renaming takes many requests
+        with tempfile.TemporaryDirectory(prefix="var_jax") as folder:
+            beside = epath.Path(folder) / path.name
+            yield beside
+            filesystem().put_file(str(beside), str(path))
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.parent / f".{path.name}.partial"
     try:
@@ -46,10 +55,10 @@ def in_bucket(path: str | PurePath) -> bool:
 def acquire_lock(path: str | PurePath) -> bool:
     """Locks the file `path` until this process ends, however; False if another process has it.
 
-    Where there are no locks, as in a bucket or on Windows, the answer is True.
+    Where there are no locks, as on Windows, the answer is True.
     """
     if in_bucket(path):
-        return True
+        return lock_in_bucket(epath.Path(path)) is not None
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)  # closing it would release the lock

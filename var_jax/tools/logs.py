@@ -4,7 +4,6 @@ import contextlib
 import json
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -16,33 +15,36 @@ from etils import epath
 from jaxtyping import UInt8
 from tqdm import tqdm
 
+from var_jax.tools.buckets import Mirror
 from var_jax.tools.files import in_bucket, replacing
 
 if TYPE_CHECKING:
     from var_jax.tools.tensorboard import Board
 
 SECONDS_BETWEEN_LINES = 30.0
-SECONDS_BETWEEN_COPIES = 60.0
 
 
 class Metrics:
     """Appends to `workdir`/metrics.jsonl and TensorBoard's `workdir`/tensorboard/STAGE.
 
-    Only process 0 writes. In a bucket there is no appending: metrics.jsonl is rewritten each time,
-    TensorBoard's files are kept on local disk and copied there once a minute.
+    Only process 0 writes. Of a bucket there is a mirror on local disk, which a thread copies: no
+    step waits for it, and no error ends the run.
     """
 
     def __init__(self, workdir: str | PurePath):
-        self._workdir = self._local = epath.Path(workdir)
+        self._folder, self._mirror = epath.Path(workdir), None
         self._writes = jax.process_index() == 0
-        self._remote = in_bucket(workdir)
-        self._copied = time.monotonic()
-        if self._remote:
-            folder = tempfile.TemporaryDirectory(prefix="tensorboard")
-            self._local, self._folder = epath.Path(folder.name), folder  # removed with this object
         self._boards: dict[str, Board] = {}
-        if self._writes:
-            self._workdir.mkdir(parents=True, exist_ok=True)
+        if self._writes and in_bucket(workdir):
+            self._mirror = Mirror(self._folder, ("metrics.jsonl", "speed.jsonl"))
+            self._folder = self._mirror.local
+        elif self._writes:
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def folder(self) -> epath.Path:
+        """Where files are written, on local disk at once if there is one."""
+        return self._folder
 
     def write(self, stage: str, step: int, *, file: str = "metrics.jsonl", **scalars) -> None:
         """One record {"stage", "step", scalars…}: numbers, arrays of one number, or text.
@@ -52,26 +54,21 @@ class Metrics:
         if not self._writes:
             return
         numbers = {name: np.asarray(value).item() for name, value in scalars.items()}
-        line = json.dumps({"stage": stage, "step": int(step), **numbers}) + "\n"
-        path = self._workdir / file
-        if self._remote:
-            path.write_text((path.read_text() if path.exists() else "") + line)
-        else:
-            with path.open("a") as out:
-                out.write(line)
+        with (self._folder / file).open("a") as out:
+            out.write(json.dumps({"stage": stage, "step": int(step), **numbers}) + "\n")
         shown = {f"{stage}/{name}": x for name, x in numbers.items() if not isinstance(x, str)}
         self._board(stage).scalars(step, shown)
-        self._copy(SECONDS_BETWEEN_COPIES)
+        self._copy_later()
 
     def image(self, stage: str, step: int, name: str, image: UInt8[np.ndarray, "H W 3"]) -> None:
         """Shows an image in TensorBoard."""
         if self._writes:
             self._board(stage).image(step, f"{stage}/{name}", image)
-            self._copy(SECONDS_BETWEEN_COPIES)
+            self._copy_later()
 
     def records(self) -> list[dict]:
         """What metrics.jsonl holds so far."""
-        return read_metrics(self._workdir)
+        return read_metrics(self._folder)
 
     def rewind(self, stage: str, step: int) -> None:
         """Forgets what `stage` wrote after `step`, and a last line that a kill cut in half.
@@ -80,36 +77,39 @@ class Metrics:
         """
         if not self._writes:
             return
-        path = self._workdir / "metrics.jsonl"
+        path = self._folder / "metrics.jsonl"
         if path.exists():
             kept = [r for r in self.records() if r["stage"] != stage or r["step"] <= step]
             with replacing(path) as beside:
                 beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        self.close()
+        self._close_boards()
         self._board(stage).hide_from(step + 1)
+        self._copy_later()
+
+    def flush(self) -> None:
+        """Waits until a bucket has what was written; ahead of a checkpoint, which resumes there."""
+        if self._mirror:
+            self._mirror.copy()
 
     def close(self) -> None:
         """Closes TensorBoard's files."""
+        self._close_boards()
+        self.flush()
+
+    def _close_boards(self) -> None:
         boards, self._boards = self._boards, {}
         for board in boards.values():
             board.close()
-        self._copy()
 
-    def _copy(self, seconds: float = 0.0) -> None:
-        """Copies TensorBoard's files to a bucket, if the last time was so long ago."""
-        if not self._remote or time.monotonic() - self._copied < seconds:
-            return
-        self._copied = time.monotonic()
-        for path in self._local.glob("tensorboard/*/*"):
-            target = self._workdir / path.relative_to(self._local)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
+    def _copy_later(self) -> None:
+        if self._mirror:
+            self._mirror.schedule()
 
     def _board(self, stage: str) -> "Board":
         if stage not in self._boards:
             from var_jax.tools.tensorboard import Board
 
-            self._boards[stage] = Board(self._local / "tensorboard" / stage)
+            self._boards[stage] = Board(self._folder / "tensorboard" / stage)
         return self._boards[stage]
 
 

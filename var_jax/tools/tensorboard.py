@@ -21,7 +21,8 @@ class Board:
 
     def __init__(self, folder: epath.Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"))
+        # A name of its own: in a bucket one of the same second would be written over.
+        self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Adds a point to the curve of each name."""

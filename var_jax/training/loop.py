@@ -67,7 +67,7 @@ def run(
     config, frozen = task.config, frozen or {}
     # Apart, because both number what they draw by folding small integers into their key.
     init_key, key = jax.random.split(jax.random.key(seed))
-    checkpoints = Checkpoints(directory, keep_every=every.keep)
+    checkpoints = Checkpoints(directory, keep_every=every.keep, before_commit=metrics.flush)
     state, step = restore_or_init(task, checkpoints, batches, mesh, init_key, initialize)
     metrics.rewind(task.name, step)
     if 0 < step < config.steps:
