@@ -35,7 +35,7 @@ def describe_data(source: Source) -> dict[str, Any]:
 def checksum_of(source: Source) -> str:
     """The checksum of a source's images as they are stored, whatever their size later."""
     if isinstance(source, ImageSource):
-        return checksum(len(source), source.encoded.read)
+        return checksum(len(source), source.encoded.load)
     assert isinstance(source, ArraySource)
     return checksum(len(source), lambda i: (source.images[i].tobytes(), source.labels[i]))
 

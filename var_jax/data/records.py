@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from var_jax import BadInput
+from var_jax.tools.buckets import upload
 from var_jax.tools.files import in_bucket, read_json
 from var_jax.tools.logs import progress
 
@@ -42,6 +43,9 @@ class Records:
             return self._source[index]
         except RuntimeError as error:
             path = self.path(index // self.shard_size)
+            if "last message" in str(error):  # what a bucket's server said, not what a file holds
+                self.__dict__.pop("_source", None)  # it would repeat the error for ever
+                raise OSError(f"{path} cannot be read: {error}") from error
             if "Too many open files" in str(error):
                 text = f"{self.folder} has {self.shards} shards, each an open file"
                 raise BadInput(f"{text}: more than `ulimit -n` allows; raise it.") from error
@@ -126,7 +130,7 @@ def write_shard(path: epath.Path, records: Iterable[bytes]) -> None:
             writer.write(record)
         writer.close()
         if remote:
-            path.write_bytes(beside.read_bytes())
+            upload(beside, path)
         elif beside.exists() or not path.exists():  # else an equal command was first, and tidied up
             beside.replace(path)
     finally:

@@ -78,6 +78,16 @@ def refusal(error: Exception) -> str:
     return ""
 
 
+def read_object(path: PurePath) -> bytes:
+    """An object, by one request, where epath takes three."""
+    return filesystem().cat_file(str(path))
+
+
+def upload(local: PurePath, path: PurePath) -> None:
+    """Writes a local file to a bucket, where it appears whole."""
+    retrying(lambda: filesystem().put_file(str(local), str(path)))
+
+
 @functools.cache
 def check_bucket(bucket: str) -> None:
     """Raises BadInput if there is no such bucket, or its objects may not be listed."""

@@ -12,7 +12,7 @@ from etils import epath
 
 from var_jax import BadInput
 from var_jax.tools.buckets import acquire_lock as lock_in_bucket
-from var_jax.tools.buckets import filesystem
+from var_jax.tools.buckets import upload
 
 
 @contextlib.contextmanager
@@ -23,7 +23,7 @@ def replacing(path: str | PurePath) -> Iterator[epath.Path]:
         with tempfile.TemporaryDirectory(prefix="var_jax") as folder:
             beside = epath.Path(folder) / path.name
             yield beside
-            filesystem().put_file(str(beside), str(path))
+            upload(beside, path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.parent / f".{path.name}.partial"

@@ -13,6 +13,7 @@ from PIL import Image
 
 from var_jax import BadInput
 from var_jax.data.decoding import Skipped, Unreadable, crop, decode
+from var_jax.tools.buckets import retrying
 
 SPLITS = ("train", "validation")
 MOST_UNREADABLE = 100  # in a row
@@ -59,6 +60,10 @@ class EncodedImages:
     def __len__(self) -> int:
         return self.count
 
+    def load(self, index: int) -> tuple[bytes, int, str]:
+        """What `read` gives; an error that may pass is tried again."""
+        return retrying(lambda: self.read(index))
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageSource:
@@ -91,13 +96,13 @@ class ImageSource:
         name = ""
         for i in range(index, index + MOST_UNREADABLE):
             try:
-                data, label, name = self.encoded.read(i % len(self))
+                data, label, name = self.encoded.load(i % len(self))
                 image = decode(data, round(self.resize * self.size))
             except OSError as error:
                 if error.errno not in OF_ONE_IMAGE and not isinstance(error, FileNotFoundError):
                     raise
                 name = str(error.filename or error)
-                self.skipped.add(name, Unreadable(str(error.strerror)))
+                self.skipped.add(name, Unreadable(error.strerror or "there is none"))
             except Unreadable as reason:
                 self.skipped.add(name, reason)
             else:

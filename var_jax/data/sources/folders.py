@@ -12,6 +12,7 @@ from var_jax import BadInput
 from var_jax.data.decoding import MAX_BYTES, begins_like_image
 from var_jax.data.sources.base import EncodedImages, split_indices
 from var_jax.data.sources.imagenet import readable
+from var_jax.tools.buckets import read_object
 from var_jax.tools.files import in_bucket
 
 SUFFIXES = (
@@ -70,7 +71,9 @@ def _open_classes(
 
     def read(index: int) -> tuple[bytes, int, str]:
         path = epath.Path(folder) / names[index]
-        if not in_bucket(folder) and os.path.getsize(path) > MAX_BYTES:
+        if in_bucket(folder):
+            return read_object(path), labels[index], str(path)
+        if os.path.getsize(path) > MAX_BYTES:
             raise OSError(errno.EFBIG, f"over {MAX_BYTES / 1e6:.0f} MB", str(path))
         return path.read_bytes(), labels[index], str(path)
 

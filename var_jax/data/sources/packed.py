@@ -58,7 +58,7 @@ def pack(splits: Mapping[str, EncodedImages], out: epath.Path) -> None:
     manifest = {
         "kind": KIND,
         "counts": counts,
-        "checksum": {split: checksum(len(images), images.read) for split, images in splits.items()},
+        "checksum": {split: checksum(len(images), images.load) for split, images in splits.items()},
         "shard_size": shard_size(max(counts.values())),
         "class_names": list(splits["train"].class_names),
     }
@@ -68,7 +68,7 @@ def pack(splits: Mapping[str, EncodedImages], out: epath.Path) -> None:
 
 def _records(splits: Mapping[str, EncodedImages], split: str, rows: range, bar) -> Iterator[bytes]:
     for row in rows:
-        data, label, name = splits[split].read(row)
+        data, label, name = splits[split].load(row)
         name = "/".join(name.replace("\n", " ").split("/")[-2:])  # class folder and file
         yield f"{label} {name}\n".encode("utf-8", "surrogateescape") + data
         bar.update()
