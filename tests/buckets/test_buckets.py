@@ -11,6 +11,7 @@ from etils import epath
 from server import LOST, RESET
 
 from var_jax import BadInput
+from var_jax.checkpoints import storage
 from var_jax.tools import buckets, logs
 from var_jax.tools.files import replacing
 
@@ -203,3 +204,25 @@ def test_what_may_pass_is_tried_again(monkeypatch):
     with pytest.raises(TimeoutError):
         buckets.retrying(call)
     assert len(errors) == 4
+
+
+def test_damage_in_a_bucket_is_found_by_one_listing(server, tmp_path):
+    folder = epath.Path("gs://bucket/c")
+    for name, data in {"a": b"one", "d/b": b"two", "d/c": b""}.items():
+        (folder / name).write_bytes(data)
+    server.log.clear()
+    storage.record_files(folder)
+    assert [method for method, _ in server.log if method == "GET"] == ["GET"]
+    server.log.clear()
+    assert storage.damage(folder) == "" and len(server.log) < 8
+    for path in ("a", "d/b", "d/c", "files.json"):  # a copy on disk is known by the same sums
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes((folder / path).read_bytes())
+    assert storage.damage(epath.Path(tmp_path)) == ""
+    for place in (folder, epath.Path(tmp_path)):
+        (place / "d/b").write_bytes(b"twO")
+        assert storage.damage(place) == "d/b fails its checksum"
+        (place / "d/b").write_bytes(b"tw")
+        assert storage.damage(place) == "d/b has 2 bytes; expected 3"
+        (place / "d/b").unlink()
+        assert storage.damage(place) == "d/b is missing"

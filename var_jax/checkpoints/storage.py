@@ -4,6 +4,7 @@ Both store a pytree as a flat `{"path/of/leaf": array}`, so the files depend on 
 work on local and `gs://` directories and from any mesh to any other.
 """
 
+import base64
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from var_jax import BadInput
+from var_jax.tools.buckets import checksums
 from var_jax.tools.files import in_bucket
 from var_jax.tools.trees import flatten
 
@@ -77,12 +79,18 @@ def compare(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: str, *, 
 
 
 def record_files(directory: epath.Path) -> None:
-    """Records size and CRC-32 of every file in `directory`/files.json, for `damage`."""
-    paths = {str(path.relative_to(directory)): path for path in _files(directory)}
-    paths.pop("_CHECKPOINT_METADATA", None)  # Orbax rewrites it later, and does without it.
-    sizes = {name: path.stat().length for name, path in paths.items()}
-    read = sum(sizes.values()) <= MAX_CHECKSUMMED
-    record = {name: [sizes[name], _crc32(path) if read else None] for name, path in paths.items()}
+    """Records size and checksum of every file in `directory`/files.json, for `damage`.
+
+    The checksum is a CRC-32, or in a bucket the CRC-32C that its listing has.
+    """
+    if in_bucket(directory):
+        record = checksums(directory)
+    else:
+        paths = {str(path.relative_to(directory)): path for path in _files(directory)}
+        sizes = {name: path.stat().length for name, path in paths.items()}
+        read = sum(sizes.values()) <= MAX_CHECKSUMMED
+        record = {n: [sizes[n], _crc32(path) if read else None] for n, path in paths.items()}
+    record.pop("_CHECKPOINT_METADATA", None)  # Orbax rewrites it later, and does without it.
     (directory / RECORD).write_text(json.dumps(record))
 
 
@@ -94,13 +102,17 @@ def damage(directory: epath.Path) -> str:
     """
     path = directory / RECORD
     try:
-        for name, (size, crc) in json.loads(path.read_text()).items() if path.exists() else ():
+        record = json.loads(path.read_text()) if path.exists() else {}
+        objects = checksums(directory) if record and in_bucket(directory) else {}
+        for name, (size, crc) in record.items():
             path = directory / name
-            if not path.exists():
+            if name not in objects and not path.exists():
                 return f"{name} is missing"
-            if (found := path.stat().length) != size:
+            found = objects[name][0] if name in objects else path.stat().length
+            if found != size:
                 return f"{name} has {found} bytes; expected {size}"
-            if crc is not None and _crc32(path) != crc:
+            kept = objects[name][1] if name in objects and isinstance(crc, str) else ""
+            if crc is not None and (kept or _checksum(path, crc)) != crc:
                 return f"{name} fails its checksum"
     except (ValueError, TypeError, AttributeError, OSError) as error:
         return f"{path.name} cannot be read ({type(error).__name__})"
@@ -118,6 +130,21 @@ def _crc32(path: epath.Path) -> int:
         while part := file.read(2**24):
             crc = zlib.crc32(part, crc)
     return crc
+
+
+def _checksum(path: epath.Path, like: int | str) -> int | str:
+    """The checksum of a file, of the kind of another: CRC-32, or CRC-32C from a bucket."""
+    if isinstance(like, int):
+        return _crc32(path)
+    try:
+        import google_crc32c  # pyright: ignore[reportMissingImports]  # of the extra [gcs]
+    except ImportError:
+        return like
+    with path.open("rb") as file:
+        parts = google_crc32c.Checksum()
+        while part := file.read(2**24):
+            parts.update(part)
+    return base64.b64encode(parts.digest()).decode()
 
 
 def reason(error: Exception) -> str:
