@@ -7,7 +7,6 @@ model.sample(["Flags", "Animals & Nature"], seed=0)
 
 import dataclasses
 import io
-import re
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
@@ -20,6 +19,7 @@ from PIL import Image
 
 from var_jax import BadInput
 from var_jax.config import SamplingConfig
+from var_jax.data.classes import Label, class_index
 from var_jax.data.decoding import Unreadable, crop, decode
 from var_jax.models.load import Models, load_models
 from var_jax.models.tokenizer import decode_tokens, encode_images
@@ -31,12 +31,11 @@ from var_jax.sampling.generate import (
     generate,
     in_batches,
 )
-from var_jax.sampling.masks import box_mask, known_mask, pool_mask
+from var_jax.sampling.masks import as_mask, box_mask, known_mask, pool_mask
 from var_jax.schedule import num_tokens
 from var_jax.sharding.mesh import AXES, using
 from var_jax.tools.images import grid
 
-Label = str | int | np.integer | np.str_
 LARGEST = 1024  # side of what any model paints; larger images may be read reduced
 
 
@@ -184,9 +183,9 @@ class Model:
     ) -> Images:
         """Repaints part of an image, `num` times; no training is needed (VAR §5.3).
 
-        `repaint` is true where to, or a box (y0, x0, y1, x1) in fractions of the image; it snaps to
-        the cells of the finest scale. With a `label` what is painted is of that class. Outside,
-        tokens are kept, and pixels up to how the tokenizer reconstructs them.
+        `repaint` is true (or 1, or 255) where to, or a box (y0, x0, y1, x1) in fractions of the
+        image; it snaps to the cells of the finest scale. With a `label` what is painted is of that
+        class. Outside, tokens are kept, and pixels up to how the tokenizer reconstructs them.
 
         Raises: BadInput if nothing is left to repaint, or the arguments are out of range.
         """
@@ -215,7 +214,7 @@ class Model:
                 f" ({size}, {size}, 3) and at least 1."
             )
         if np.shape(repaint) == (size, size):
-            where = pool_mask(np.asarray(repaint, np.float32), cells)
+            where = pool_mask(as_mask(np.asarray(repaint)), cells)
         elif np.shape(repaint) == (4,):
             y0, x0, y1, x1 = map(float, repaint)  # type: ignore[arg-type]
             if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
@@ -265,22 +264,11 @@ class Model:
         return settings
 
     def class_index(self, label: Label, name: str = "label") -> int:
-        """The number of a class that is given by number or by name, in any case.
+        """The number of a class that is given by number or by name (`classes.class_index`).
 
-        Raises: BadInput, which calls the argument `name`, if there is no such class.
+        Raises: BadInput, which calls the argument `name`, unless exactly one class is meant.
         """
-        names = self.class_names
-        if not isinstance(label, (str, int, np.integer)):
-            raise BadInput(f"{name} holds {label!r}; expected a class name or number.")
-        if isinstance(label, (int, np.integer)) or re.fullmatch("-?[0-9]+", label):
-            if 0 <= int(label) < len(names):
-                return int(label)
-            raise BadInput(f"{name} holds {label}; classes are 0 to {len(names) - 1}.")
-        found = [i for i, known in enumerate(names) if known.lower() == str(label).lower()]
-        if not found:
-            some = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-            raise BadInput(f"{name} holds {label!r}; the classes of this checkpoint are {some}.")
-        return found[0]
+        return class_index(self.class_names, label, name)
 
     def _numbers(self, labels: Label | Sequence[Label] | np.ndarray) -> Int32[np.ndarray, " N"]:
         if isinstance(labels, jax.Array):
@@ -333,10 +321,13 @@ class Model:
         )
 
 
-def read_image(path: str | PurePath, name: str = "image") -> Image.Image:
-    """An image file, upright, in RGB. Raises: BadInput, which calls it `name`, if it is none."""
+def read_image(path: str | PurePath, name: str = "image", backdrop: str = "white") -> Image.Image:
+    """An image file, upright, in RGB, transparency on a backdrop.
+
+    Raises: BadInput, which calls it `name`, if it is none.
+    """
     try:
-        return decode(epath.Path(path).read_bytes(), LARGEST)
+        return decode(epath.Path(path).read_bytes(), LARGEST, backdrop)
     except OSError as error:
         raise BadInput(f"{name}={path} cannot be read: {error.strerror or error}.") from error
     except Unreadable as error:

@@ -103,8 +103,16 @@ def read_box(args: flags.FlagValues) -> Box | None:
 
 
 def read_mask(path: str, image: Image.Image) -> Image.Image:
-    """A mask for `image`. Raises: BadInput if it has another shape."""
-    mask = read_image(path, "--mask").convert("L").convert("RGB")
+    """A mask for `image`. Raises: BadInput if it is transparent, or of another shape."""
+    mask, on_black = (read_image(path, "--mask", b).convert("L") for b in ("white", "black"))
+    if mask.tobytes() != on_black.tobytes():
+        raise BadInput(
+            f"--mask={path} is transparent in places, which may mean to repaint or to keep them;"
+            " give an opaque image, white where to repaint."
+        )
+    if mask.getextrema()[1] == 1:  # of zeros and ones
+        mask = mask.point(lambda value: 255 * value)
+    mask = mask.convert("RGB")
     (w, h), (W, H) = mask.size, image.size
     if abs(w * H - h * W) > max(W, H, w, h):  # as far as rounding to whole pixels goes
         raise BadInput(f"--mask is {w} x {h} pixels, --image {W} x {H}: expected the same shape.")
@@ -132,6 +140,8 @@ def areas(
     if not snapped.any():
         flag = "mask" if mask is not None else "box"
         raise BadInput(f"--{flag} leaves nothing to repaint on the {cells} x {cells} cells.")
+    if mask is not None and snapped.all():
+        print("the mask is white in all cells: the whole image is repainted")
     snapped = snapped.repeat(cell, 0).repeat(cell, 1)
     return snapped, pixels if args.paste else snapped
 

@@ -8,6 +8,7 @@ images twice at the end, memory one batch.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from jaxtyping import Int32, UInt8
 import var_jax
 from var_jax import BadInput
 from var_jax.checkpoints.export import load_fingerprint
+from var_jax.data.classes import class_index, meanings
 from var_jax.data.sources import open_source
 from var_jax.sampling.autoregressive import Weights, sampler
 from var_jax.sampling.to_disk import Job, Score
@@ -38,6 +40,7 @@ def define_flags() -> None:
         "labels",
         None,
         "Class numbers or names, each with a count if you like: 207:50,88:10. Default: all classes."
+        " A name that is also another class's number is said as name=1, the number as number=1."
         " An entry with a comma in its name goes in double quotes:"
         " --labels '\"tench, Tinca:50\",88:10'.",
     )
@@ -106,7 +109,7 @@ def wanted_labels(args: flags.FlagValues, model: var_jax.Model) -> Int32[np.ndar
     """The class of each image. Raises: BadInput for a class that does not exist."""
     if not args.labels and args.num is None:
         raise BadInput("say what to draw: --labels, --num or both.")
-    entries = [counted(entry.strip(), model) for entry in args.labels or ()]
+    entries = [counted(entry.strip(), model.class_names) for entry in args.labels or ()]
     chosen = np.array([i for i, _ in entries] or range(len(model.class_names)), np.int32)
     if any(count is not None for _, count in entries):
         if args.num is not None:
@@ -118,15 +121,22 @@ def wanted_labels(args: flags.FlagValues, model: var_jax.Model) -> Int32[np.ndar
     return np.resize(chosen, count)
 
 
-def counted(entry: str, model: var_jax.Model) -> tuple[int, int | None]:
+def counted(entry: str, names: Sequence[str]) -> tuple[int, int | None]:
     """Class and count of "class" or "class:count"; a name may hold colons itself."""
     name, _, count = entry.rpartition(":")
-    is_name = entry.lower() in (known.lower() for known in model.class_names)
-    if not name or not count.strip().isdecimal() or is_name:
-        return model.class_index(entry, "--labels"), None
-    if not 1 <= int(count) <= MOST:
-        raise BadInput(f"--labels holds {entry}; expected a count of 1 to {MOST}.")
-    return model.class_index(name.strip(), "--labels"), int(count)
+    name, count = name.strip(), count.strip()
+    if not (name and count.isdecimal()):
+        return class_index(names, entry, "--labels"), None
+    if meanings(names, entry):
+        if found := meanings(names, name):
+            raise BadInput(
+                f"--labels holds {entry!r}, which may mean the class of this name (say {entry}:1)"
+                f" or {count} of {name!r} (say number={found[0]}:{count})."
+            )
+        return class_index(names, entry, "--labels"), None
+    if not 1 <= int(count[:12]) <= MOST:
+        raise BadInput(f"--labels holds {entry[:60]}; expected a count of 1 to {MOST}.")
+    return class_index(names, name, "--labels"), int(count)
 
 
 def load_scorer(args: flags.FlagValues, model: var_jax.Model) -> Score:

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 from running import complaint, run
 
+from var_jax import BadInput
 from var_jax.data.decoding import crop
+from var_jax.edit import read_mask
 from var_jax.sampling.masks import box_mask, known_mask
 from var_jax.tools.npz import load_npz
 
@@ -98,3 +100,36 @@ def test_bad_input(untrained, photo, tmp_path):
     for flags, expected in said.items():
         assert expected in complaint("edit", "--checkpoint", untrained, "--out", out, *flags)
     assert not out.exists()
+
+
+def save_mask(path, kind):
+    """A mask of the right half, drawn in one of the ways that people do."""
+    right = np.arange(60)[None] >= np.full((48, 1), 30)
+    grey = Image.fromarray(np.where(right, 255, 0).astype(np.uint8))
+    drawn = {
+        "grey": grey,
+        "1-bit": grey.convert("1"),
+        "palette": grey.convert("P"),
+        "16-bit": Image.fromarray(np.where(right, 65535, 0).astype(np.uint16)),
+        "of ones": Image.fromarray(right.astype(np.uint8)),
+        "opaque": Image.merge("LA", (grey, Image.new("L", grey.size, 255))).convert("RGBA"),
+        "grey and alpha": Image.merge("LA", (grey, grey)),
+        "hole": Image.merge("RGBA", (*Image.new("RGB", grey.size, "red").split(), grey)),
+    }
+    drawn[kind].save(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["grey", "1-bit", "palette", "16-bit", "of ones", "opaque"])
+def test_masks_of_any_kind_mean_the_same(photo, tmp_path, kind):
+    mask = read_mask(str(save_mask(tmp_path / "mask.png", kind)), Image.open(photo))
+    assert (np.asarray(mask)[:, :, 0] == np.where(np.arange(60) >= 30, 255, 0)).all()
+
+
+@pytest.mark.parametrize("kind", ["grey and alpha", "hole"])
+def test_transparent_masks_may_mean_two_things(photo, tmp_path, kind):
+    path = save_mask(tmp_path / "mask.png", kind)
+    with pytest.raises(
+        BadInput, match=r"mask\.png is transparent in places, which may mean to rep"
+    ):
+        read_mask(str(path), Image.open(photo))

@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 from running import complaint, run, start, wait_for
 
+from var_jax import BadInput
 from var_jax.checkpoints.export import fingerprint
 from var_jax.models.load import load_models
+from var_jax.sample import counted
 from var_jax.sharding.mesh import make_mesh
 from var_jax.tools.npz import load_npz, save_npz
 
@@ -73,6 +75,19 @@ def test_bad_input(untrained, tmp_path):
     for flags, expected in said.items():
         assert expected in complaint("sample", "--checkpoint", untrained, "--out", out, *flags)
     assert not out.exists()
+
+
+def test_counts_and_names_with_colons():
+    names = ("cat", "cat:3", "1", "emu:9")
+    said = {"cat": (0, None), "cat:5": (0, 5), "cat:3:2": (1, 2), "emu:9": (3, None), "3:4": (3, 4)}
+    assert {entry: counted(entry, names) for entry in said} == said
+    for entry, sentence in (
+        ("cat:3", r"the class of this name \(say cat:3:1\) or 3 of 'cat' \(say number=0:3\)"),
+        ("1:20", "which may mean the class '1'"),
+    ):
+        with pytest.raises(BadInput, match=sentence):
+            counted(entry, names)
+    assert counted("name=1:20", names) == (2, 20) and counted("number=1:20", names) == (1, 20)
 
 
 def test_settings_cannot_change_once_there_are_images(untrained, tmp_path):

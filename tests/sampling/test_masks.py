@@ -6,9 +6,10 @@ import pytest
 from golden_cases import load, models
 from test_autoregressive import LABELS, draw
 
+from var_jax import BadInput
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.sampling.autoregressive import KnownTokens
-from var_jax.sampling.masks import box_mask, known_mask, pool_mask
+from var_jax.sampling.masks import as_mask, box_mask, known_mask, pool_mask
 from var_jax.schedule import PATCH_NUMS_256, PATCH_NUMS_512
 
 BOXES = {"inpaint": (0.25, 0.25, 0.75, 0.75), "outpaint": (0.1, 0.2, 0.8, 0.6)}
@@ -61,3 +62,15 @@ def test_known_tokens_are_kept_and_the_others_sampled():
     np.testing.assert_array_equal(tokens[some], given[some])
     assert (tokens != given)[~some].mean() > 0.5
     assert (tokens != free[1])[~some].mean() > 0.5  # they follow from what is kept
+
+
+@pytest.mark.parametrize("dtype, white", [(bool, 1), (int, 1), (float, 1), (np.uint8, 255)])
+def test_masks_of_any_type_mean_the_same(dtype, white):
+    values = (np.arange(12).reshape(3, 4) % 3 == 0).astype(dtype) * dtype(white)
+    assert (as_mask(values) == (np.arange(12).reshape(3, 4) % 3 == 0)).all()
+
+
+@pytest.mark.parametrize("values", [[[0.0, 1.5]], [[0, 256]], [[-1, 0]], [[0.0, np.nan]]])
+def test_numbers_that_are_no_mask(values):
+    with pytest.raises(BadInput, match="expected bool, 0 to 1, or integers 0 to 255"):
+        as_mask(np.array(values))

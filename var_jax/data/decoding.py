@@ -49,8 +49,8 @@ def begins_like_image(start: bytes) -> bool:
     )
 
 
-def decode(data: bytes, short: int) -> Image.Image:
-    """The first frame of an encoded image, upright, RGB, transparency on white.
+def decode(data: bytes, short: int, backdrop: str = "white") -> Image.Image:
+    """The first frame of an encoded image, upright, RGB, transparency on a backdrop.
 
     A JPEG over four times as large as `short`, the shorter edge that will be made of it, comes
     reduced by a power of two, still at least twice that size: far cheaper, no visible difference.
@@ -59,15 +59,15 @@ def decode(data: bytes, short: int) -> Image.Image:
     Raises: Unreadable if it is damaged, truncated, too large or not an image.
     """
     try:
-        return _decode(data, short)
+        return _decode(data, short, backdrop)
     except Unreadable:
         bare = without_metadata(data)
         if bare == data:
             raise
-    return _decode(bare, short)
+    return _decode(bare, short, backdrop)
 
 
-def _decode(data: bytes, short: int) -> Image.Image:
+def _decode(data: bytes, short: int, backdrop: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=known_formats()) as image:
             image.draft(None, (2 * short, 2 * short))  # type: ignore[arg-type]
@@ -76,7 +76,8 @@ def _decode(data: bytes, short: int) -> Image.Image:
                 raise Unreadable(f"{width} x {height} pixels are too many")
             image.load()
             turn = UPRIGHT.get(_orientation(image))
-            return _rgb(image if turn is None else image.transpose(Image.Transpose(turn)))
+            image = image if turn is None else image.transpose(Image.Transpose(turn))
+            return _rgb(image, backdrop)
     except Unreadable:
         raise
     except UnidentifiedImageError as error:
@@ -143,7 +144,7 @@ def crop(
     return np.asarray(image.resize((size, size), resample, box))
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, backdrop: str) -> Image.Image:
     if image.mode == "F":
         raise Unreadable("floating-point pixels have no known range")
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
@@ -151,7 +152,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, backdrop), image).convert("RGB")
     return image.convert("RGB")
 
 

@@ -101,7 +101,9 @@ def load_models(
         )
     sampling = section(SamplingConfig, about, "sampling", folder)
     weights = load_weights(folder, placed(abstract, mesh, dtype))
-    names = tuple(about["class_names"])
+    names, count = tuple(about["class_names"]), weights["transformer"].config.num_classes
+    if len(names) != count or not all(isinstance(name, str) for name in names):
+        raise BadInput(f"{folder}/config.json names {len(names)} of {count} classes.")
     return Models(weights["tokenizer"], weights["transformer"], names, sampling)
 
 

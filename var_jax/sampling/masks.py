@@ -5,7 +5,9 @@ are the image's own (`autoregressive.KnownTokens`), all others are sampled.
 """
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
+
+from var_jax import BadInput
 
 Box = tuple[float, float, float, float]  # y0, x0, y1, x1, fractions of the image
 
@@ -16,6 +18,24 @@ def box_mask(box: Box, side: int) -> Bool[np.ndarray, "side side"]:
     mask = np.zeros((side, side), bool)
     mask[y0:y1, x0:x1] = True
     return mask
+
+
+def as_mask(values: Shaped[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
+    """A mask of numbers 0 to 1: of bool, of such numbers, or of integers up to 255.
+
+    Integers of which none is above 1 count as they are, so that masks of 0 and 1 mean what they do.
+
+    Raises: BadInput if a number is out of range.
+    """
+    numbers = values.astype(np.float32)
+    if np.issubdtype(values.dtype, np.integer) and values.max(initial=0) > 1:
+        numbers = numbers / 255
+    if not ((numbers >= 0) & (numbers <= 1)).all():
+        raise BadInput(
+            f"the mask is {values.dtype} from {values.min()} to {values.max()}; expected bool, 0 to"
+            " 1, or integers 0 to 255."
+        )
+    return numbers
 
 
 def pool_mask(mask: Float[np.ndarray, "H W"], side: int) -> Bool[np.ndarray, "side side"]:
