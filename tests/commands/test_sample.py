@@ -59,7 +59,7 @@ def test_bad_input(untrained, tmp_path):
         (): "say what to draw: --labels, --num or both",
         ("--labels", "dogs"): "the classes of this checkpoint are Smileys & Emotion",
         ("--labels", "9"): "--labels holds 9; classes are 0 to 8",
-        ("--labels", "3:0"): "--labels holds 3:0; expected a count of at least 1",
+        ("--labels", "3:0"): "--labels holds 3:0; expected a count of 1 to 100000000",
         ("--labels", "3:2", "--num", 9): "--labels holds counts, so --num=9 has no place",
         ("--labels", 3, "--reject", 0.5, "--scorer", "os:nothing"): "is no MODULE:FUNCTION here",
         ("--labels", 3, "--reject", 0.5, "--scorer", "os:path"): "--scorer=os:path is no function",
