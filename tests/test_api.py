@@ -7,11 +7,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from PIL import Image
 
 import var_jax
 from var_jax import BadInput
-from var_jax.sharding.mesh import make_mesh
+from var_jax.sharding.mesh import AXES, make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,7 @@ def test_a_notebook_shows_a_grid(model):
     png = model.sample(["Flags"] * 3)._repr_png_()
     assert Image.open(io.BytesIO(png)).size == (3 * 96 + 4, 96)
     assert model.sample("Flags")[0, 0]._repr_png_() is None  # a row of pixels is no image
+    assert model.sample("Flags")[:0]._repr_png_() is None
 
 
 def test_a_notebook_prints_a_model_in_one_line(model):
@@ -72,7 +74,14 @@ def test_an_edit_keeps_what_lies_outside(model):
 def test_any_image_is_cropped_to_the_models_size(model, tmp_path):
     Image.new("RGB", (90, 50), "red").save(tmp_path / "a.png")
     assert model.crop(tmp_path / "a.png").shape == (32, 32, 3)
-    assert model.crop(np.zeros((40, 64, 3), np.uint8)).shape == (32, 32, 3)
+    for shape in ((40, 64, 3), (40, 64), (40, 64, 4)):
+        assert model.crop(np.zeros(shape, np.uint8)).shape == (32, 32, 3)
+    assert model.crop(Image.new("L", (90, 50))).shape == (32, 32, 3)
+
+
+def test_a_model_without_a_mesh_says_so_where_one_is_set(model):
+    with jax.set_mesh(make_mesh(8, 1, 1)), pytest.raises(BadInput, match="loaded without one"):
+        model.sample("Flags")
 
 
 @pytest.mark.parametrize(
@@ -82,17 +91,27 @@ def test_any_image_is_cropped_to_the_models_size(model, tmp_path):
         (lambda m: m.sample(["Cars"]), "label holds 'Cars'; the classes of this checkpoint are"),
         (lambda m: m.sample([9]), "label holds 9; classes are 0 to 8"),
         (lambda m: m.sample([]), "no labels are given"),
+        (lambda m: m.sample([True]), "label holds True; expected a class name"),
         (lambda m: m.sample("Flags", seed=-1), "seed=-1; expected"),
+        (lambda m: m.sample("Flags", seed=2**32), "0 to 4294967295"),
+        (lambda m: m.sample("Flags", cfg=1e9), r"cfg=1000000000\.0; expected 0 to 1000"),
+        (lambda m: m.encode(np.zeros((1, 32, 32, 3), np.uint8), batch_size=0), "batch_size=0; ex"),
+        (lambda m: m.crop(np.zeros((0, 9, 3), np.uint8)), r"image is uint8 of shape \(0, 9, 3\)"),
+        (
+            lambda m: var_jax.load("emoji", mesh=Mesh(np.reshape(jax.devices(), (8, 1, 1)), AXES)),
+            "has other axes than explicit",
+        ),
+        (lambda m: var_jax.load("emoji", mesh=make_mesh(1, 1, 8)), "num_heads=4 cannot be split"),
         (
             lambda m: m.edit(np.zeros((32, 32, 3), np.uint8), (0, 0, 1.5, 1)),
             "expected 0 <= y0 < y1",
         ),
         (
             lambda m: var_jax.load("emoji", mesh=jax.make_mesh((8,), ("x",))),
-            "the mesh has the axes",
+            "has other axes than explicit",
         ),
         (lambda m: m.sample(np.array([99])), "label holds 99; classes are 0 to 8"),
-        (lambda m: m.sample("Flags", batch_size=0), "batch_size=0 and seed=0; expected at least 1"),
+        (lambda m: m.sample("Flags", batch_size=0), "batch_size=0 and seed=0; expected whole"),
         (lambda m: m.decode(np.zeros((1, 7), np.int32)), r"tokens are int32 of shape \(1, 7\)"),
         (
             lambda m: m.decode(np.full((1, 123), 9999)),
@@ -101,7 +120,7 @@ def test_any_image_is_cropped_to_the_models_size(model, tmp_path):
         (lambda m: m.edit(np.zeros((2, 32, 32, 3), np.uint8), (0, 0, 1, 1)), "an image of shape"),
         (lambda m: m.edit(np.zeros((32, 32, 3), np.uint8), (0, 0, 1)), r"repaint has shape \(3,\)"),
         (lambda m: m.sample("Flags", top_p=[0.5, 0.5]), r"top_p=0\.5,0\.5 has 2 numbers"),
-        (lambda m: m.sample("Flags", cfg=-1.0), r"cfg=-1\.0; expected at least 0"),
+        (lambda m: m.sample("Flags", cfg=-1.0), r"cfg=-1\.0; expected 0 to 1000"),
         (lambda m: m.encode(np.zeros((1, 9, 9, 3), np.uint8)), r"expected uint8 \(N, 32, 32, 3\)"),
         (lambda m: m.encode(np.zeros((1, 32, 32, 3), np.float32)), "images are float32 of shape"),
         (

@@ -5,6 +5,7 @@ model = var_jax.load("emoji")
 model.sample(["Flags", "Animals & Nature"], seed=0)
 """
 
+import contextlib
 import dataclasses
 import io
 from collections.abc import Sequence
@@ -18,10 +19,10 @@ from jaxtyping import Bool, Int32, Shaped, UInt8
 from PIL import Image
 
 from var_jax import BadInput
-from var_jax.config import SamplingConfig
+from var_jax.config import MAX_SEED, SamplingConfig
 from var_jax.data.classes import Label, class_index
 from var_jax.data.decoding import Unreadable, crop, decode
-from var_jax.models.load import Models, load_models
+from var_jax.models.load import Models, describe, load_models
 from var_jax.models.tokenizer import decode_tokens, encode_images
 from var_jax.sampling.autoregressive import KnownTokens, Weights, sampler
 from var_jax.sampling.generate import (
@@ -33,9 +34,10 @@ from var_jax.sampling.generate import (
 )
 from var_jax.sampling.masks import as_mask, box_mask, known_mask, pool_mask
 from var_jax.schedule import num_tokens
-from var_jax.sharding.mesh import AXES, using
+from var_jax.sharding.mesh import AXES, check_model, using
 from var_jax.tools.images import grid
 
+EXPLICIT = jax.sharding.AxisType.Explicit
 LARGEST = 1024  # side of what any model paints; larger images may be read reduced
 
 
@@ -49,6 +51,8 @@ class Images(np.ndarray):
         if self.dtype != np.uint8 or self.ndim not in (3, 4) or self.shape[-1] != 3:
             return None
         images = np.asarray(self).reshape(-1, *self.shape[-3:])
+        if not images.size:
+            return None
         sheet = grid(images, columns=min(len(images), 10), scale=max(1, 96 // images.shape[1]))
         data = io.BytesIO()
         Image.fromarray(sheet).save(data, format="PNG")
@@ -65,11 +69,21 @@ def load(
 
     Raises: BadInput if there is no such checkpoint, or it is damaged.
     """
-    if mesh is not None and mesh.axis_names != AXES:
-        raise BadInput(f"the mesh has the axes {mesh.axis_names}; expected {AXES} (make_mesh).")
     current = jax.sharding.get_mesh()
     mesh = mesh or (None if current.empty else current)
+    if mesh is not None:
+        check_mesh(mesh, describe(checkpoint)[2].get("transformer"))
     return Model(load_models(checkpoint, mesh, dtype), mesh)
+
+
+def check_mesh(mesh: jax.sharding.Mesh, transformer: Any) -> None:
+    """Raises BadInput unless the mesh is of the kind that `make_mesh` makes, and splits a model."""
+    kinds = {*getattr(mesh, "axis_types", ())}
+    if not isinstance(mesh, jax.sharding.Mesh) or mesh.axis_names != AXES or kinds != {EXPLICIT}:
+        raise BadInput(f"{mesh} has other axes than explicit {AXES}; make_mesh makes such ones.")
+    if transformer is not None:
+        c = transformer.config
+        check_model(c.width, c.num_heads, c.vocab_size, mesh)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -151,20 +165,20 @@ class Model:
                 f"images are {images.dtype} of shape {images.shape}; expected uint8 (N, {shape[0]},"
                 f" {shape[1]}, 3)."
             )
-        with using(self.mesh):
+        with self._using():
             return in_batches(encode_images, self.models.tokenizer, images, batch_size)
 
     def decode(self, tokens: Shaped[np.ndarray, "..."], *, batch_size: int = 64) -> Images:
         """The images of tokens."""
         tokens = self._check_tokens(tokens)
-        with using(self.mesh):
+        with self._using():
             images = in_batches(decode_tokens, self.models.tokenizer, tokens, batch_size)
         return images.view(Images)
 
     def coarse_to_fine(self, tokens: Shaped[np.ndarray, "..."]) -> UInt8[np.ndarray, "N K H W 3"]:
         """What the images of tokens look like after each of the K scales."""
         tokens = self._check_tokens(tokens)
-        with using(self.mesh):
+        with self._using():
             return coarse_to_fine(self.models.tokenizer, tokens)
 
     def edit(
@@ -208,7 +222,7 @@ class Model:
     ) -> tuple[Generated, Bool[np.ndarray, " L"]]:
         """`edit` with its tokens, and which tokens were kept."""
         cells, size = self.patch_nums[-1], self.image_size
-        if np.shape(image) != (size, size, 3) or num < 1:
+        if np.shape(image) != (size, size, 3) or not is_whole(num, 1):
             raise BadInput(
                 f"an image of shape {np.shape(image)} and num={num} are given; expected"
                 f" ({size}, {size}, 3) and at least 1."
@@ -216,7 +230,7 @@ class Model:
         if np.shape(repaint) == (size, size):
             where = pool_mask(as_mask(np.asarray(repaint)), cells)
         elif np.shape(repaint) == (4,):
-            y0, x0, y1, x1 = map(float, repaint)  # type: ignore[arg-type]
+            y0, x0, y1, x1 = numbers("repaint", repaint)
             if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
                 raise BadInput(f"box {repaint}; expected 0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1.")
             where = box_mask((y0, x0, y1, x1), cells)
@@ -237,12 +251,22 @@ class Model:
         labels = np.full(num, label, np.int32)
         return self._generate(labels, settings, seed, batch_size, smooth=smooth, known=known), keep
 
-    def crop(self, image: str | PurePath | UInt8[np.ndarray, "H W 3"]) -> Images:
-        """An image file or array as the model takes it: shorter edge resized, centre cropped.
+    def crop(self, image: str | PurePath | Image.Image | UInt8[np.ndarray, "H W *C"]) -> Images:
+        """An image file, array or PIL image as the model takes it: resized, the centre cropped.
 
         Raises: BadInput if it cannot be read.
         """
-        opened = Image.fromarray(image) if isinstance(image, np.ndarray) else read_image(image)
+        if isinstance(image, (str, PurePath)):
+            opened = read_image(image)
+        elif isinstance(image, Image.Image):
+            opened = image.convert("RGB")
+        else:
+            array = np.asarray(image)
+            if array.dtype != np.uint8 or array.ndim not in (2, 3) or not array.size:
+                raise BadInput(
+                    f"image is {array.dtype} of shape {array.shape}; expected uint8 (H, W, 3)."
+                )
+            opened = Image.fromarray(array).convert("RGB")
         return crop(opened, self.image_size, resize=1).view(Images)
 
     def settings(
@@ -255,10 +279,18 @@ class Model:
 
         Raises: BadInput if they are out of range, or `top_p` has another number of scales.
         """
-        given: dict[str, Any] = {"cfg": cfg, "top_k": top_k}
+        given: dict[str, Any] = {}
+        if cfg is not None:
+            given["cfg"], *more = numbers("cfg", cfg)
+            if more:
+                raise BadInput(f"cfg={cfg!r}; expected one number.")
+        if top_k is not None:
+            if not is_whole(top_k, 0):
+                raise BadInput(f"top_k={top_k!r}; expected a whole number of at least 0.")
+            codes = self.models.tokenizer.config.vocab_size
+            given["top_k"] = int(top_k) if top_k < codes else 0  # one program for all of them
         if top_p is not None:
-            given["top_p"] = tuple(map(float, np.atleast_1d(top_p)))
-        given = {name: value for name, value in given.items() if value is not None}
+            given["top_p"] = numbers("top_p", top_p)
         settings = dataclasses.replace(self.models.sampling, **given)
         settings.check(self.patch_nums)
         return settings
@@ -271,11 +303,12 @@ class Model:
         return class_index(self.class_names, label, name)
 
     def _numbers(self, labels: Label | Sequence[Label] | np.ndarray) -> Int32[np.ndarray, " N"]:
-        if isinstance(labels, jax.Array):
-            labels = np.asarray(labels)
+        if isinstance(labels, (np.ndarray, jax.Array)):
+            labels = np.asarray(labels).tolist()
         several = [labels] if np.ndim(labels) == 0 else list(labels)  # type: ignore[arg-type]
         if not several:
             raise BadInput("no labels are given; expected at least one class.")
+        several = [x.item() if isinstance(x, jax.Array) and x.ndim == 0 else x for x in several]
         return np.array([self.class_index(label) for label in several], np.int32)  # type: ignore
 
     def _check_tokens(self, tokens: Shaped[np.ndarray, "..."]) -> Int32[np.ndarray, "N L"]:
@@ -303,15 +336,21 @@ class Model:
         smooth: bool = False,
         known: KnownTokens | None = None,
     ) -> Generated:
-        if batch_size < 1 or seed < 0:
+        if not (is_whole(batch_size, 1) and is_whole(seed, 0) and seed <= MAX_SEED):
             raise BadInput(
-                f"batch_size={batch_size} and seed={seed}; expected at least 1 and at least 0."
+                f"batch_size={batch_size} and seed={seed}; expected whole numbers of at least 1 and"
+                f" 0 to {MAX_SEED}."
             )
         weights = Weights(self.models.tokenizer, self.models.transformer)
         how = {"batch_size": batch_size, "seed": seed, "known": known}
-        with using(self.mesh):
+        with self._using():
             parts = generate(sampler(settings, smooth), weights, labels, **how)
             return collect(parts, len(labels))
+
+    def _using(self) -> contextlib.AbstractContextManager[Any]:
+        if self.mesh is None and not jax.sharding.get_mesh().empty:
+            raise BadInput("a mesh is set, but the model was loaded without one; load it again.")
+        return using(self.mesh)
 
     def __repr__(self) -> str:
         c = self.models.transformer.config
@@ -319,6 +358,23 @@ class Model:
             f"Model({self.image_size} px, {len(self.class_names)} classes, depth {c.depth}, width"
             f" {c.width}, scales {self.patch_nums})"
         )
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether a value is a whole number of at least `least`."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return whole and int(value) >= least
+
+
+def numbers(name: str, value: Any) -> tuple[float, ...]:
+    """One number or a sequence of them. Raises: BadInput for anything else."""
+    try:
+        array = np.atleast_1d(np.asarray(value, np.float64))
+    except (TypeError, ValueError):
+        array = np.zeros((0, 0))
+    if array.ndim != 1 or not array.size or not np.isfinite(array).all() or isinstance(value, str):
+        raise BadInput(f"{name}={value!r}; expected numbers.")
+    return tuple(map(float, array))
 
 
 def read_image(path: str | PurePath, name: str = "image", backdrop: str = "white") -> Image.Image:

@@ -42,6 +42,8 @@ def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
 
 SOME, ANY, SHARE = (1, math.inf), (0, math.inf), (0, 1)  # ranges
 PART = (0, math.nextafter(1, 0))
+MAX_SEED = 2**32 - 1  # jax.random.key takes more, and gives the same
+MAX_CFG = 1000.0  # far beyond use, and logits stay finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,7 +212,8 @@ def parse_lr_scale(text: str) -> list[tuple[re.Pattern[str], float]]:
             pairs.append((re.compile(""), -1.0))
         if not pattern or not 0 <= pairs[-1][1] < math.inf:
             raise BadInput(
-                f"lr_scale={text!r}; expected REGEX=FACTOR,... like 'blocks=0.1,head=1'."
+                f"lr_scale={text!r}; expected REGEX=FACTOR,... like 'blocks=0.1,head=1' (a comma"
+                " ends an entry)."
             )
     return pairs
 
@@ -256,6 +259,8 @@ class EveryConfig:
 
     def __post_init__(self):
         check_ranges(self, log=SOME, save=SOME, keep=ANY, evaluate=ANY, sample=ANY)
+        if self.keep % self.save:
+            raise BadInput(f"keep={self.keep} is not a multiple of save={self.save}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -283,7 +288,7 @@ class SamplingConfig:
     top_p: tuple[float, ...] = (0.96,)  # of all scales, or of each; 0: all of the probability
 
     def __post_init__(self):
-        check_ranges(self, cfg=ANY, top_k=ANY)
+        check_ranges(self, cfg=(0, MAX_CFG), top_k=ANY)
         if not self.top_p or not all(0 <= p <= 1 for p in self.top_p):
             raise BadInput(f"top_p={self.listed}; expected 0 to 1, once or for each scale.")
 
@@ -333,7 +338,7 @@ class Config:
     export_dtype: str = "float32"  # of the checkpoint that the run leaves; 16 bits halve it
 
     def __post_init__(self):
-        check_ranges(self, seed=(0, 2**32 - 1))
+        check_ranges(self, seed=(0, MAX_SEED))
         if self.export_dtype not in ("float32", "float16", "bfloat16"):
             raise BadInput(
                 f"export_dtype={self.export_dtype!r} is not one of float32, float16, bfloat16."

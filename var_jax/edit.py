@@ -19,6 +19,7 @@ from PIL import Image
 import var_jax
 from var_jax import BadInput
 from var_jax.api import read_image
+from var_jax.config import MAX_SEED
 from var_jax.data.decoding import crop
 from var_jax.sampling.masks import Box, box_mask
 from var_jax.sharding.mesh import data_mesh
@@ -54,7 +55,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("paste", False, "Put the input's pixels back outside the mask.")
     cli.define_sampling_flags()
     flags.DEFINE_bool("smooth", False, "Mix codes, which is nicer to look at.")
-    flags.DEFINE_integer("seed", 0, "Same seed, same results.", 0, 2**31 - 1)
+    flags.DEFINE_integer("seed", 0, "Same seed, same results.", 0, MAX_SEED)
     flags.DEFINE_integer("batch_size", 8, "Results at a time.", 1)
     flags.DEFINE_string("out", "edited", "Folder to write.")
 

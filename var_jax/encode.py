@@ -20,6 +20,7 @@ from absl import flags
 from etils import epath
 
 from var_jax import BadInput
+from var_jax.config import MAX_SEED
 from var_jax.data.inventory import count
 from var_jax.data.sources import ImageSource, open_source
 from var_jax.data.token_cache import records_of, write_cache
@@ -44,7 +45,7 @@ def define_flags() -> None:
     flags.DEFINE_float("resize", 1.125, "Shorter edge ahead of the crop, in image sizes.", 1)
     flags.DEFINE_bool("flip", False, "Mirror half of them (of the emoji no symbols and flags).")
     flags.DEFINE_integer("shift", 0, "Move them by up to so many pixels.", 0)
-    flags.DEFINE_integer("seed", 0, "Of the crops, as config.seed.", 0, 2**32 - 1)
+    flags.DEFINE_integer("seed", 0, "Of the crops, as config.seed.", 0, MAX_SEED)
     flags.DEFINE_integer("batch_size", 32, "Images at a time.", 1)
     flags.DEFINE_string("out", "tokens", "Folder to write.")
     hosts.define_flags()

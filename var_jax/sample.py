@@ -19,6 +19,7 @@ from jaxtyping import Int32, UInt8
 import var_jax
 from var_jax import BadInput
 from var_jax.checkpoints.export import load_fingerprint
+from var_jax.config import MAX_SEED
 from var_jax.data.classes import class_index, meanings
 from var_jax.data.sources import open_source
 from var_jax.sampling.autoregressive import Weights, sampler
@@ -58,7 +59,7 @@ def define_flags() -> None:
         "MODULE:FUNCTION that takes images (uint8 N,H,W,3) and labels (N) and returns N scores,"
         " higher is better. Default, for the emoji only: a classifier fitted on them.",
     )
-    flags.DEFINE_integer("seed", 0, "Same seed, same images.", 0, 2**31 - 1)
+    flags.DEFINE_integer("seed", 0, "Same seed, same images.", 0, MAX_SEED)
     flags.DEFINE_integer("batch_size", 64, "Images at a time.", 1)
     flags.DEFINE_enum(
         "dtype",

@@ -111,3 +111,10 @@ def test_small_scales_are_joined():
     assert stops(PATCH_NUMS_256) == [91, 155, 255, 424, 680]
     assert stops((1, 1, 2, 2, 4, 4, 4, 4, 4)) == [90]  # what is left after 64 is too few
     assert stops((1,)) == [1]
+
+
+@pytest.mark.parametrize("implementation", ["masked", "blocks", "kernel", "auto"])
+def test_another_length_than_the_patterns_is_refused(implementation):
+    q = jnp.zeros((1, 5, 2, 64))
+    with pytest.raises(ValueError, match="5 tokens; the pattern is of 4"):
+        attention(q, q, q, Pattern.causal(4), implementation=implementation)

@@ -9,12 +9,13 @@ from flax import nnx
 from test_tasks import TOKENIZER, TRANSFORMER
 
 from var_jax import BadInput
-from var_jax.config import SamplingConfig
+from var_jax.config import Config, DataConfig, SamplingConfig, TrainTransformerConfig
 from var_jax.models.load import save_parts
 from var_jax.models.patch_codec import make_tokenizer
 from var_jax.models.var import Transformer, layout
 from var_jax.sharding.mesh import make_mesh, shard
 from var_jax.training.init_from import transformer_from
+from var_jax.training.run import check_start
 
 NAMES = tuple("abcdefghi")
 
@@ -92,3 +93,13 @@ def test_weights_stay_where_they_lie(export):
 def test_another_size_is_refused(export, field, value):
     with pytest.raises(BadInput, match=rf"holds a transformer with {field}=.* but config"):
         started(export, **{field: value})
+
+
+def test_another_size_is_refused_before_anything_is_computed(export):
+    config = Config(
+        tokenizer=TOKENIZER, transformer=dataclasses.replace(TRANSFORMER, width=32),
+        data=DataConfig(size=16), train_transformer=TrainTransformerConfig(steps=1),
+        pretrained_tokenizer=export[0], init_from=export[0],
+    )  # fmt: skip
+    with pytest.raises(BadInput, match=r"init_from=.* with width=64, but config.* is 32"):
+        check_start(config)

@@ -237,3 +237,12 @@ def test_bfloat16_agrees_with_float32(alone):
     assert losses[1] == pytest.approx(losses[0], rel=5e-3)
     cosine = moved[0] @ moved[1] / np.linalg.norm(moved[0]) / np.linalg.norm(moved[1])
     assert cosine > 0.999
+
+
+@pytest.mark.parametrize("decay", [0.99, 0.0])
+def test_a_rate_of_0_freezes_the_codebook_too(decay):
+    config = dataclasses.replace(TRAIN_TOKENIZER, lr_scale=".*=0", codebook_decay=decay)
+    task = tokenizer_task(TOKENIZER, config)
+    start = jax.jit(task.init)(jax.random.key(0)).autoencoder.params
+    end = train(None, task, steps=2)[1].autoencoder.params
+    jax.tree.map(np.testing.assert_array_equal, start, end)

@@ -19,7 +19,7 @@ from var_jax.models.backend import platform
 from var_jax.sharding.mesh import BATCH
 from var_jax.sharding.ops import on_mesh, reshard
 
-MIN_ROWS = 64  # tokens: products of fewer rows cost more than the hidden ones beside them
+MIN_ROWS = 64  # tokens of a part: fewer make products so thin that masking more is cheaper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,8 @@ def attention(
 
     Raises: BadInput if `implementation` is none of these.
     """
+    if q.shape[1] != pattern.length:
+        raise ValueError(f"{q.shape[1]} tokens; the pattern is of {pattern.length}.")
     if implementation == "auto":
         implementation = choose(q)
     if implementation == "kernel":

@@ -51,7 +51,7 @@ def last(
     """The largest threshold for which `holds`, which is true up to some point and false beyond."""
 
     def set_bit(i, threshold):
-        guess = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        guess = threshold | (jnp.uint32(1 << 31) >> jnp.uint32(i))
         return jnp.where(holds(guess), guess, threshold)
 
     return jax.lax.fori_loop(0, 32, set_bit, jnp.zeros_like(rank[..., :1]))

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, Int32, Key, UInt8
 
+from var_jax import BadInput
 from var_jax.models.tokenizer import Tokenizer, decode_scales, decode_tokens, encode_images
 from var_jax.sharding.mesh import local_rows, put_global_batch
 from var_jax.sharding.ops import on_mesh, round_up
@@ -94,7 +95,12 @@ def gather_rows(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
 def in_batches(
     f: Callable[[Any, Array], Array], weights: Any, rows: np.ndarray, batch_size: int = 64
 ) -> np.ndarray:
-    """`f(weights, rows)` of any number of rows, on every process: a batch at a time, padded."""
+    """`f(weights, rows)` of any number of rows, on every process: a batch at a time, padded.
+
+    Raises: BadInput for a batch size below 1.
+    """
+    if batch_size < 1:
+        raise BadInput(f"batch_size={batch_size}; expected at least 1.")
     size, made = round_up(min(batch_size, len(rows))), []
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]

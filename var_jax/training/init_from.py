@@ -8,7 +8,8 @@ from jaxtyping import Float, Int
 
 from var_jax import BadInput
 from var_jax.checkpoints.export import load_config
-from var_jax.models.load import load_parts
+from var_jax.config import TransformerConfig
+from var_jax.models.load import describe, load_parts
 from var_jax.models.resize import bicubic_matrix
 from var_jax.models.var import Transformer
 from var_jax.schedule import slices
@@ -31,19 +32,10 @@ def transformer_from(
     - Vocabulary: with another number of codes the head starts fresh, with another width of them
       the input layer.
 
-    Raises: BadInput if it holds no transformer, or one of another depth, width or kind.
+    Raises: BadInput as `check_source`.
     """
-    parts = load_parts(directory)[0]
-    if "transformer" not in parts:
-        raise BadInput(f"init_from={directory} holds no transformer to start from.")
-    old: Transformer = parts["transformer"]
-    for name in SAME:
-        ours, theirs = getattr(fresh.config, name), getattr(old.config, name)
-        if ours != theirs:
-            raise BadInput(
-                f"init_from={directory} holds a transformer with {name}={theirs}, but"
-                f" config.transformer.{name} is {ours}."
-            )
+    check_source(directory, fresh.config)
+    old: Transformer = load_parts(directory)[0]["transformer"]
     old_names = tuple(load_config(directory)["class_names"])
     given = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(old)}
     sides = old.config.patch_nums, fresh.config.patch_nums
@@ -63,6 +55,20 @@ def transformer_from(
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
 
     return jax.tree_util.tree_map_with_path(place, fresh)
+
+
+def check_source(directory: str, wanted: TransformerConfig) -> None:
+    """Raises BadInput if an export holds no transformer, or one of another depth, width or kind."""
+    found = describe(directory)[2].get("transformer")
+    if found is None:
+        raise BadInput(f"init_from={directory} holds no transformer to start from.")
+    for name in SAME:
+        ours, theirs = getattr(wanted, name), getattr(found.config, name)
+        if ours != theirs:
+            raise BadInput(
+                f"init_from={directory} holds a transformer with {name}={theirs}, but"
+                f" config.transformer.{name} is {ours}."
+            )
 
 
 def matched_classes(

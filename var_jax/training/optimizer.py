@@ -59,16 +59,18 @@ def decays(params: Any) -> Any:
 
 def scale_by_path(config: TrainConfig) -> optax.GradientTransformation:
     """Updates times the factor of the first pattern of `lr_scale` found in a weight's path."""
-    rules = parse_lr_scale(config.lr_scale)
-
-    def scale(path, update):
-        name = path_name(path)
-        return update * next((factor for rule, factor in rules if rule.search(name)), 1.0)
+    scale = lambda path, update: update * rate_factor(config, path_name(path))
 
     def update(updates, state, params=None):
         return jax.tree_util.tree_map_with_path(scale, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def rate_factor(config: TrainConfig, name: str) -> float:
+    """The factor on the learning rate of the weight at this path; 0 if it is frozen."""
+    rules = parse_lr_scale(config.lr_scale)
+    return next((factor for rule, factor in rules if rule.search(name)), 1.0)
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:

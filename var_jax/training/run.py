@@ -32,7 +32,7 @@ from var_jax.tools.plugins import find_function
 from var_jax.tools.trees import path_name
 from var_jax.training import hooks, loop
 from var_jax.training.autoregressive import TransformerState, autoregressive_task
-from var_jax.training.init_from import transformer_from
+from var_jax.training.init_from import check_source, transformer_from
 from var_jax.training.tokenizer import tokenizer_task
 
 # What may differ between starts in one work directory.
@@ -235,7 +235,7 @@ def check_tokenizer(config: Config) -> None:
                 raise BadInput(
                     f"{config.pretrained_tokenizer} holds a tokenizer with {name}={found[name]},"
                     f" but config.tokenizer.{name} is {wanted[name]}; it goes with the config that"
-                    " trained it (emoji with configs/emoji.py:large)."
+                    " trained it (emoji with --config emoji:large)."
                 )
         return
     if not config.train_tokenizer.steps:
@@ -257,6 +257,8 @@ def check_start(config: Config) -> None:
             f"init_from={config.init_from} starts the training of a transformer on the tokens of a"
             " tokenizer: train_transformer.steps and pretrained_tokenizer must be set."
         )
+    if config.init_from:
+        check_source(config.init_from, config.transformer)
     for name, models in (("tokenizer", config.tokenizer), ("transformer", config.transformer)):
         rules = parse_lr_scale(getattr(config, f"train_{name}").lr_scale)
         paths = jax.tree_util.tree_leaves_with_path(build(models)) if rules else []

@@ -16,7 +16,7 @@ from var_jax.sharding.ops import data_parallel
 from var_jax.tools.trees import path_name
 from var_jax.training.codebook import CodebookStats, codes_by_scale, init_stats, update_codebook
 from var_jax.training.losses import psnr, squared_error
-from var_jax.training.optimizer import learning_rate, make_optimizer
+from var_jax.training.optimizer import learning_rate, make_optimizer, rate_factor
 from var_jax.training.state import Batch, Learner, apply_gradients, start_learner, update_ema
 from var_jax.training.task import Frozen, Metrics, Task
 
@@ -32,6 +32,7 @@ class TokenizerState(NamedTuple):
 def tokenizer_task(model_config: TokenizerConfig, config: TrainTokenizerConfig) -> Task:
     """Trains a tokenizer on batches of `image`, uint8 (B,H,W,3)."""
     optimizer, schedule = make_optimizer(config), learning_rate(config)
+    frozen_codes = rate_factor(config, "quantizer.codebook") == 0
 
     def init(key: Key[Array, ""]) -> TokenizerState:
         tokenizer = make_tokenizer(model_config, rngs=nnx.Rngs(key))
@@ -57,6 +58,8 @@ def tokenizer_task(model_config: TokenizerConfig, config: TrainTokenizerConfig) 
             trained, state.codebook, code.idx, code.residual,
             jax.random.fold_in(key, state.step), config.codebook_decay,
         )  # fmt: skip
+        if frozen_codes:  # nor averaged or restarted
+            codebook, dead = trained, jnp.zeros_like(dead)
         learner = learner._replace(
             params=with_codebook(learner.params, codebook),
             opt_state=forget_codes(learner.opt_state, dead),
