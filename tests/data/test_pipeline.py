@@ -1,6 +1,10 @@
 """The input pipeline on a source of numbered items, so that every row can be recognized."""
 
 import json
+import multiprocessing
+import os
+import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -186,6 +190,25 @@ def test_worker_processes_resume_anywhere():
     one.set_state(state)  # going back is resuming too
     threads.set_state(state)
     assert (next(one)["noise"] == next(threads)["noise"]).all()
+
+
+def test_too_little_shared_memory_is_told_before_training(monkeypatch):
+    room = shutil.disk_usage("/")._replace(free=64 * 2**20)  # docker's default
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
+    source = Emoji("validation", 64)  # 12 kB each
+    sentence = r"data.workers=4 takes 90\d MB .* of 50\.\d MB, and /dev/shm has 67 MB free; .*=1g"
+    with pytest.raises(BadInput, match=sentence):
+        batches(source, batch_size=4096, seed=0, workers=4)
+    assert batches(source, batch_size=64, seed=0, workers=4)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_ends_training_in_a_sentence():
+    stream = batches(Numbers(50), batch_size=8, seed=0, workers=2)
+    next(stream)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"a worker .* died \(exit code -9\): memory may be"):
+        take(stream, 100)
 
 
 def test_rows_are_what_training_sees():

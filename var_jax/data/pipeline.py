@@ -5,6 +5,9 @@ Items are dicts of NumPy arrays with any keys; a batch stacks them key by key.
 
 import functools
 import os
+import re
+import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +23,7 @@ from var_jax.data.sources import Source
 Batch = dict[str, np.ndarray]
 Augment = Callable[[Batch, np.random.Generator], Batch]
 _PERMUTATION_LOCK = threading.Lock()
+SHARED = "/dev/shm"
 
 
 def batches(
@@ -43,12 +47,16 @@ def batches(
 
     Threads make the batches, about 2,000 images a second; beyond that use `workers` processes.
 
-    Raises: BadInput if the source is empty or the sizes or the seed make no sense.
+    Raises: BadInput if the source is empty, the sizes or the seed make no sense, or the workers
+    have no room to hand over batches.
     """
     _check(source, batch_size, seed, process_index, process_count)
     if workers < 0:
         raise BadInput(f"data.workers is {workers}; expected at least 0.")
-    stream = _Stream(source, batch_size // process_count, seed, augment)
+    size = batch_size // process_count
+    if workers:
+        _check_shared_memory(source, size, workers)
+    stream = _Stream(source, size, seed, augment)
     dataset = grain.MapDataset.source(stream)[process_index::process_count]
     return _Workers(dataset, workers) if workers else iter(dataset.to_iter_dataset(_threads()))
 
@@ -115,7 +123,18 @@ class _Workers(grain.DatasetIterator):
             options = grain.MultiprocessingOptions(num_workers=self._workers)
             rest = self._dataset[self._next :].to_iter_dataset(_threads())
             self._batches = iter(rest.mp_prefetch(options))
-        batch = next(self._batches)
+        try:
+            batch = next(self._batches)
+        except RuntimeError as error:
+            if not (
+                code := re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+            ):
+                raise
+            why = f"{SHARED} is full" if int(code[1]) == -signal.SIGBUS else "memory may be full"
+            raise RuntimeError(
+                f"a worker that makes batches died (exit code {code[1]}): {why}; a smaller"
+                " data.workers needs less, and 0 makes them in this process."
+            ) from error
         self._next += 1
         return batch
 
@@ -181,6 +200,23 @@ def _permutation(
 
 def _stack(items: Sequence[Batch]) -> Batch:
     return {key: np.stack([item[key] for item in items]) for key in items[0]}
+
+
+def _check_shared_memory(source: Source, rows: int, workers: int) -> None:
+    """Raises BadInput if too little is free where workers hand over batches.
+
+    Else the system would kill a worker amid training, by a bus error without a word.
+    """
+    if not os.path.isdir(SHARED):  # not on Linux
+        return
+    batch = rows * sum(array.nbytes for array in source[0].values())
+    wanted, free = (4 * workers + 2) * batch, shutil.disk_usage(SHARED).free  # 4w + 1 measured
+    if wanted > free:
+        raise BadInput(
+            f"data.workers={workers} takes {wanted / 1e6:.0f} MB of shared memory for batches of"
+            f" {batch / 1e6:.1f} MB, and {SHARED} has {free / 1e6:.0f} MB free; use fewer, or 0, or"
+            f" give it more (docker run --shm-size={wanted // 10**9 + 1}g)."
+        )
 
 
 def _check(source: Source, batch_size: int, seed: int, process_index: int, process_count: int):
