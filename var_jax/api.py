@@ -342,7 +342,7 @@ class Model:
                 f" 0 to {MAX_SEED}."
             )
         weights = Weights(self.models.tokenizer, self.models.transformer)
-        how = {"batch_size": batch_size, "seed": seed, "known": known}
+        how = {"batch_size": min(batch_size, len(labels)), "seed": seed, "known": known}
         with self._using():
             parts = generate(sampler(settings, smooth), weights, labels, **how)
             return collect(parts, len(labels))

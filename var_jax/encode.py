@@ -5,7 +5,8 @@
 writes a token cache of FOLDER, tfds:NAME or "emoji", whatever `data.source` may be: array_record
 files and manifest.json, for `--config.data.tokens=tokens`. Training then sees the crops that it
 would have cut itself in its first epochs (--copies of them), and those again. A stopped command
-continues. Hosts that share the folder share the work where all run it with --distributed.
+continues. Hosts that share the folder share the work where all run it with --distributed. What a
+host that is slow or gone has not done, the others do.
 
     python -m var_jax.encode --checkpoint d16 --images images.npz --out tokens
 
@@ -86,11 +87,12 @@ def encode_npz(args: flags.FlagValues) -> None:
 
 def write_token_cache(args: flags.FlagValues) -> None:
     """Writes the token cache of both splits; hosts share shards, not batches."""
-    hosts.join(args)
+    host, count_of_hosts = hosts.place(args)
     mesh = make_mesh(data=-1, fsdp=1, tensor=1, devices=jax.local_devices())
     check_batch("--batch_size", args.batch_size, mesh)
     with jax.set_mesh(mesh):
         tokenizer = load_tokenizer(args.checkpoint, mesh)
+        jax.distributed.shutdown()  # if it runs at all: from here on no host waits for another
         size = tokenizer.config.image_size
         sources = {
             split: open_source(args.images, split, size, args.resize)
@@ -100,13 +102,10 @@ def write_token_cache(args: flags.FlagValues) -> None:
         out = epath.Path(args.out)
         manifest = write_cache(
             tokenizer, sources, out, mesh=mesh, batch_size=args.batch_size, copies=args.copies,
-            seed=args.seed, flip=args.flip, shift=args.shift,
+            seed=args.seed, flip=args.flip, shift=args.shift, host=host, hosts=count_of_hosts,
             about={"source": args.images, "size": size, "resize": args.resize},
         )  # fmt: skip
     parts = {split: records_of(manifest, str(out), split) for split in sources}
-    if left := sum(len(records.missing()) for records in parts.values()):
-        print(f"this host is done; {left} shards are left to the others, or to the same command")
-        return
     size = sum(path.stat().length for path in out.iterdir())
     crops, images = sum(map(len, parts.values())), sum(map(len, sources.values()))
     print(f"codes of {crops} crops of {images} images, {size / 1e6:.1f} MB, are in {out}")

@@ -4,16 +4,19 @@
 
 Writes samples.npz (`arr_0` uint8 N,H,W,3; `labels`; `tokens` int32 N,L) and grid.png. Image i comes
 from the seed and i alone, not from batch size or devices; a stopped run continues. Disk holds all
-images twice at the end, memory one batch.
+images twice at the end, memory one batch. With --distributed each of several hosts that share the
+folder samples and writes its part.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 from etils import epath
+from jax.experimental.multihost_utils import sync_global_devices
 from jaxtyping import Int32, UInt8
 
 import var_jax
@@ -22,16 +25,19 @@ from var_jax.checkpoints.export import load_fingerprint
 from var_jax.config import MAX_SEED
 from var_jax.data.classes import class_index, meanings
 from var_jax.data.sources import open_source
+from var_jax.models.load import mesh_for_sampling
 from var_jax.sampling.autoregressive import Weights, sampler
 from var_jax.sampling.to_disk import Job, Score
-from var_jax.sharding.mesh import data_mesh, using
+from var_jax.schedule import num_tokens
+from var_jax.sharding import hosts
+from var_jax.sharding.mesh import of_first, using
 from var_jax.tools import cli
 from var_jax.tools.images import grid, save_png
 from var_jax.tools.plugins import find_function
 
 MOST = 10**8  # images; of those parts the names have room for
 SHOWN, ROWS = 100, 8  # images in grid.png and in scales.png
-SETTINGS = ("labels", "num", "smooth", "reject", "scorer", "seed", "batch_size", "dtype")
+SETTINGS = ("labels", "num", "smooth", "reject", "scorer", "seed", "dtype")
 
 
 def define_flags() -> None:
@@ -60,7 +66,10 @@ def define_flags() -> None:
         " higher is better. Default, for the emoji only: a classifier fitted on them.",
     )
     flags.DEFINE_integer("seed", 0, "Same seed, same images.", 0, MAX_SEED)
-    flags.DEFINE_integer("batch_size", 64, "Images at a time.", 1)
+    flags.DEFINE_integer("batch_size", 64, "Images at a time, of all devices together.", 1)
+    flags.DEFINE_integer(
+        "fsdp", None, "So many devices share the transformer's weights. Default: as trained.", 1
+    )
     flags.DEFINE_enum(
         "dtype",
         "auto",
@@ -74,13 +83,15 @@ def define_flags() -> None:
         "Also write scales.png: the first images after each scale.",
     )
     flags.DEFINE_string("out", "samples", "Folder to write.")
+    hosts.define_flags()
 
 
 def main(args: flags.FlagValues) -> None:
     """Samples in batches, each saved at once; joins them at the end."""
     if args.show_scales and args.smooth:
         raise BadInput("--show_scales needs tokens, and --smooth mixes them; give one of the two.")
-    mesh = data_mesh()
+    hosts.join(args)
+    mesh = mesh_for_sampling(args.checkpoint, args.fsdp)
     model = var_jax.load(args.checkpoint, mesh=mesh, dtype=args.dtype)
     labels, out = wanted_labels(args, model), epath.Path(args.out)
     score = load_scorer(args, model) if args.reject < 1 else None
@@ -95,15 +106,26 @@ def main(args: flags.FlagValues) -> None:
         index = np.arange(len(labels), dtype=np.int32)
         if score is not None:
             index = job.choose(args.reject, score)
-        paths = job.sample(index)
-        images = job.first_rows(paths, "arr_0", SHOWN)
+        job.sample(index)
         if args.show_scales:
-            save_png(out / "scales.png", scales(model, job.first_rows(paths, "tokens", ROWS)))
+            shape = min(ROWS, len(labels)), num_tokens(model.patch_nums)
+            tokens = of_first(lambda: job.rows("tokens", shape[0]), shape, np.int32)
+            image = scales(model, tokens)
+        if jax.process_index() == 0:
+            if args.show_scales:
+                save_png(out / "scales.png", image)
+            finish(job)
+        sync_global_devices("samples are joined")  # hosts that end earlier would take others along
+
+
+def finish(job: Job) -> None:
+    """Writes grid.png and samples.npz."""
+    count, path = len(job.labels), job.out / "grid.png"
+    images = job.rows("arr_0", min(SHOWN, count))
     scale = max(1, 96 // images.shape[1])
-    save_png(out / "grid.png", grid(images, columns=min(len(images), 10), scale=scale))
-    path = job.finish(paths)
-    are = "1 image is" if len(labels) == 1 else f"{len(labels)} images are"
-    print(f"{are} in {path}, the first {len(images)} in {out / 'grid.png'}")
+    save_png(path, grid(images, columns=min(len(images), 10), scale=scale))
+    are = "1 image is" if count == 1 else f"{count} images are"
+    print(f"{are} in {job.finish()}, the first {len(images)} in {path}")
 
 
 def wanted_labels(args: flags.FlagValues, model: var_jax.Model) -> Int32[np.ndarray, " N"]:

@@ -5,6 +5,7 @@ import importlib
 import io
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import time
@@ -31,13 +32,24 @@ def complaint(name, *flags):
     return err
 
 
-def start(name, *flags, **kwargs):
-    """A command as a process of its own, on one device."""
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+def start(name, *flags, devices=1, **kwargs):
+    """A command as a process of its own, on so many virtual devices."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices)}
     argv = [sys.executable, "-m", f"var_jax.{name}", *map(str, flags)]
     return subprocess.Popen(
         argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
     )
+
+
+def start_several(count, name, *flags, devices=4):
+    """A command as so many processes that meet over loopback."""
+    if count == 1:
+        return [start(name, *flags, devices=devices)]
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    place = ("--coordinator", address, "--num_processes", count, "--process_id")
+    return [start(name, *flags, *place, i, devices=devices) for i in range(count)]
 
 
 def run_alone(name, *flags, **kwargs):

@@ -1,12 +1,16 @@
 """The report on a step compiled for TPUs that are not there."""
 
 import json
+import shutil
 
+import jax
 import pytest
-from running import complaint, run_alone
+from running import complaint, run, run_alone
 
-from var_jax.config import Config
-from var_jax.training.aot import model_flops
+from var_jax.config import Config, from_dict
+from var_jax.sampling import autoregressive
+from var_jax.sharding.mesh import sampling_mesh
+from var_jax.training.aot import lower, model_flops
 
 SMALL = (
     "--config", "imagenet:d16", "--config.transformer.depth=2",
@@ -32,6 +36,30 @@ def test_a_step_on_pixels_counts_every_operation_of_the_encoder():
     # Three quarters are (4 + 5/4) * 2 * 9 * 160**2 * 256**2: the 3x3 convolutions of the two finest
     # levels.
     assert (pixels - tokens) / 1e9 == pytest.approx(215.36, rel=1e-4)
+
+
+def test_the_sampler_is_the_one_that_sample_runs(untrained, tmp_path, monkeypatch):
+    """Of a checkpoint that was trained with its weights split over two devices."""
+    copy, program = tmp_path / "copy", []
+    shutil.copytree(untrained, copy)
+    about = json.loads((copy / "config.json").read_text())
+    about["trained"]["mesh"]["fsdp"] = 2
+    (copy / "config.json").write_text(json.dumps(about))
+
+    def stop(*args, **kwargs):
+        program.append(sample.lower(*args, **kwargs).as_text())
+        raise KeyboardInterrupt
+
+    sample = autoregressive.sample
+    monkeypatch.setattr(autoregressive, "sample", stop)
+    flags = ("--num", 8, "--batch_size", 8, "--out", tmp_path / "out")
+    assert run("sample", "--checkpoint", copy, *flags)[0] == 130
+    monkeypatch.undo()
+    config = from_dict(Config, about["trained"])
+    mesh = sampling_mesh(config.mesh.fsdp, config.mesh.tensor)
+    assert mesh.shape == {"data": 4, "fsdp": 2, "tensor": 1}
+    with jax.set_mesh(mesh):
+        assert lower(config, "sampler", mesh, 8)[0].as_text() == program[0]
 
 
 @pytest.mark.slow

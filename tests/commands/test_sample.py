@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from running import complaint, run, start, wait_for
+from running import complaint, run, start, start_several, wait_for
 
 from var_jax import BadInput
 from var_jax.checkpoints.export import fingerprint
@@ -134,12 +134,28 @@ def test_an_unfinished_run_continues(untrained, tmp_path):
 
 
 @pytest.mark.slow
+def test_images_are_the_same_on_any_devices_and_hosts(untrained, tmp_path):
+    flags = ("--checkpoint", untrained, "--num", 20, "--batch_size", 8, "--show_scales", "--out")
+    for out, count, devices, more in (
+        ("one", 1, 1, ()), ("mesh", 1, 8, ("--fsdp", 2)), ("hosts", 2, 4, ("--fsdp", 8)),
+    ):  # fmt: skip
+        running = start_several(count, "sample", *flags, tmp_path / out, *more, devices=devices)
+        said = [process.communicate(timeout=500) for process in running]
+        assert [process.returncode for process in running] == [0] * count, said
+    assert sum("20 images are in" in out for out, _ in said) == 1
+    for name in ("samples.npz", "grid.png", "scales.png"):
+        whole = (tmp_path / "one" / name).read_bytes()
+        assert (tmp_path / "mesh" / name).read_bytes() == whole
+        assert (tmp_path / "hosts" / name).read_bytes() == whole
+
+
+@pytest.mark.slow
 def test_a_killed_run_repeats_and_loses_nothing(untrained, tmp_path):
     flags = ("--num", 2000, "--batch_size", 4)
     whole = sample(untrained, tmp_path / "whole", *flags)
     out = tmp_path / "killed"
     process = start("sample", "--checkpoint", untrained, "--out", out, *flags)
-    wait_for(out / "parts" / "00000040.npz")
+    wait_for(out / "parts" / "00000040-00000044.npz")
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert (out / "parts").exists()

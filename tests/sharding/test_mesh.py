@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from var_jax import BadInput
-from var_jax.sharding.mesh import check_batch, check_model, make_mesh
+from var_jax.sharding.mesh import check_batch, check_model, make_mesh, sampling_mesh
 
 
 def test_sizes_that_do_not_divide():
@@ -40,3 +40,20 @@ def test_slices_hold_whole_rows_of_data():
 def test_all_devices_are_the_default():
     assert make_mesh(-1, 2, 1).shape == {"data": jax.device_count() // 2, "fsdp": 2, "tensor": 1}
     assert make_mesh(-1, 16, 2).shape == {"data": 1, "fsdp": 4, "tensor": 2}  # 8 devices only
+
+
+@pytest.mark.parametrize(
+    ("trained", "devices", "sizes"),
+    [
+        ((1, 1), 8, (8, 1, 1)),
+        ((16, 1), 8, (1, 8, 1)),
+        ((4, 2), 8, (1, 4, 2)),
+        ((2, 2), 6, (3, 1, 2)),
+        ((4, 4), 2, (1, 1, 2)),
+        ((-1, 1), 8, (1, 8, 1)),
+        ((2, -1), 4, (1, 1, 4)),
+        ((3, 1), 8, (8, 1, 1)),
+    ],
+)
+def test_sampling_splits_weights_as_training_did_as_far_as_devices_go(trained, devices, sizes):
+    assert sampling_mesh(*trained, jax.devices()[:devices]).axis_sizes == sizes

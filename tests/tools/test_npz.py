@@ -60,7 +60,8 @@ def test_joined_parts_are_the_whole(tmp_path):
     paths = [tmp_path / f"{start}.npz" for start in (0, 3, 6)]
     for start, path in zip((0, 3, 6), paths, strict=True):
         save_npz(path, **{name: array[start : start + 3] for name, array in whole.items()})
-    join_npz(tmp_path / "all.npz", paths, 7)
+    save_npz(paths[1], **{name: array[2:6] for name, array in whole.items()})  # repeats a row
+    join_npz(tmp_path / "all.npz", [(paths[0], 0), (paths[1], 1), (paths[2], 0)], 7)
     joined = load_npz(tmp_path / "all.npz")
     assert list(joined) == list(whole)
     for name, array in whole.items():

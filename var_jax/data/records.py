@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from var_jax.tools.buckets import upload
 from var_jax.tools.files import in_bucket, read_json
 from var_jax.tools.logs import progress
 
+PATIENCE = 60.0  # seconds that hosts may start apart
 MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
 
 
@@ -158,24 +160,51 @@ def write_missing(
     splits: Sequence[Records],
     make: Callable[[str, range, Any], Iterable[bytes]],
     description: str,
-    share: slice = slice(None),
+    host: int = 0,
+    hosts: int = 1,
 ) -> None:
     """Writes the shards that are not there yet, then the manifest; a stopped command goes on.
 
-    `make` gives the records of a split's rows and updates a progress bar. Of several hosts each
-    writes its `share` of all shards, and whoever comes last the manifest.
+    `make` gives the records of a split's rows and updates a progress bar. Each of several hosts
+    writes its share of the shards, and then what others have not come to, from their end: hosts
+    may come late, be slow or be gone.
 
-    Raises: BadInput if `folder` holds something else.
+    Raises: BadInput if `folder` holds something else, or host 0 writes to another one.
     """
+    if host:
+        wait_for_begin(folder)
     begin(folder, manifest)
-    mine = [(part, i) for part in splits for i in part.missing() if i in range(part.shards)[share]]
-    if not mine and (folder / MANIFEST).exists() and not (folder / UNFINISHED).exists():
+
+    def turn(shard: tuple[Records, int]) -> tuple[int, int]:
+        distance = (shard[1] - host) % hosts  # 0: its own
+        return distance, -shard[1] if distance else shard[1]
+
+    todo = sorted(((part, i) for part in splits for i in part.missing()), key=turn)
+    if not todo and (folder / MANIFEST).exists() and not (folder / UNFINISHED).exists():
         return
-    with progress(sum(len(part.rows(i)) for part, i in mine), 0, description) as bar:
-        for part, i in mine:
-            write_shard(part.path(i), make(part.split, part.rows(i), bar))
-    if not any(part.missing() for part in splits):
-        finish(folder, manifest)
+    with progress(sum(len(part.rows(i)) for part, i in todo), 0, description) as bar:
+        for part, i in todo:
+            if part.path(i).exists():  # of another host, by now
+                bar.update(len(part.rows(i)))
+                continue
+            try:
+                write_shard(part.path(i), make(part.split, part.rows(i), bar))
+            except (OSError, RuntimeError):
+                if not part.path(i).exists():  # else another host was first, and tidied up
+                    raise
+    finish(folder, manifest)
+
+
+def wait_for_begin(folder: epath.Path) -> None:
+    """Waits until host 0 has begun `folder`. Raises: BadInput if it does not."""
+    end = time.monotonic() + PATIENCE
+    while not any((folder / name).exists() for name in (MANIFEST, UNFINISHED)):
+        if time.monotonic() > end:
+            raise BadInput(
+                f"process 0 has written nothing to {folder} for {PATIENCE:.0f} seconds: either it"
+                " has not started, or this is not one folder that all hosts share."
+            )
+        time.sleep(0.2)
 
 
 def begin(folder: epath.Path, manifest: dict[str, Any]) -> None:

@@ -114,6 +114,8 @@ def write_cache(
     copies: int = 1,
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
+    host: int = 0,
+    hosts: int = 1,
     **augmentation,
 ) -> dict[str, Any]:
     """Writes the cache that `config.data.tokens` trains from, and returns its manifest.
@@ -140,8 +142,7 @@ def write_cache(
             bar.update(int(mask.sum()))
 
     parts = [records_of(manifest, str(out), split) for split in sources]
-    mine = slice(jax.process_index(), None, jax.process_count())
-    write_missing(out, manifest, parts, make, "tokens", mine)
+    write_missing(out, manifest, parts, make, "tokens", host, hosts)
     return manifest
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 
 from var_jax import BadInput
 from var_jax.checkpoints.export import find_export, load_config, load_weights, save_export
@@ -26,7 +27,7 @@ from var_jax.models import var
 from var_jax.models.patch_codec import make_tokenizer
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.var import Transformer
-from var_jax.sharding.mesh import shard
+from var_jax.sharding.mesh import check_hosts, sampling_mesh, shard
 
 T = TypeVar("T")
 
@@ -84,9 +85,7 @@ def as_exported(parts: T, dtype: str) -> T:
     return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)).astype(leaf.dtype), parts)
 
 
-def load_models(
-    directory: str | PurePath, mesh: jax.sharding.Mesh | None = None, dtype: str = "auto"
-) -> Models:
+def load_models(directory: str | PurePath, mesh: Mesh | None = None, dtype: str = "auto") -> Models:
     """Reads an export onto the mesh, or onto the first device; weights in float32.
 
     Another `dtype` than "auto" is what the transformer computes in, and bfloat16 also what its
@@ -107,9 +106,7 @@ def load_models(
     return Models(weights["tokenizer"], weights["transformer"], names, sampling)
 
 
-def placed(
-    abstract: dict[str, Any], mesh: jax.sharding.Mesh | None, dtype: str = "auto"
-) -> dict[str, Any]:
+def placed(abstract: dict[str, Any], mesh: Mesh | None, dtype: str = "auto") -> dict[str, Any]:
     """A tokenizer and a transformer as `load_models` reads them, abstract weights on the mesh."""
     tokenizer, transformer = abstract["tokenizer"], abstract["transformer"]
     if dtype == "bfloat16":
@@ -119,14 +116,19 @@ def placed(
     return {"tokenizer": tokenizer, "transformer": transformer}
 
 
-def trained_mesh(directory: str | PurePath) -> MeshConfig:
-    """The mesh of the run that left an export; all devices along 'data' for a converted one.
+def mesh_for_sampling(directory: str | PurePath, fsdp: int | None = None) -> Mesh | None:
+    """All devices, the weights of an export split as in its training or over `fsdp` devices.
 
-    Raises: BadInput if there is no export, or it is damaged.
+    None for a single device, which needs no mesh. Raises: BadInput if there is no export.
     """
-    trained = load_config(directory).get("trained")
-    about = trained if isinstance(trained, dict) else {}
-    return section(MeshConfig, about, "mesh", find_export(directory))
+    folder, about, _ = describe(directory)
+    if jax.device_count() == 1:
+        return None
+    trained = about.get("trained")
+    split = section(MeshConfig, trained if isinstance(trained, dict) else {}, "mesh", folder)
+    mesh = sampling_mesh(split.fsdp if fsdp is None else fsdp, split.tensor)
+    check_hosts(mesh)
+    return mesh
 
 
 def in_bfloat16(transformer: Transformer) -> Transformer:
@@ -137,7 +139,7 @@ def in_bfloat16(transformer: Transformer) -> Transformer:
     return jax.tree_util.tree_map_with_path(cast, transformer)
 
 
-def load_tokenizer(directory: str | PurePath, mesh: jax.sharding.Mesh | None = None) -> Tokenizer:
+def load_tokenizer(directory: str | PurePath, mesh: Mesh | None = None) -> Tokenizer:
     """Reads the tokenizer of an export, on every device of the mesh, weights in float32.
 
     Raises: BadInput if there is none, or it is damaged.

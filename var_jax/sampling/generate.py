@@ -51,7 +51,7 @@ def generate(
     several processes each gets the rows that its own devices made. The next batch is under way on
     the devices while one is fetched.
     """
-    size = round_up(min(batch_size, len(labels)))
+    size = round_up(batch_size)
     index = np.arange(len(labels), dtype=np.int32) if index is None else index
     waiting: tuple[Any, ...] | None = None
     for start in range(0, len(labels), size):

@@ -1,25 +1,33 @@
-"""Samples by the thousand: written batch by batch, resumed where a stopped run was, then joined."""
+"""Samples by the thousand: written batch by batch, resumed where a stopped run was, then joined.
+
+Parts are named by their rows, so that a run may go on with other batches, devices and hosts.
+"""
 
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator
-from itertools import islice, repeat
+import time
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Int32, Shaped
+from jax.experimental.multihost_utils import sync_global_devices
+from jaxtyping import Bool, Float, Int, Int32, Shaped
 
 from var_jax import BadInput
-from var_jax.sampling.generate import Generated, Sampler, generate
+from var_jax.sampling.generate import Sampler, generate
 from var_jax.sampling.reject import best, candidates
+from var_jax.sharding.mesh import of_first
+from var_jax.sharding.ops import round_up
 from var_jax.tools.files import replacing
 from var_jax.tools.logs import progress
 from var_jax.tools.npz import join_npz, load_npz, save_npz
 
 Score = Callable[[np.ndarray, np.ndarray], Float[np.ndarray, " N"]]
-LEFTOVER = re.compile(r"settings\.json|\.(settings\.json|(scores-)?\d{8,}\.npz)\.partial")
+LEFTOVER = re.compile(r"settings\.json|\.(settings\.json|(scores-)?[\d-]+\.npz)\.partial")
+PATIENCE = 90.0  # seconds: network file systems keep the names in a folder for up to a minute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +52,8 @@ class Job:
 
         Raises: BadInput if it holds parts of another job.
         """
+        if jax.process_index() > 0:
+            return
         about = self.parts / "settings.json"
         if about.exists() and any(self.parts.glob("*.npz")):
             check_settings(self.parts, json.loads(about.read_text()), settings)
@@ -68,18 +78,22 @@ class Job:
                 raise BadInput(f"--scorer returned {what}; expected one score for each image.")
             return {"scores": scores}
 
-        paths = self.write(wanted, index, scored, "scores-", "scoring")
-        scores = np.concatenate([load_npz(path)["scores"] for path in paths])
-        return index[best(scores, wanted, self.labels)]
+        self.write(wanted, index, scored, "scores-", "scoring")
 
-    def sample(self, index: Int32[np.ndarray, " N"]) -> list[epath.Path]:
-        """Writes the images of these indices, and returns their parts."""
+        def chosen() -> np.ndarray:
+            scores = self.rows("scores", len(index), "scores-")
+            return index[best(scores, wanted, self.labels)]
+
+        return of_first(chosen, self.labels.shape, np.int32)
+
+    def sample(self, index: Int32[np.ndarray, " N"]) -> None:
+        """Writes the images of these indices."""
 
         def kept(rows: slice, images: np.ndarray, tokens: Any) -> dict[str, np.ndarray]:
             part = {"arr_0": images, "labels": self.labels[rows]}
             return part | {"tokens": tokens} if self.with_tokens else part
 
-        return self.write(self.labels, index, kept, "", "sampling")
+        self.write(self.labels, index, kept, "", "sampling")
 
     def write(
         self,
@@ -88,37 +102,73 @@ class Job:
         part_of: Callable[[slice, np.ndarray, Any], dict[str, np.ndarray]],
         prefix: str,
         doing: str,
-    ) -> list[epath.Path]:
-        """Samples batch by batch and writes what `part_of` makes of each, unless it is there."""
-        count, size = len(labels), self.batch_size
-        paths = {i: self.parts / f"{prefix}{i:08d}.npz" for i in range(0, count, size)}
-        left = [range(i, min(i + size, count)) for i, path in paths.items() if not path.exists()]
-        if left:
-            rows = np.concatenate(left)
-            made = generate(
-                self.sampler, self.weights, labels[rows], index=index[rows], batch_size=size,
-                seed=self.seed,
-            )  # fmt: skip
-            with progress(count, count - len(rows), doing) as bar:
-                images = one_by_one(made)
-                for part in left:  # a batch may be more than a part: the mesh rounds it up
-                    stacked = map(stack, zip(*islice(images, len(part)), strict=True))
-                    kept = part_of(slice(part.start, part.stop), *stacked)
-                    save_npz(paths[part.start], **kept)
-                    bar.update(len(part))
-        return list(paths.values())
+    ) -> None:
+        """Samples batch by batch; each process writes what `part_of` makes of the rows it has.
 
-    def first_rows(
-        self, paths: list[epath.Path], name: str, count: int
-    ) -> Shaped[np.ndarray, "N ..."]:
+        A batch is of the same rows whoever samples it, or again after a stop; rows that are
+        there already are not written.
+        """
+        count, size = len(labels), round_up(min(self.batch_size, len(labels)))
+        missing = of_first(lambda: self.missing(prefix, count), (count,), np.int32)
+        number = np.arange(count) // size
+        rows = np.flatnonzero(np.isin(number, number[missing > 0]))
+        made = generate(
+            self.sampler, self.weights, labels[rows], index=index[rows], batch_size=size,
+            seed=self.seed,
+        )  # fmt: skip
+        with progress(count, count - len(rows), doing) as bar:
+            for batch in made:
+                here = rows[batch.rows]
+                for run in runs(here, missing[here] > 0):
+                    images = batch.images[run]
+                    tokens = None if batch.tokens is None else batch.tokens[run]
+                    which = slice(here[run][0], here[run][-1] + 1)
+                    path = self.parts / f"{prefix}{which.start:08d}-{which.stop:08d}.npz"
+                    save_npz(path, **part_of(which, images, tokens))
+                bar.update(jax.process_count() * len(here))
+        sync_global_devices(f"{doing} is done")
+
+    def found(self, prefix: str) -> list[tuple[range, epath.Path]]:
+        """The parts that are there, in order, and their rows."""
+        name = re.compile(prefix + r"(\d{8,})(?:-(\d{8,}))?\.npz")
+        parts = []
+        for path in self.parts.iterdir():
+            if match := name.fullmatch(path.name):
+                start = int(match[1])  # older versions named no end
+                stop = int(match[2] or start + len(next(iter(load_npz(path).values()))))
+                parts.append((range(start, stop), path))
+        return sorted(parts, key=lambda part: part[0].start)
+
+    def missing(self, prefix: str, count: int) -> Int32[np.ndarray, " M"]:
+        """1 for each row that no part holds."""
+        missing = np.ones(count, np.int32)
+        for rows, _ in self.found(prefix):
+            missing[rows.start : rows.stop] = 0
+        return missing
+
+    def cover(self, count: int, prefix: str = "") -> list[tuple[epath.Path, int]]:
+        """Parts that hold `count` rows in order, and how many of its first rows each repeats."""
+        end, parts = time.monotonic() + PATIENCE, []
+        while self.missing(prefix, count).any() and time.monotonic() < end:
+            time.sleep(1)  # until what another host wrote is seen here
+        done = 0
+        for rows, path in self.found(prefix):
+            if rows.start <= done < min(rows.stop, count):
+                parts.append((path, done - rows.start))
+                done = rows.stop
+        if done < count:
+            raise FileNotFoundError(f"{self.parts} holds no image {done}, which was written there.")
+        return parts
+
+    def rows(self, name: str, count: int, prefix: str = "") -> Shaped[np.ndarray, "N ..."]:
         """The first `count` rows of an array that lies in parts."""
-        needed = paths[: -(-count // self.batch_size)]
-        return np.concatenate([load_npz(path, name)[name] for path in needed])[:count]
+        parts = self.cover(count, prefix)
+        return np.concatenate([load_npz(path, name)[name][skip:] for path, skip in parts])[:count]
 
-    def finish(self, paths: list[epath.Path]) -> epath.Path:
+    def finish(self) -> epath.Path:
         """Joins the parts to samples.npz and removes them."""
         path = self.out / "samples.npz"
-        join_npz(path, paths, len(self.labels))
+        join_npz(path, self.cover(len(self.labels)), len(self.labels))
         for part in self.parts.glob("*.npz"):  # settings.json last: a kill may come between
             part.unlink()
         self.parts.rmtree()
@@ -138,13 +188,7 @@ def check_settings(parts: epath.Path, found: dict[str, Any], settings: dict[str,
             )
 
 
-def one_by_one(batches: Iterator[Generated]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Each image and its tokens, if there are any."""
-    for batch in batches:
-        tokens = repeat(None) if batch.tokens is None else batch.tokens
-        yield from zip(batch.images, tokens, strict=False)
-
-
-def stack(rows: tuple[Any, ...]) -> Any:
-    """Rows as one array; None of those that are None."""
-    return None if rows[0] is None else np.stack(rows)
+def runs(rows: Int[np.ndarray, " b"], wanted: Bool[np.ndarray, " b"]) -> list[np.ndarray]:
+    """Where `rows` are wanted, in runs of consecutive numbers."""
+    where = np.flatnonzero(wanted)
+    return np.split(where, 1 + np.flatnonzero(np.diff(rows[where]) != 1)) if len(where) else []

@@ -21,6 +21,22 @@ def are_several(args: flags.FlagValues) -> bool:
     return args.distributed or args.coordinator is not None
 
 
+def place(args: flags.FlagValues) -> tuple[int, int]:
+    """The number of this host and how many there are, for work that each does by itself.
+
+    With --process_id and --num_processes a host may come and go; else hosts `join` to be counted.
+
+    Raises: BadInput if nothing tells.
+    """
+    host, count = args.process_id, args.num_processes
+    if not are_several(args) or None in (host, count):
+        join(args)
+        return jax.process_index(), jax.process_count()
+    if not 0 <= host < count:
+        raise BadInput(f"--process_id={host} of --num_processes={count}; the first one is 0.")
+    return host, count
+
+
 def join(args: flags.FlagValues) -> None:
     """Joins the other processes of a run, if the flags say so; called before anything else of jax.
 

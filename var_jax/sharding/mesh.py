@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
+from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -135,6 +136,14 @@ def to_host(tree: Any) -> Any:
         return jax.device_get(tree)
     gather = lambda x: np.asarray(jax.sharding.reshard(x, P()).addressable_data(0))
     return jax.tree.map(gather, tree)
+
+
+def of_first(make: Callable[[], np.ndarray], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """The array of this shape that process 0 makes, on every process."""
+    if jax.process_count() == 1:
+        return make()
+    first = jax.process_index() == 0
+    return broadcast_one_to_all(make() if first else np.zeros(shape, dtype))
 
 
 def replicated(path: tuple, leaf: Any) -> P:

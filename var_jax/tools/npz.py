@@ -112,16 +112,19 @@ def save_npz(path: str | PurePath, **arrays: np.ndarray) -> None:
         beside.write_bytes(data.getvalue())
 
 
-def join_npz(path: str | PurePath, parts: Sequence[str | PurePath], length: int) -> None:
+def join_npz(
+    path: str | PurePath, parts: Sequence[tuple[str | PurePath, int]], length: int
+) -> None:
     """Writes the arrays of several npz files, joined to `length` rows, as one npz.
 
-    Part by part, so that memory holds one of them; beside first, then renamed into place.
+    Of each part its first so many rows are left out. Memory holds one of them; beside first, then
+    renamed into place.
     """
     with replacing(path) as new, new.open("wb") as whole, zipfile.ZipFile(whole, "w") as archive:
-        for name in load_npz(parts[0]):
+        for name in load_npz(parts[0][0]):
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                for number, part in enumerate(parts):
-                    array = load_npz(part, name)[name]
+                for number, (part, skipped) in enumerate(parts):
+                    array = load_npz(part, name)[name][skipped:]
                     if number == 0:
                         about = np.lib.format.header_data_from_array_1_0(array)
                         about["shape"] = (length, *array.shape[1:])

@@ -108,5 +108,5 @@ def draw_samples(
     """Samples of these classes, as `sample` draws them from the export, on every process."""
     sampler = autoregressive.sampler(models.sampling)
     weights = autoregressive.Weights(models.tokenizer, models.transformer)
-    parts = generate(sampler, weights, labels, batch_size=batch_size, seed=seed)
+    parts = generate(sampler, weights, labels, batch_size=min(batch_size, len(labels)), seed=seed)
     return collect(parts, len(labels)).images
