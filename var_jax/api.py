@@ -30,11 +30,11 @@ from var_jax.sampling.generate import (
     coarse_to_fine,
     collect,
     generate,
-    in_batches,
 )
 from var_jax.sampling.masks import as_mask, box_mask, known_mask, pool_mask
 from var_jax.schedule import num_tokens
 from var_jax.sharding.mesh import AXES, check_model, using
+from var_jax.sharding.rows import in_batches
 from var_jax.tools.images import grid
 
 EXPLICIT = jax.sharding.AxisType.Explicit

@@ -27,9 +27,9 @@ from var_jax.data.sources import ImageSource, open_source
 from var_jax.data.token_cache import records_of, write_cache
 from var_jax.models.load import load_tokenizer
 from var_jax.models.tokenizer import encode_images
-from var_jax.sampling.generate import in_batches
 from var_jax.sharding import hosts
 from var_jax.sharding.mesh import check_batch, data_mesh, make_mesh, using
+from var_jax.sharding.rows import in_batches
 from var_jax.tools import cli
 from var_jax.tools.logs import progress
 from var_jax.tools.npz import Images, save_npz

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Bool, Float, Int32, Key
 
 from var_jax.config import TransformerConfig
 from var_jax.models import backend, blocks
@@ -161,3 +161,18 @@ class Transformer(nnx.Module):
         head = self.head[...].astype(self.dtype)
         logits = project(flatten_tokens(x), head, "tensor", jnp.float32) + self.head_bias[...][None]
         return unflatten_tokens(logits, x.shape[0])
+
+
+def score_tokens(
+    logits: Float[Array, "B L V"], tokens: Int32[Array, "B L"]
+) -> tuple[Float[Array, "B L"], Float[Array, "B L"], Bool[Array, "B L"]]:
+    """The logit of each token, the log of the sum of all exponentials, and if none is larger.
+
+    Sums over the vocabulary instead of look-ups, because it may be split over devices; all in two
+    passes over the logits.
+    """
+    top = jax.lax.stop_gradient(logits.max(axis=-1))
+    is_target = jnp.arange(logits.shape[-1])[None, None] == tokens[..., None]
+    target = jnp.where(is_target, logits, 0.0).sum(axis=-1)
+    total = top + jnp.log(jnp.exp(logits - top[..., None]).sum(axis=-1))
+    return target, total, target >= top

@@ -8,15 +8,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, Int32, Key, UInt8
 
-from var_jax import BadInput
 from var_jax.models.tokenizer import Tokenizer, decode_scales, decode_tokens, encode_images
-from var_jax.sharding.mesh import local_rows, put_global_batch
-from var_jax.sharding.ops import on_mesh, round_up
+from var_jax.sharding.mesh import local_rows
+from var_jax.sharding.ops import round_up
+from var_jax.sharding.rows import gather_rows, in_batches, put
 
 Sampler = Callable[..., tuple[Array, Array | None]]
 
@@ -83,33 +81,6 @@ def collect(parts: Iterator[Generated], count: int) -> Generated:
     return Generated(np.arange(count, dtype=np.int32), gather(images), codes)
 
 
-def gather_rows(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-    """The `count` rows of all processes, of which this one has some, on every process."""
-    if jax.process_count() == 1:
-        return values
-    mine = np.zeros((count, *values.shape[1:]), values.dtype)
-    mine[rows] = values
-    return process_allgather(mine).sum(axis=0, dtype=values.dtype)
-
-
-def in_batches(
-    f: Callable[[Any, Array], Array], weights: Any, rows: np.ndarray, batch_size: int = 64
-) -> np.ndarray:
-    """`f(weights, rows)` of any number of rows, on every process: a batch at a time, padded.
-
-    Raises: BadInput for a batch size below 1.
-    """
-    if batch_size < 1:
-        raise BadInput(f"batch_size={batch_size}; expected at least 1.")
-    size, made = round_up(min(batch_size, len(rows))), []
-    for start in range(0, len(rows), size):
-        batch = rows[start : start + size]
-        here, values = local_rows(f(weights, put(np.resize(batch, (size, *rows.shape[1:])))))
-        kept = here < len(batch)
-        made.append(gather_rows(here[kept], values[kept], len(batch)))
-    return np.concatenate(made)
-
-
 def coarse_to_fine(
     tokenizer: Tokenizer, tokens: Int32[np.ndarray, "N L"], batch_size: int = 64
 ) -> UInt8[np.ndarray, "N K H W 3"]:
@@ -123,8 +94,3 @@ def reconstruct_images(
     """Images through the tokenizer and back."""
     tokens = in_batches(encode_images, tokenizer, images)
     return in_batches(decode_tokens, tokenizer, tokens)
-
-
-def put(array: np.ndarray) -> jax.Array:
-    """Rows that every process holds, onto the mesh if there is one."""
-    return put_global_batch(array, jax.sharding.get_mesh()) if on_mesh() else jnp.asarray(array)

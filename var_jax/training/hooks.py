@@ -11,7 +11,8 @@ from var_jax.data.sources import Source
 from var_jax.models.load import Models
 from var_jax.models.tokenizer import Tokenizer, encode_images
 from var_jax.sampling import autoregressive
-from var_jax.sampling.generate import coarse_to_fine, collect, generate, in_batches
+from var_jax.sampling.generate import coarse_to_fine, collect, generate
+from var_jax.sharding.rows import in_batches
 from var_jax.tools.images import grid, labelled_rows, save_png
 from var_jax.tools.logs import Metrics
 from var_jax.training.autoregressive import TransformerState

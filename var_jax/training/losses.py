@@ -1,9 +1,9 @@
 """Losses and figures of quality, one value an image."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from var_jax.models.var import score_tokens
 from var_jax.schedule import slices
 
 
@@ -25,14 +25,10 @@ def cross_entropy_metrics(
 ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
     """Cross-entropy of each image in nats a token; without smoothing by scale, and accuracy.
 
-    "last" is the finest scale, as in the paper. Sums over the vocabulary instead of look-ups,
-    because it may be split over devices; all in two passes over the logits.
+    "last" is the finest scale, as in the paper.
     """
-    top = jax.lax.stop_gradient(logits.max(axis=-1))
-    is_target = jnp.arange(logits.shape[-1])[None, None] == tokens[..., None]
-    target = jnp.where(is_target, logits, 0.0).sum(axis=-1)
-    total = top + jnp.log(jnp.exp(logits - top[..., None]).sum(axis=-1))
-    loss, right = total - target, target >= top
+    target, total, right = score_tokens(logits, tokens)
+    loss = total - target
     metrics = {"accuracy": right.mean(axis=1)}
     for k, s in enumerate(slices(patch_nums)):
         name = "last" if k == len(patch_nums) - 1 else f"scale{k + 1}"

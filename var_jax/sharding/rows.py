@@ -1,0 +1,52 @@
+"""Any number of rows through a program of one batch size, on any mesh and any number of hosts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+
+from var_jax import BadInput
+from var_jax.sharding.mesh import local_rows, put_global_batch
+from var_jax.sharding.ops import on_mesh, round_up
+
+
+def put(array: np.ndarray) -> jax.Array:
+    """Rows that every process holds, onto the mesh if there is one."""
+    return put_global_batch(array, jax.sharding.get_mesh()) if on_mesh() else jnp.asarray(array)
+
+
+def gather_rows(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+    """The `count` rows of all processes, of which this one has some, on every process."""
+    if jax.process_count() == 1:
+        return values
+    mine = np.zeros((count, *values.shape[1:]), values.dtype)
+    mine[rows] = values
+    return process_allgather(mine).sum(axis=0, dtype=values.dtype)
+
+
+def in_batches(f: Callable[[Any, Any], Any], weights: Any, rows: Any, batch_size: int = 64) -> Any:
+    """`f(weights, rows)` of any number of rows, on every process: a batch at a time, padded.
+
+    Rows and results are trees of arrays whose first axis is the batch.
+
+    Raises: BadInput for a batch size below 1.
+    """
+    if batch_size < 1:
+        raise BadInput(f"batch_size={batch_size}; expected at least 1.")
+    count = len(jax.tree.leaves(rows)[0])
+    size, made = round_up(min(batch_size, count)), []
+    for start in range(0, count, size):
+        index = np.resize(np.arange(start, min(start + size, count)), size)
+        result = f(weights, jax.tree.map(lambda x, index=index: put(x[index]), rows))
+        made.append(jax.tree.map(lambda x, n=count - start: fetch(x, n), result))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *made)
+
+
+def fetch(values: jax.Array, count: int) -> np.ndarray:
+    """The first `count` rows of a batch on the mesh, on every process."""
+    here, mine = local_rows(values)
+    kept = here < count
+    return gather_rows(here[kept], mine[kept], count)
