@@ -113,14 +113,15 @@ def test_large_trees_are_read_by_name(tmp_path, monkeypatch):
         ("sets/pets/train/cat/a.png", r"sets holds no images itself, .*, as \S*/sets/pets has"),
         ("cat/tabby/a.png", r"cat holds no images itself, the first lies at \S*tabby/a.png"),
         ("cat/.a.png", "cat holds no images; every folder beside it counts as a class"),
-        ("a\nb/a.png", r"has a folder b'a\\nb'; a class needs a name"),
-        (os.fsdecode(b"a\xff/a.png"), r"has a folder b'a\\xff'; a class needs a name"),
+        ("a\nb/a.png", r"a class is called 'a\\nb'; expected a name that"),
+        (os.fsdecode(b"a\xff/a.png"), r"a class is called 'a\\udcff'; expected a name that"),
     ],
 )
 def test_images_at_another_level(tmp_path, where, sentence):
     path = tmp_path / where
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (1, 1)).save(path, "PNG")
+    for image in (path, path.with_name(path.name.replace("a.", "b."))):
+        Image.new("RGB", (1, 1)).save(image, "PNG")
     with pytest.raises(BadInput, match=sentence):
         open_encoded(str(tmp_path), "train")
 

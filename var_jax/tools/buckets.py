@@ -29,7 +29,7 @@ from var_jax import BadInput
 T = TypeVar("T")
 PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds between the tries of `retrying`
 LASTING = (errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ELOOP)
-LASTING += (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.EINVAL)
+LASTING += (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.EINVAL, errno.EFBIG)
 REFRESHED, DEAD = 20.0, 120.0  # seconds: how often locks are, and after how long without
 COPIED = 60.0  # seconds between the copies of a `Mirror`
 

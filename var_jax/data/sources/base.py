@@ -1,5 +1,6 @@
 """What the formats share: the protocols, square crops, and the rule for the held-out tenth."""
 
+import collections
 import dataclasses
 import errno
 import hashlib
@@ -56,6 +57,9 @@ class EncodedImages:
     names: Sequence[str] = ()
     sizes: Sequence[int] = ()
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        check_names(self.class_names)
 
     def __len__(self) -> int:
         return self.count
@@ -136,6 +140,15 @@ class ArraySource:
         if image.shape[:2] != (self.size, self.size):
             image = crop(Image.fromarray(image), self.size, self.resize, rng)
         return {"image": image, "label": self.labels[index]}
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises BadInput if a class has no name that a flag could say, or two have the same."""
+    for name, count in collections.Counter(names).items():
+        if not name.strip() or not name.isprintable():
+            raise BadInput(f"a class is called {name!r}; expected a name that can be read.")
+        if count > 1:
+            raise BadInput(f"{count} classes are called {name!r}; expected each name once.")
 
 
 def held_out_tenth(names: Sequence[str], labels: np.ndarray) -> Bool[np.ndarray, " n"]:

@@ -57,12 +57,12 @@ def _open_classes(
     for name, label in there.items():
         images, others = _images(folder / name, by_name)
         if not images:
-            raise _no_images(folder / name)
+            raise _no_images(folder / name, others)
         found += [(f"{name}/{image}", size) for image, size in images]
         labels += [label] * len(images)
         left_out |= {f"{name}/{other}": why for other, why in others.items()}
     if not found:
-        raise _no_images(folder)
+        raise _no_images(folder, {})
     if hold_out:
         keys = [os.fsencode(name) for name, _ in found]
         chosen = split_indices(classes, keys, np.array(labels), hold_out)
@@ -82,16 +82,11 @@ def _open_classes(
 
 
 def _classes(folder: epath.Path) -> tuple[list[str], dict[str, str]]:
-    """Names of the folders in a folder, in order, and what else lies there.
-
-    Raises: BadInput if a name is no text.
-    """
+    """Names of the folders in a folder, in order, and what else lies there."""
     folders, others = [], {}
     for name in sorted(_list(folder)):
         if not (folder / name).is_dir():
             others[name] = "beside the folders of classes"
-        elif not name.isprintable():  # nobody could say it in a flag
-            raise BadInput(f"{folder} has a folder {os.fsencode(name)!r}; a class needs a name.")
         else:
             folders.append(name)
     return folders, others
@@ -132,12 +127,14 @@ def _look(path: str, named: bool) -> tuple[str, int]:
     return "of no known format" if start else "empty", size
 
 
-def _no_images(folder: epath.Path) -> BadInput:
-    """What to say of a folder without images: where the first ones below it lie."""
+def _no_images(folder: epath.Path, others: Mapping[str, str]) -> BadInput:
+    """What to say of a folder without images: where the first ones lie, or what lies there."""
     tree = () if in_bucket(folder) else itertools.islice(os.walk(folder), 1000)
     for path, _, names in tree:
         seen = (name for name in sorted(names) if not name.startswith("."))
         image = next((name for name in seen if name.lower().endswith(SUFFIXES)), None)
+        if path == str(folder) and others:
+            continue
         if image and path == str(folder):
             return BadInput(
                 f"{folder} holds images, but no folders; expected a folder of images for each"
@@ -150,7 +147,10 @@ def _no_images(folder: epath.Path) -> BadInput:
                 f"{folder} holds no images itself, the first lies at {path}/{image}; expected"
                 f" images in a folder for each class, as {root} has them."
             )
-    return BadInput(f"{folder} holds no images; every folder beside it counts as a class, too.")
+    some = "".join(f" ({name!r} is left out: {why})" for name, why in [*others.items()][:1])
+    return BadInput(
+        f"{folder} holds no images{some}; every folder beside it counts as a class, too."
+    )
 
 
 def _list(folder: epath.Path) -> list[str]:

@@ -20,6 +20,6 @@ def class_names(count: int) -> tuple[str, ...]:
 def readable(classes: Iterable[str]) -> tuple[str, ...]:
     """The classes' English names if they are the thousand wnids of ILSVRC 2012, else as given."""
     classes = tuple(classes)
-    if zlib.crc32("\n".join(classes).encode()) == ILSVRC_CRC:
+    if zlib.crc32("\n".join(classes).encode(errors="surrogateescape")) == ILSVRC_CRC:
         return class_names(len(classes))
     return classes

@@ -7,7 +7,7 @@ from etils import epath
 from jaxtyping import Shaped
 
 from var_jax import BadInput
-from var_jax.data.sources.base import ArraySource, split_indices
+from var_jax.data.sources.base import ArraySource, check_names, split_indices
 from var_jax.tools.npz import check_unpacked_size, reading
 
 
@@ -49,7 +49,7 @@ def open_npz(path: str, split: str, size: int, resize: float) -> ArraySource:
 def as_names(path: str, names: Shaped[np.ndarray, "..."]) -> tuple[str, ...]:
     """Class names from an array of text, of bytes in UTF-8, or of whole numbers.
 
-    Raises: BadInput for any other array, and for empty names or one that comes twice.
+    Raises: BadInput for any other array, and for names that are empty or come twice.
     """
     if names.dtype.kind not in "USiu" or names.ndim > 1:
         raise BadInput(
@@ -59,7 +59,5 @@ def as_names(path: str, names: Shaped[np.ndarray, "..."]) -> tuple[str, ...]:
         n.decode(errors="backslashreplace") if isinstance(n, bytes) else str(n)
         for n in np.atleast_1d(names)
     ]
-    if wrong := [name for name in found if not name.strip() or found.count(name) > 1]:
-        what = "one name twice" if wrong[0].strip() else "an empty name"
-        raise BadInput(f"{path}: class_names holds {what}: {wrong[0]!r}.")
+    check_names(found)
     return tuple(found)

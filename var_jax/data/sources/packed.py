@@ -32,6 +32,8 @@ def open_packed(folder: epath.Path, split: str) -> EncodedImages:
     with sound(folder):
         count, class_names = int(manifest["counts"][split]), tuple(manifest["class_names"])
         records = Records(str(folder), split, count, int(manifest["shard_size"]))
+        if count < 1:
+            raise ValueError(f"{count} images")
         records.check_complete()
 
     def read(index: int) -> tuple[bytes, int, str]:

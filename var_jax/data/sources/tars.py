@@ -26,10 +26,10 @@ def open_tars(folder: Path, split: str) -> EncodedImages:
     if not path.exists():
         raise BadInput(f"{path} is missing; expected the tar that image-net.org distributes.")
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:") as tar:
             found = _members(tar) if split == "validation" else _members_of_members(tar)
     except (tarfile.TarError, OSError) as error:
-        raise BadInput(f"{path} is damaged, or no tar ({error}).") from error
+        raise BadInput(f"{path} is damaged, or no plain tar ({error}).") from error
     if not found:
         raise BadInput(f"{path} holds no images.")
     names, offsets, lengths = zip(*sorted(found), strict=True)
@@ -88,14 +88,20 @@ def _devkit_wnids(path: Path) -> list[str]:
 
 def _members(tar: tarfile.TarFile, start: int = 0) -> list[tuple[str, int, int]]:
     """(name, offset, length) of the files in a tar that lies `start` bytes into a file."""
-    return [(m.name, start + m.offset_data, m.size) for m in tar if m.isfile()]
+    found = []
+    for member in tar:
+        if member.size < 0:
+            raise tarfile.ReadError(f"{member.name!r} has {member.size} bytes")
+        if member.isfile():
+            found.append((member.name, start + member.offset_data, member.size))
+    return found
 
 
 def _members_of_members(tar: tarfile.TarFile) -> list[tuple[str, int, int]]:
     found = []
     with progress(1000, 0, "finding images") as bar:
         for member in filter(tarfile.TarInfo.isfile, tar):
-            with tarfile.open(fileobj=tar.extractfile(member)) as inner:
+            with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
                 found += _members(inner, member.offset_data)
             bar.update()
     return found
