@@ -5,13 +5,19 @@ model = var_jax.load("emoji")
 model.sample(["Flags", "Animals & Nature"], seed=0)
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
+
+from var_jax.tools import ending
 
 if TYPE_CHECKING:
     from var_jax.api import Images, Model, load
 
 __version__ = "0.1.0"
-__all__ = ["BadInput", "Images", "Model", "load"]
+__all__ = ["BadInput", "Failure", "Images", "Model", "load"]
+
+if sys.argv[:1] == ["-m"]:  # while python -m looks for a command: its imports take seconds
+    ending.listen_from_the_start()
 
 
 class BadInput(ValueError):
@@ -19,6 +25,13 @@ class BadInput(ValueError):
 
     Commands print it to stderr and exit with code 2 (see `tools/cli.py`). It names the flag, field,
     file or tensor, what was found and what was expected.
+    """
+
+
+class Failure(RuntimeError):
+    """Something else went wrong, which may go right another time; the message is one sentence.
+
+    Commands print it to stderr, keep the traceback in a file, and exit with code 1.
     """
 
 

@@ -10,7 +10,8 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import field
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
@@ -19,6 +20,12 @@ from var_jax import BadInput
 from var_jax.schedule import PATCH_NUMS_256, PATCH_NUMS_512, num_tokens
 
 T = TypeVar("T")
+
+
+# What a resumed run may change of a field, once its training has begun: all of it, or all but
+# whether it is set. Numbers do not depend on that. Without such metadata it may change nothing.
+FREE: dict[str, Callable[[Any], Any]] = {"binds": lambda value: None}
+SET: dict[str, Callable[[Any], Any]] = {"binds": bool}
 
 
 def check_schedule(patch_nums: tuple[int, ...]) -> None:
@@ -118,8 +125,10 @@ class BlocksConfig:
     drop_path: float = 0.1 * 16 / 24  # rate of the last layer; rises linearly from 0
     gamma_std: float = 1e-5  # of AdaLN's gates at the start, times (3·width)^-0.5
     dtype: str = "auto"  # of activations: bfloat16 on accelerators, float32 on CPU
-    attention: str = "auto"  # masked, blocks, kernel, cudnn: see models/attention.py
-    remat: str = "none"  # recomputed backward: none, selective (elementwise work), full
+    # One of masked, blocks, kernel, cudnn: see models/attention.py.
+    attention: str = field(default="auto", metadata=FREE)
+    # What is recomputed backward: none, selective (elementwise work), full.
+    remat: str = field(default="none", metadata=FREE)
 
     def __post_init__(self):
         check_ranges(
@@ -233,7 +242,8 @@ class TrainTokenizerConfig(TrainConfig):
 class TrainTransformerConfig(TrainConfig):
     """The second training; `steps` of 0 leave it out."""
 
-    accumulate: int = 1  # parts a batch is taken in, one after another
+    # Parts a batch is taken in, one after another: another number of them draws other dropout.
+    accumulate: int = field(default=1, metadata=FREE)
     label_dropout: float = 0.1  # how often the class is withheld, for guidance
     label_smoothing: float = 0.0
     token_noise: float = 0.0  # the largest share of input tokens that are replaced at random
@@ -267,13 +277,16 @@ class EveryConfig:
 class DataConfig:
     """What to train on."""
 
-    source: str = "emoji"  # or a folder, X.npz, tfds:NAME: see data/sources.py
+    # The emoji, a folder, X.npz, tfds:NAME: see data/sources.
+    source: str = field(default="emoji", metadata=FREE)
     size: int = 256  # side of the square images in pixels
     resize: float = 1.125  # shorter edge ahead of the random crop, in sizes
     flip: bool = False  # mirror half of the images (of the emoji no symbols and flags)
     shift: int = 0  # random move by up to so many pixels
-    workers: int = 0  # processes that decode, beside threads; they need room in /dev/shm
-    tokens: str = ""  # a token cache (var_jax.encode) that the transformer trains from
+    # Processes that decode, beside threads; they need room in /dev/shm.
+    workers: int = field(default=0, metadata=FREE)
+    # A token cache (var_jax.encode) that the transformer trains from.
+    tokens: str = field(default="", metadata=SET)
 
     def __post_init__(self):
         check_ranges(self, size=SOME, resize=SOME, shift=ANY, workers=ANY)
@@ -327,15 +340,19 @@ class Config:
     transformer: TransformerConfig = TransformerConfig()
     train_tokenizer: TrainTokenizerConfig = TrainTokenizerConfig()
     train_transformer: TrainTransformerConfig = TrainTransformerConfig()
-    every: EveryConfig = EveryConfig()
+    every: EveryConfig = field(default=EveryConfig(), metadata=FREE)
     data: DataConfig = DataConfig()
-    mesh: MeshConfig = MeshConfig()
-    sampling: SamplingConfig = SamplingConfig()
-    pretrained_tokenizer: str = ""  # a checkpoint whose tokenizer is taken; none is trained then
-    init_from: str = ""  # a checkpoint whose transformer the training starts from (fine-tuning)
-    report: str = ""  # MODULE:FUNCTION whose figures join summary.json at the end of a run
+    mesh: MeshConfig = field(default=MeshConfig(), metadata=FREE)
+    sampling: SamplingConfig = field(default=SamplingConfig(), metadata=FREE)
+    # A checkpoint whose tokenizer is taken; none is trained then.
+    pretrained_tokenizer: str = field(default="", metadata=SET)
+    # A checkpoint whose transformer the training starts from (fine-tuning).
+    init_from: str = field(default="", metadata=FREE)
+    # MODULE:FUNCTION whose figures join summary.json at the end of a run.
+    report: str = field(default="", metadata=FREE)
     seed: int = 0
-    export_dtype: str = "float32"  # of the checkpoint that the run leaves; 16 bits halve it
+    # Of the checkpoint that the run leaves; 16 bits halve it.
+    export_dtype: str = field(default="float32", metadata=FREE)
 
     def __post_init__(self):
         check_ranges(self, seed=(0, MAX_SEED))
@@ -379,6 +396,17 @@ def settings(config: Config) -> dict[str, Any]:
     for name in SHARED:
         del fields["transformer"][name]
     return fields
+
+
+def bound_value(name: str, value: Any) -> Any:
+    """What of the value of a field a.b of `Config` must stay, once its training has begun."""
+    section: Any = Config
+    binds = lambda value: value
+    for part in name.split("."):
+        found = {known.name: known for known in dataclasses.fields(section)}[part]
+        section = type(found.default)
+        binds = found.metadata.get("binds", binds)
+    return binds(value)
 
 
 def from_dict(cls: type[T], section: Any, name: str = "config") -> T:

@@ -19,10 +19,13 @@ COMMANDS = ("aot", "convert", "edit", "encode", "prepare", "sample", "train")
 
 SCRIPT = '''
 """A command for the tests."""
+import os
+from pathlib import Path
+
 from absl import flags
 
-from var_jax import BadInput
-from var_jax.tools import cli
+from var_jax import BadInput, Failure
+from var_jax.tools import cli, ending
 from var_jax.tools.configs import load_config
 
 
@@ -41,6 +44,18 @@ def main(args):
             raise ValueError("RESOURCE_EXHAUSTED: Failed to write '/runs/a/7.orbax-checkpoint-tmp/d': No space left on device")
         except ValueError as error:
             raise RuntimeError("background save failed") from error
+    if args.fail in ("memory", "quota"):
+        text = {"memory": "Out of memory allocating 2000000000 bytes", "quota": "Quota exceeded"}
+        raise RuntimeError(f"RESOURCE_EXHAUSTED: {text[args.fail]}")
+    if args.fail == "failure":
+        raise Failure("the other host is gone.")
+    if args.fail.startswith("/"):
+        raise PermissionError(13, "Permission denied", args.fail)
+    if args.fail == "late":  # the work has begun
+        ending.process.log = Path("error.log")
+        raise PermissionError(13, "Permission denied", os.path.abspath("conf.py"))
+    if args.fail == "busy":
+        raise OSError(5, "Input/output error", "conf.py")
     if args.fail == "interrupt":
         raise KeyboardInterrupt
     if args.fail == "bug":
@@ -136,7 +151,6 @@ OTHER_TYPE = "conf.py, line {}: a value of another type in '{}'."
         (["--number=1", "--config=conf.py:section"], OTHER_TYPE.format(13, 'config.model = "a"')),
         (["--number=1", "--config=conf.py:bug"], "conf.py, line 15: TypeError: a bug in the .*"),
         ([*CONF, "--fail=bad"], "--number is 3; expected 4"),
-        ([*CONF, "--fail=full"], "the disk holding /runs/a is full; .*"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_exit_code_2(command, argv, sentence):
@@ -144,6 +158,85 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(command, argv, sentence):
     assert (code, out) == (2, "")
     pattern = sentence if ".*" in sentence else re.escape(sentence)
     assert re.fullmatch(f"error: {pattern}\n", err), err
+
+
+@pytest.mark.parametrize(
+    "fail, sentence",
+    [
+        ("full", "the disk holding /runs/a is full; free some .* again"),
+        ("memory", r"memory is full \(it takes 2.0 GB more\); a smaller batch size needs less"),
+        ("quota", "a quota of the cloud is used up; run the same command again later"),
+        ("failure", "the other host is gone"),
+        ("late", ".*/conf.py: permission denied"),
+        ("busy", "conf.py: input/output error"),
+    ],
+)
+def test_a_failure_is_no_bad_input_and_keeps_its_traceback(command, folder, fail, sentence):
+    code, _, err = command(*CONF, f"--fail={fail}")
+    found = re.fullmatch(f"error: {sentence}; the traceback is in (.*)\n", err)
+    assert code == 1 and found, err
+    text = Path(found[1]).read_text()
+    assert text.startswith("Traceback") and "in main" in text
+    assert (Path(found[1]).resolve() == folder / "error.log") == (fail == "late")
+    Path(found[1]).unlink()
+
+
+@pytest.mark.parametrize("named, code", [("/no/flag/names/this", 1), ("conf.py", 2)])
+def test_a_path_is_bad_input_where_a_flag_names_it(folder, named, code):
+    error = PermissionError(13, "Permission denied", str(folder / named))
+    argv = [f"--config={folder}/conf.py", "--number", "1"]
+    assert cli.explain(error, argv) == (code, f"{folder / named}: permission denied")
+
+
+ANOTHER = "not used, as results would be others: {}\n"
+
+
+@pytest.mark.parametrize(
+    "variables, said",
+    [
+        ({}, ""),
+        ({"JAX_ENABLE_X64": "1"}, ANOTHER.format("JAX_ENABLE_X64")),
+        ({"JAX_DEFAULT_PRNG_IMPL": "rbg"}, ANOTHER.format("JAX_DEFAULT_PRNG_IMPL")),
+        (
+            {"JAX_THREEFRY_PARTITIONABLE": "0", "JAX_RANDOM_SEED_OFFSET": "7"},
+            ANOTHER.format("JAX_RANDOM_SEED_OFFSET, JAX_THREEFRY_PARTITIONABLE"),
+        ),
+        (
+            {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16"},
+            ANOTHER.format("JAX_DEFAULT_MATMUL_PRECISION, JAX_NUMPY_DTYPE_PROMOTION"),
+        ),
+        ({"NNX_GRAPH_MODE": "false"}, ANOTHER.format("NNX_GRAPH_MODE")),
+    ],
+)
+def test_the_environment_changes_no_number(variables, said):
+    code = """if True:
+        import flax, jax
+        from var_jax.tools import cli
+        def main(args):
+            x = jax.random.normal(jax.random.key(3), (5,))
+            print(x.dtype, x.sum(), flax.config.nnx_graph_mode)
+        cli.run(main, lambda: None)"""
+    done = process("-c", code, cwd=ROOT, **variables)
+    assert (done.stdout, done.stderr) == ("float32 1.8586645 True\n", said)
+
+
+@pytest.mark.parametrize(
+    "flag", ["xla_cpu_enable_fast_math", "xla_allow_excess_precision", "xla_disable_all_hlo_passes"]
+)
+def test_flags_of_xla_that_change_arithmetic_are_refused(flag):
+    code = "from var_jax.tools import cli; cli.run(print, lambda: None)"
+    done = process("-c", code, cwd=ROOT, XLA_FLAGS=f"--xla_dump_to=/a --{flag}=true")
+    assert (done.returncode, done.stderr) == (
+        2, f"error: XLA_FLAGS holds --{flag}, which changes all numbers; unset it.\n",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("platform, code", [("cuda", 2), ("abacus", 2)])
+def test_a_device_that_cannot_start_is_named(platform, code):
+    command = "import jax; from var_jax.tools import cli; cli.run(lambda _: jax.devices(), str)"
+    done = process("-c", command, cwd=ROOT, JAX_PLATFORMS=platform)
+    assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
+    assert f"error: JAX_PLATFORMS={platform}: no such device could be started (" in done.stderr
 
 
 def test_fields_of_a_config_keep_their_types(command):

@@ -1,25 +1,30 @@
-"""The loop resumes exactly and stops on a loss that is not a number."""
+"""The loop resumes exactly, and skips steps that are not finite."""
 
 import dataclasses
 import functools
 import json
 import math
 import signal
+from typing import NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
+import optax
 import pytest
 from jax.sharding import AxisType
 from test_tasks import TOKENIZER, TRAIN_TOKENIZER
 
-from var_jax import BadInput
+from var_jax import Failure
 from var_jax.config import EveryConfig
 from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import batches
 from var_jax.data.sources import Emoji
-from var_jax.sharding.mesh import AXES, make_mesh
+from var_jax.sharding.mesh import AXES, make_mesh, replicated
 from var_jax.tools.logs import Metrics
 from var_jax.training import loop
+from var_jax.training.state import Learner, apply_gradients, start_learner
+from var_jax.training.task import Task
 from var_jax.training.tokenizer import tokenizer_task
 
 CONFIG = dataclasses.replace(TRAIN_TOKENIZER, steps=9)
@@ -32,9 +37,9 @@ def task_of(config):
     return tokenizer_task(TOKENIZER, config)
 
 
-def train(directory, config, until=None, signalled=None):
+def train(directory, config, until=None, signalled=None, task=None, hooks=None):
     """Runs the loop; in a hook it ends, as by a full disk, or gets a Ctrl-C."""
-    task, metrics = task_of(config), Metrics(directory)
+    task, metrics = task or task_of(config), Metrics(directory)
     source = Emoji("train", 16)
     stream = batches(source, batch_size=16, seed=0, augment=augment_items(shift=2))
 
@@ -45,12 +50,13 @@ def train(directory, config, until=None, signalled=None):
             signal.raise_signal(signal.SIGINT)
         return {"seen": step}
 
+    both = loop.Hook("often", 4, run), loop.Hook("seldom", 6, lambda *_: {})
     one = jax.devices()[:1]
     mesh = jax.make_mesh((1, 1, 1), AXES, (AxisType.Explicit,) * 3, devices=one)
     with jax.set_mesh(mesh):
         state = loop.run(
             task, stream, mesh=mesh, seed=0, directory=directory / "ckpt", metrics=metrics,
-            every=EVERY, hooks=(loop.Hook("often", 4, run), loop.Hook("seldom", 6, lambda *_: {})),
+            every=EVERY, hooks=hooks or both,
         )  # fmt: skip
         return jax.device_get(state)
 
@@ -73,17 +79,66 @@ def test_resuming_equals_never_having_stopped(tmp_path, until):
     assert hooks == [(4, "often"), (6, "seldom"), (8, "often"), (9, "often"), (9, "seldom")]
 
 
-@pytest.mark.parametrize(("signalled", "saved"), [(4, 5), (9, 9)])
-def test_an_interrupt_during_a_hook_saves_and_ends(tmp_path, signalled, saved):
+@pytest.mark.parametrize("signalled", [4, 9])
+def test_an_interrupt_during_a_hook_saves_and_ends(tmp_path, signalled):
     with pytest.raises(KeyboardInterrupt):  # after the last step too: no training begins after it
         train(tmp_path, CONFIG, signalled=signalled)
     names = [path.name for path in (tmp_path / "ckpt").iterdir()]
-    assert max(int(name) for name in names if name.isdecimal()) == saved
+    assert max(int(name) for name in names if name.isdecimal()) == signalled
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
-    with pytest.raises(BadInput, match="of tokenizer is nan"):
-        train(tmp_path, dataclasses.replace(CONFIG, learning_rate=math.inf))
+class ToyState(NamedTuple):
+    step: jax.Array
+    learner: Learner
+
+
+def toy_task(bad, steps=60):
+    """Learns one number; the gradient of the steps `bad` is not finite."""
+    optimizer = optax.chain(optax.scale_by_adam(), optax.scale(-0.1))
+
+    def init(key):
+        return ToyState(jnp.zeros((), jnp.int32), start_learner(jnp.ones(()), optimizer, 0.0))
+
+    def train_step(state, batch, frozen, key):
+        is_bad = (jnp.array(bad) == state.step + 1).any()
+        gradient = jnp.where(is_bad, jnp.nan, state.learner.params)
+        learner = apply_gradients(state.learner, gradient, optimizer)
+        return ToyState(state.step + 1, learner), {"loss": gradient, "grad_norm": gradient}
+
+    config = dataclasses.replace(CONFIG, steps=steps)
+    return Task("toy", config, init, train_step, lambda *_: {}, replicated)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, capsys, stopped):
+    bad = (3, 4, *range(10, 29))  # of the second kind 19: one less than too many
+    if stopped:
+        with pytest.raises(OSError):
+            train(tmp_path / "a", CONFIG, task=toy_task((*bad, 99)), until=28)
+    state = train(tmp_path / "a", CONFIG, task=toy_task((*bad, 99)))
+    same = train(tmp_path / "b", CONFIG, task=toy_task((99,), steps=60 - len(bad)))
+    assert (state.step, same.step) == (60, 39)
+    chex.assert_trees_all_equal(state.learner, same.learner)  # as if those steps had not been
+    text = (tmp_path / "a" / "metrics.jsonl").read_text()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    skipped = {r["step"]: r["skipped"] for r in records if "skipped" in r}
+    assert [skipped[step] for step in (2, 3, 4, 9, 28, 60)] == [0, 1, 2, 2, 21, 21]
+    assert "toy: skipped, as not finite: 2 steps up to 4\n" in capsys.readouterr().err
+
+
+def test_a_training_that_does_not_recover_ends_with_the_checkpoint_before_it(tmp_path):
+    with pytest.raises(Failure, match=r"last 20 steps of toy up to step 29 were not finite"):
+        train(tmp_path, CONFIG, task=toy_task(tuple(range(10, 60))))
+    names = [path.name for path in (tmp_path / "ckpt").iterdir()]
+    assert sorted(int(name) for name in names if name.isdecimal()) == [4, 6, 8]
+
+
+def test_a_figure_of_validation_that_is_not_finite_is_told(tmp_path, capsys):
+    nothing = loop.Hook("validation", 0, lambda *_: {"val_loss": math.nan, "val_psnr": 3.0})
+    train(tmp_path, CONFIG, task=toy_task((99,), steps=3), hooks=(nothing,))
+    assert "toy: val_loss is nan at step 3" in capsys.readouterr().err
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last == {"stage": "toy", "step": 3, "hook": "validation", "val_psnr": 3.0}
 
 
 def test_speed_counts_no_compiling(tmp_path):

@@ -1,9 +1,29 @@
-"""Several hosts as one run: the flags of the commands that can be one of them."""
+"""Several hosts as one run: the flags of the commands that can be one of them, and how they end."""
+
+import atexit
+import contextlib
+import json
+import os
+import threading
+import time
+from pathlib import PurePath
+from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
+from etils import epath
+from jax.experimental.multihost_utils import (
+    broadcast_one_to_all,
+    process_allgather,
+    sync_global_devices,
+)
 
 from var_jax import BadInput
+from var_jax.tools import ending
+
+SECONDS = 0.5  # between looks at what other hosts say
+PATIENCE = 10.0  # seconds for a file of one host to appear on another
 
 
 def define_flags() -> None:
@@ -40,13 +60,99 @@ def place(args: flags.FlagValues) -> tuple[int, int]:
 def join(args: flags.FlagValues) -> None:
     """Joins the other processes of a run, if the flags say so; called before anything else of jax.
 
+    From then on all end where one is told to stop, and with the sentence of one that fails.
+
     Raises: BadInput if nothing tells who they are.
     """
     if not are_several(args):
         if args.num_processes is not None or args.process_id is not None:
             raise BadInput("--num_processes and --process_id need --coordinator or --distributed.")
         return
+    # jax's own service hears SIGTERM only, and stops at a step only.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
-    except (RuntimeError, ValueError) as error:
+    except (ValueError, TypeError) as error:
         raise BadInput(f"--distributed: {str(error).strip().splitlines()[0]}") from error
+    if jax.process_count() > 1:
+        _end_together()
+
+
+def check_shared(flag: str, folder: str | PurePath) -> None:
+    """Raises BadInput, naming `flag`, unless every host sees what process 0 writes in `folder`."""
+    if jax.process_count() == 1:
+        return
+    folder, first = epath.Path(folder), jax.process_index() == 0
+    name = broadcast_one_to_all(np.frombuffer(os.urandom(8), np.uint8)).tobytes().hex()
+    marker, was_there = folder / f".shared-{name}", folder.exists()
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.write_text("Each host looks for this file.\n")
+    sync_global_devices(f"{name} is written")
+    end = time.monotonic() + PATIENCE
+    while not (seen := marker.exists()) and time.monotonic() < end:
+        time.sleep(SECONDS)
+    blind = np.flatnonzero(~process_allgather(np.asarray(seen)))
+    if first:
+        marker.unlink()
+        if blind.size and not was_there:
+            folder.rmdir()
+    if blind.size:
+        raise BadInput(
+            f"{flag}={folder} is not shared by all hosts: process {blind[0]} does not see what"
+            " process 0 writes there; name a folder that all of them mount, or a bucket."
+        )
+
+
+def _end_together() -> None:
+    """Lets this process end with the others: they write to the key-value store of process 0."""
+    from jax._src.distributed import global_state  # jax shows its client nowhere else
+
+    client: Any = global_state.client
+    me, count, over = jax.process_index(), jax.process_count(), threading.Event()
+
+    def say(key: str, value: str) -> None:
+        with contextlib.suppress(RuntimeError):  # another host was first, or process 0 is gone
+            client.key_value_set(f"var_jax/{key}", value)
+
+    def heard(key: str) -> str:
+        try:
+            return client.key_value_try_get(f"var_jax/{key}")
+        except RuntimeError:
+            return ""
+
+    def leave(code: int, sentence: str) -> None:
+        time.sleep(4 * SECONDS * (me == 0))  # the others hear of it through process 0
+        ending.leave(code, sentence)
+
+    def agree() -> None:
+        """Finds the point that no host has reached, unless there is one with nothing to lose."""
+        with ending.process.lock:
+            mine = ending.process.points if ending.process.unsaved else -1
+            say(f"point/{me}", str(mine))
+            wait = 60_000  # ms
+            get = client.blocking_key_value_get
+            points = [int(get(f"var_jax/point/{i}", wait)) for i in range(count)]
+            if min(points) < 0:
+                leave(ending.INTERRUPTED, "interrupted")
+            ending.process.stop_at = max(points) + 1
+        if me == 0:
+            os.write(2, b"stopping: this step ends, then it saves\n")
+
+    def listen() -> None:
+        agreed = False
+        while not over.wait(SECONDS):
+            if said := heard("end"):
+                leave(*json.loads(said))
+            if not agreed and heard("stop"):
+                agreed = True
+                agree()
+
+    ending.process.stop_all = lambda: say("stop", "1")
+    ending.process.end_all = lambda code, sentence: say(
+        "end", json.dumps([code, f"{sentence} (process {me} of {count})"])
+    )
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    # Ahead of jax's own end, which would make a look fail.
+    atexit.register(lambda: (over.set(), thread.join(4 * SECONDS)))

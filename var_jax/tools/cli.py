@@ -1,5 +1,6 @@
-"""How every command starts and ends: flags in, one sentence and exit code 2 on bad input."""
+"""How every command starts and ends: flags in; one sentence and an exit code out."""
 
+import contextlib
 import errno
 import faulthandler
 import logging
@@ -7,6 +8,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,34 +17,66 @@ from typing import NoReturn
 from absl import flags
 from absl import logging as absl_logging
 
-from var_jax import BadInput
+from var_jax import BadInput, Failure
+from var_jax.tools import ending
 from var_jax.tools.configs import did_you_mean
+from var_jax.tools.settings import pin_settings
 
 Main = Callable[[flags.FlagValues], None]
-BAD_INPUT = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it.
+FAILED, BAD_INPUT = 1, 2
+# What a path can be wrong in, where the user named it.
+WRONG_PATHS = (
+    FileExistsError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
 
 
 def run(main: Main, define_flags: Callable[[], None]) -> NoReturn:
     """Runs a command with the flags of `sys.argv`; never returns.
 
-    Bad input and a full disk end in one sentence on stderr and exit code 2, Ctrl-C in "interrupted"
-    and 130. Any other exception is a bug and keeps its traceback.
+    The exit code is 2 for what the user gave, and only then: the same command would be refused
+    again. It is 1 for any other failure and 130 after Ctrl-C, SIGTERM and SIGHUP. All end in one
+    sentence on stderr, and on all hosts of a run; a failure keeps its traceback in a file, and one
+    of no known kind is a bug that prints it.
     """
     faulthandler.enable()
     _quiet_libraries()
-    _cache_compiled_programs()
-    sys.exit(call(main, define_flags, sys.argv[1:]))
+    ending.process.starting = False
+    try:
+        with ending.listening():
+            _cache_compiled_programs()
+            code = call(main, define_flags, sys.argv[1:], pinned=True)
+    except KeyboardInterrupt:  # amid the end
+        code = ending.INTERRUPTED
+    except Exception as error:
+        if not ending.process.end_all:
+            raise
+        traceback.print_exc()
+        ending.end(FAILED, f"error: {type(error).__name__}: {error}")
+    sys.exit(code)
 
 
-def call(main: Main, define_flags: Callable[[], None], argv: Sequence[str] = ()) -> int:
+def call(
+    main: Main,
+    define_flags: Callable[[], None],
+    argv: Sequence[str] = (),
+    *,
+    pinned: bool = False,
+) -> int:
     """Runs a command inside this process with the flags `argv`; returns its exit code.
 
-    Its flags exist only meanwhile, so that commands can run one after another. Ends like `run`.
+    Its flags exist only meanwhile, so that commands can run one after another. Ends like `run`,
+    which has settings of jax `pinned` for the whole process.
     """
     args, code, message = flags.FLAGS, 0, ""
     before, was_parsed = set(args), args.is_parsed()
+    ending.process.log = None
     try:
+        if pinned:
+            pin_settings()
         define_flags()
         if any(re.match(r"--?h(elp|$)", word) for word in argv):
             print(_help(main, [name for name in args if name not in before]))
@@ -50,18 +84,22 @@ def call(main: Main, define_flags: Callable[[], None], argv: Sequence[str] = ())
             _parse(args, argv)
             main(args)
     except KeyboardInterrupt:
-        code, message = INTERRUPTED, "interrupted"
+        code, message = ending.INTERRUPTED, "interrupted"
     except Exception as error:
-        sentence = _sentence(error)
-        if sentence is None:
+        code, sentence = explain(error, argv)
+        if not sentence:
             raise
-        code, message = BAD_INPUT, f"error: {sentence}"
+        if code == FAILED:
+            sentence = f"{sentence.rstrip('.')}; {_keep_traceback(error)}"
+        message = f"error: {sentence}"
     finally:
         for name in set(args) - before:
             delattr(args, name)
         if not was_parsed:
             args.unparse_flags()
     if message:
+        if code != ending.INTERRUPTED and ending.process.end_all:
+            ending.end(code, message)
         print(message, file=sys.stderr, flush=True)
     return code
 
@@ -129,44 +167,79 @@ def _help(main: Main, names: list[str]) -> str:
     return f"{sys.modules[main.__module__].__doc__}\n{ours.get_help(include_special_flags=False)}"
 
 
-def _sentence(error: Exception) -> str | None:
-    """The sentence for bad input or a full disk; None for a bug."""
+def explain(error: Exception, argv: Sequence[str] = ()) -> tuple[int, str]:
+    """Exit code and sentence of what ended a command; the sentence of a bug is empty."""
     if isinstance(error, BadInput):
-        return str(error)
-    return _disk_full(error) or _memory_full(error) or _bad_path(error)
-
-
-def _disk_full(error: Exception) -> str | None:
+        return BAD_INPUT, str(error)
     # Libraries wrap what the system said; without frames this is the text of all in the chain.
     text = "".join(traceback.format_exception(error, limit=0))
-    if not (found := re.search(r".*(No space left on device|Disk quota exceeded).*", text)):
-        return None
-    path = re.search(r"""["']([^"']*/[^"']+)["']""", found[0])
+    if found := re.search(r".*(No space left on device|Disk quota exceeded).*", text):
+        return FAILED, _disk_full(found[0])
+    if sentence := _memory_full(error, text):
+        return FAILED, sentence
+    if sentence := _no_device(error):
+        return (BAD_INPUT if "known" in sentence else FAILED), sentence
+    if isinstance(error, Failure):
+        return FAILED, str(error)
+    if isinstance(error, ImportError) and "gcsfs" in str(error):
+        return BAD_INPUT, "gs:// folders need one package more: pip install 'var_jax[gcs]'"
+    if isinstance(error, OSError):
+        return _bad_path(error, argv)
+    return FAILED, ""
+
+
+def _disk_full(line: str) -> str:
+    path = re.search(r"""["']([^"']*/[^"']+)["']""", line)
     # Inside Orbax's temporary folder: name the folder that the user knows.
     known = os.path.dirname(path[1].split(".orbax-checkpoint-tmp")[0]) if path else ""
     where = f" holding {known}" if known else ""
     return f"the disk{where} is full; free some space and run the same command again"
 
 
-def _memory_full(error: BaseException) -> str | None:
-    if found := re.search(r"Out of memory allocating (\d+) bytes", str(error)):
+def _memory_full(error: Exception, text: str) -> str:
+    if "RESOURCE_EXHAUSTED" in text and re.search("(?i)quota|rate limit", text):
+        return "a quota of the cloud is used up; run the same command again later"
+    if found := re.search(r"Out of memory allocating (\d+) bytes", text):
         size = f"{int(found[1]) / 1e9:.1f} GB more"
-    elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+    elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
         size = "more than is free"
     else:
-        return None
+        return ""
     return f"memory is full (it takes {size}); a smaller batch size needs less"
 
 
-def _bad_path(error: Exception) -> str | None:
-    wrong = (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        if not isinstance(error, wrong) and error.errno != errno.EROFS:
-            return None
-        return f"{error.filename}: {error.strerror.lower()}"
-    if isinstance(error, ImportError) and "gcsfs" in str(error):
-        return "gs:// folders need one package more: pip install 'var_jax[gcs]'"
-    return None
+def _no_device(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    if not any(frame.filename.endswith("xla_bridge.py") for frame in frames[-3:]):
+        return ""
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    why = re.sub(r" \(set JAX_PLATFORMS.*", "", str(error)) or "it is not known to this jax"
+    return f"JAX_PLATFORMS={wanted}: no such device could be started ({why.rstrip('.')})"
+
+
+def _bad_path(error: OSError, argv: Sequence[str]) -> tuple[int, str]:
+    """2 for a path that a flag names, or one on the way to it, before the work has begun."""
+    if not error.strerror:
+        return FAILED, f"{type(error).__name__}: {error}"
+    path = os.path.abspath(os.fsdecode(error.filename or ""))
+    named = [os.path.abspath(word.rpartition("=")[2]) for word in argv if word]
+    related = any(os.path.commonpath([path, name]) in (path, name) for name in named)
+    theirs = isinstance(error, WRONG_PATHS) or error.errno == errno.EROFS
+    bad_input = theirs and error.filename and related and ending.process.log is None
+    where = f"{error.filename}: " if error.filename else ""
+    return BAD_INPUT if bad_input else FAILED, f"{where}{error.strerror.lower()}"
+
+
+def _keep_traceback(error: Exception) -> str:
+    """Writes a failure's traceback to the work directory, or else among temporary files."""
+    text = "".join(traceback.format_exception(error))
+    temporary = Path(tempfile.gettempdir()) / f"var_jax-error-{os.getpid()}.log"
+    for path in filter(None, (ending.process.log, temporary)):
+        with contextlib.suppress(Exception):
+            path.write_text(text)
+            return f"the traceback is in {path}"
+    print(text, file=sys.stderr)
+    return "its traceback is above"
 
 
 def _quiet_libraries() -> None:

@@ -188,9 +188,9 @@ def lower(config: Config, program: str, mesh: Mesh, batch_size: int):
     }[program]
     task = task_of(config, program)
     state = shard(jax.eval_shape(task.init, key), mesh, task.layout)
-    step = jax.jit(task.train_step, donate_argnums=0)
+    step, count = jax.jit(task.step, donate_argnums=0), jax.ShapeDtypeStruct((), jnp.int32)
     params = [part.params for part in state if isinstance(part, Learner)]
-    return step.lower(state, batch, frozen, key), {
+    return step.lower(state, count, batch, frozen, key), {
         "bytes_parameters": local_bytes((params, frozen)),
         "bytes_optimizer": local_bytes(state) - local_bytes(params),
     }

@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,17 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int32, Key
 
-from var_jax import BadInput
+from var_jax import Failure
 from var_jax.checkpoints.training import Checkpoints
 from var_jax.config import EveryConfig
 from var_jax.data.pipeline import epoch
 from var_jax.data.sources import Source
 from var_jax.sharding.mesh import put_batch, shard
+from var_jax.tools import ending
 from var_jax.tools.flops import peak_flops
 from var_jax.tools.logs import Metrics, progress
 from var_jax.training.task import Frozen, Task
+
+MAX_SKIPPED = 20  # steps in a row that were not finite: more do not help
 
 
 class Hook(NamedTuple):
@@ -41,6 +42,7 @@ class Hook(NamedTuple):
         return step == last or bool(self.every and step > 0 and step % self.every == 0)
 
 
+@ending.listening()  # for those who call this by themselves
 def run(
     task: Task,
     batches: grain.DatasetIterator,
@@ -59,10 +61,11 @@ def run(
 
     Starts from the newest checkpoint under `directory`, with the data where it was, so that a run
     stopped anywhere ends with the numbers of one never stopped; or from step 0, where `initialize`
-    may replace weights (fine-tuning). Ctrl-C, SIGTERM and a preemption notice on any host save,
-    then raise KeyboardInterrupt. `profile` many steps are traced, from the tenth of this start on.
+    may replace weights (fine-tuning). Ctrl-C, SIGTERM, SIGHUP on any host save what is not saved,
+    then raise KeyboardInterrupt. A step whose loss or gradient is not finite changes nothing.
+    `profile` many steps are traced, from the tenth of this start on.
 
-    Raises: BadInput if the checkpoints are another config's, or the loss is no longer finite.
+    Raises: BadInput if the checkpoints are another config's; Failure if steps stay not finite.
     """
     config, frozen = task.config, frozen or {}
     # Apart, because both number what they draw by folding small integers into their key.
@@ -72,39 +75,44 @@ def run(
     metrics.rewind(task.name, step)
     if 0 < step < config.steps:
         say(f"{task.name}: going on from step {step}")
-    train_step = jax.jit(task.train_step, donate_argnums=0)
+    train_step = jax.jit(task.step, donate_argnums=0)
     log, speed = DelayedLog(task.name, metrics), Speed(task)
+    compiled, skipped = False, jnp.zeros((), jnp.int32)
     with (
         contextlib.closing(checkpoints),  # whatever happens, a save under way ends
         contextlib.closing(metrics),
         progress(config.steps, step, task.name) as bar,
-        deferred_interrupt() as interrupted,
         Trace(directory, step + 10, profile) as trace,
+        ending.unsaved(),
     ):
-        stop = should_stop(step, interrupted)  # also tells the other hosts where this one is
-        run_hooks(missed_hooks(hooks, metrics, task.name, step, config.steps), log, step, state)
+        missed = missed_hooks(hooks, metrics, task.name, step, config.steps)
+        stop = run_hooks(missed, log, step, state) or ending.stop_requested()
         while step < config.steps and not stop:
             step += 1
             trace(step)
-            with speed.waiting():
-                batch = next(batches)
-            state, values = train_step(state, put_batch(batch, mesh), frozen, key)
-            speed.count(values)
+            with ending.unsaved(compiled):
+                with speed.waiting():
+                    batch = put_batch(next(batches), mesh)
+                state, skipped, values = train_step(state, skipped, batch, frozen, key)
+                speed.count(values)
+            compiled = True
             bar.update(1, **log.shown)
-            last, stop = step == config.steps, should_stop(step, interrupted)
+            last, stop = step == config.steps, ending.stop_requested()
+            due = [hook for hook in hooks if hook.is_due(step, config.steps)]
             if step % every.log == 0 or last:
-                log.write(step, values)
+                log.write(step, values, skipped)
                 if pace := speed.since_last():
                     metrics.write(task.name, step, file="speed.jsonl", **pace)
-            if step % every.save == 0 or last or stop:
+            if step % every.save == 0 or last or stop or due:
                 log.flush()
-                check_finite(task.name, step, values)
-                checkpoints.save(step, state, batches.get_state(), wait=last or stop)
-            if not stop:  # else the next start runs them
+                if stop or last or not int(skipped):  # else what is kept may be the cause
+                    wait = bool(last or stop or due)  # a stop during hooks loses nothing
+                    checkpoints.save(step, state, batches.get_state(), wait=wait)
+                stop = stop or ending.stop_requested()
+            if due and not stop:  # else the next start runs them
                 with speed.excluding():
-                    run_hooks([h for h in hooks if h.is_due(step, config.steps)], log, step, state)
-        stop = stop or should_stop(config.steps + 1, interrupted)  # during the last hooks
-    if stop:
+                    stop = run_hooks(due, log, step, state)
+    if stop or ending.stop_requested():
         say(f"{task.name}: saved; the same command goes on from step {step}")
         raise KeyboardInterrupt
     return state
@@ -147,11 +155,19 @@ def missed_hooks(
     return [hook for hook, runs in zip(hooks, agreed, strict=True) if runs]
 
 
-def run_hooks(hooks: Sequence[Hook], log: "DelayedLog", step: int, state: Any) -> None:
-    """Runs hooks after a step and records their figures."""
+def run_hooks(hooks: Sequence[Hook], log: "DelayedLog", step: int, state: Any) -> bool:
+    """Runs hooks after a saved step and records their figures; whether a signal ended them."""
+    log.flush()
     for hook in hooks:
-        log.flush()
-        log.metrics.write(log.name, step, hook=hook.name, **hook.run(step, state))
+        try:
+            with ending.unsaved(False):
+                figures = hook.run(step, state)
+        except KeyboardInterrupt:
+            return True
+        log.metrics.write(log.name, step, hook=hook.name, **finite(figures))
+        for name in figures.keys() - finite(figures):
+            say(f"{log.name}: {name} is {figures[name]} at step {step}")
+    return False
 
 
 class DelayedLog:
@@ -159,35 +175,40 @@ class DelayedLog:
 
     def __init__(self, name: str, metrics: Metrics):
         self.name, self.metrics = name, metrics
-        self._waiting: tuple[int, dict] | None = None
+        self._waiting: tuple[int, dict, Array] | None = None
+        self._skipped = 0
 
     @property
     def shown(self) -> dict[str, Any]:
         """What the progress bar shows."""
         return {"loss": self._waiting[1]["loss"]} if self._waiting else {}
 
-    def write(self, step: int, values: dict) -> None:
+    def write(self, step: int, values: dict, in_a_row: Int32[Array, ""]) -> None:
         """Takes the metrics of a step, and writes those it has."""
         self.flush()
-        self._waiting = step, values
+        self._waiting = step, values, in_a_row
 
     def flush(self) -> None:
-        """Writes what waits. Raises: BadInput if the step diverged."""
-        if self._waiting:
-            step, values = self._waiting
-            check_finite(self.name, step, values)
-            self.metrics.write(self.name, step, **jax.device_get(values))
-            self._waiting = None
-
-
-def check_finite(name: str, step: int, values: dict) -> None:
-    """Raises BadInput if a step diverged, so that its weights are never saved."""
-    for what in ("loss", "grad_norm"):
-        if not np.isfinite(value := float(values[what])):
-            raise BadInput(
-                f"the {what} of {name} is {value} at step {step}; the checkpoint before it is kept:"
-                " start anew in another --workdir with a lower learning rate."
+        """Writes what waits. Raises: Failure if the training does not recover."""
+        if not self._waiting:
+            return
+        (step, values, in_a_row), self._waiting = self._waiting, None
+        values = jax.device_get(values)
+        if values["skipped"] > self._skipped:
+            say(f"{self.name}: skipped, as not finite: {values['skipped']} steps up to {step}")
+        self._skipped = values["skipped"]
+        self.metrics.write(self.name, step, **finite(values))
+        if in_a_row >= MAX_SKIPPED:
+            raise Failure(
+                f"the last {in_a_row} steps of {self.name} up to step {step} were not finite (loss"
+                f" {values['loss']:g}); the checkpoint before them is kept: start anew in another"
+                " --workdir with a lower learning rate."
             )
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """The metrics that are numbers."""
+    return {name: value for name, value in values.items() if np.all(np.isfinite(value))}
 
 
 def make_evaluation(
@@ -293,36 +314,3 @@ class Trace:
         if self._on:
             jax.profiler.stop_trace()
             self._on = False
-
-
-def should_stop(step: int, interrupted: list[int]) -> bool:
-    """Whether to stop after this step; the same answer on every host, whichever was signalled."""
-    if jax.process_count() == 1:
-        return bool(interrupted)
-    return multihost_utils.reached_preemption_sync_point(step)
-
-
-@contextlib.contextmanager
-def deferred_interrupt():
-    """Collects Ctrl-C and SIGTERM, so that the step in flight ends; a second Ctrl-C is at once.
-
-    Of several hosts jax's own service hears SIGTERM and tells the others; Ctrl-C becomes one.
-    """
-    received: list[int] = []
-
-    def handle(number, frame):
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        if jax.process_index() == 0:  # unbuffered: a signal may come amid a print
-            os.write(2, b"stopping: this step ends, then it saves\n")
-        if jax.process_count() > 1:
-            signal.raise_signal(signal.SIGTERM)
-
-    signals = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
-    old = {number: signal.signal(number, handle) for number in signals}
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -7,17 +7,15 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 
 from var_jax import BadInput
 from var_jax.checkpoints.export import load_fingerprint
-from var_jax.config import Config, TrainConfig, from_dict, parse_lr_scale, settings
+from var_jax.config import Config, TrainConfig, parse_lr_scale
 from var_jax.data.augmentation import augment_items
-from var_jax.data.inventory import count, remember
+from var_jax.data.inventory import count
 from var_jax.data.pipeline import batches
-from var_jax.data.records import read_json, read_manifest
+from var_jax.data.records import read_manifest
 from var_jax.data.sources import Source, open_source
 from var_jax.data.token_cache import KIND, TokenCache, open_tokens
 from var_jax.models.load import Models, as_exported, build, describe, load_tokenizer, save_models
@@ -25,7 +23,7 @@ from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.var import Transformer
 from var_jax.sampling.generate import reconstruct_images
 from var_jax.sharding.mesh import check_batch, check_hosts, check_model, make_mesh
-from var_jax.tools.files import acquire_lock, replacing
+from var_jax.tools.files import replacing
 from var_jax.tools.images import curves, save_png
 from var_jax.tools.logs import Metrics, read_metrics
 from var_jax.tools.plugins import find_function
@@ -34,9 +32,8 @@ from var_jax.training import hooks, loop
 from var_jax.training.autoregressive import TransformerState, autoregressive_task
 from var_jax.training.init_from import check_source, transformer_from
 from var_jax.training.tokenizer import tokenizer_task
+from var_jax.training.workdir import occupy
 
-# What may differ between starts in one work directory.
-UNBOUND = ("mesh", "sampling", "report")
 REPORT_ARGUMENTS = 4  # training and validation set, and functions that draw and reconstruct
 
 
@@ -93,20 +90,20 @@ class Run:
             find_function("config.report", config.report, REPORT_ARGUMENTS)
         self.pretrained: Tokenizer | None = None
         self.cached: tuple[TokenCache, TokenCache] | None = None
-        fingerprint = ""
+        inputs: dict[str, Any] = {"fingerprint": "", "copies": 0}
         if config.pretrained_tokenizer:
             if data.tokens:
-                read_manifest(
-                    epath.Path(data.tokens), KIND
-                )  # ahead of a fingerprint, which may take long
+                # Ahead of a fingerprint, which may take long.
+                read_manifest(epath.Path(data.tokens), KIND)
             self.pretrained = load_tokenizer(config.pretrained_tokenizer, self.mesh)
-            fingerprint = load_fingerprint(
+            inputs["fingerprint"] = load_fingerprint(
                 config.pretrained_tokenizer, "tokenizer", self.pretrained
             )
             if data.tokens:
-                self.cached = self.open_cache(fingerprint)
+                self.cached = self.open_cache(inputs["fingerprint"])
+                inputs["copies"] = self.cached[0].copies
         splits = {"train": self.train, "validation": self.validation}
-        occupy(workdir, config, fingerprint, splits)
+        occupy(workdir, config, inputs, splits)
         if jax.process_index() == 0:
             print(count(data.source, splits), flush=True)
         self.metrics = Metrics(workdir)
@@ -271,62 +268,19 @@ def check_start(config: Config) -> None:
                 )
 
 
-def occupy(workdir: epath.Path, config: Config, tokenizer: str, splits: dict[str, Source]) -> None:
-    """Makes `workdir` this config's, of these images and a pretrained tokenizer's fingerprint.
-
-    Raises: BadInput if it is another's, or another process is at work in it.
-    """
-    ours = jax.process_index() > 0 or acquire_lock(workdir / ".lock")
-    if not process_allgather(np.asarray(ours)).all():
-        raise BadInput(
-            f"another run is at work in {workdir}; name another --workdir (or, if its machine is"
-            " gone, remove .lock there)."
-        )
-    begun = any((workdir / stage).exists() for stage in ("tokenizer", "transformer"))
-    remember(workdir / "data.json", splits, begun=begun)
-    path, wanted = workdir / "config.json", json.loads(json.dumps(settings(config)))
-    if jax.process_index() == 0 and not path.exists():
-        with replacing(path) as beside:
-            beside.write_text(json.dumps(wanted | {"fingerprint": tokenizer}, indent=2) + "\n")
-    sync_global_devices("work directory is ours")
-    if not path.exists():
-        return
-    found = read_json(path)
-    if found.pop("fingerprint", tokenizer) != tokenizer:
-        raise BadInput(
-            f"{workdir} belongs to a run with other weights in {config.pretrained_tokenizer}; name"
-            " another --workdir."
-        )
-    try:  # A field that is newer than the run has its default.
-        found = json.loads(json.dumps(settings(from_dict(Config, found))))
-    except BadInput as error:
-        raise BadInput(
-            f"{path} is of another version of var_jax, with which the run can be finished: {error}"
-        ) from None
-    found["data"]["workers"] = wanted["data"]["workers"]
-    for section in wanted:
-        if section not in UNBOUND and found[section] != wanted[section]:
-            raise BadInput(
-                f"{workdir} belongs to a run whose config.{difference(section, found, wanted)};"
-                " name another --workdir."
-            )
-
-
-def difference(section: str, found: dict, wanted: dict) -> str:
-    """The first field of a section that differs, as text."""
-    ours, theirs = wanted[section], found.get(section)
-    if not isinstance(ours, dict) or not isinstance(theirs, dict):
-        return f"{section} is {theirs}, not {ours}"
-    name = next(n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n))
-    return f"{section}.{name} is {theirs.get(name)}, not {ours.get(name)}"
-
-
 def last_validation(workdir: epath.Path) -> dict[str, float]:
     """The newest validation figures of both trainings."""
-    shown = {"val_psnr": "validation PSNR (dB)", "val_loss": "validation loss (nats a token)"}
+    shown = {
+        "tokenizer": ("val_psnr", "validation PSNR (dB)"),
+        "transformer": ("val_loss", "validation loss (nats a token)"),
+    }
     found = {}
     for record in read_metrics(workdir):
-        found.update({shown[name]: record[name] for name in shown.keys() & record.keys()})
+        figure, name = shown[record["stage"]]
+        if record.get("hook") == "validation":  # which lacks a figure that was not finite
+            found.pop(name, None)
+        if figure in record:
+            found[name] = record[figure]
     return found
 
 

@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int32, Key
 
 from var_jax.config import TrainConfig
+from var_jax.tools.trees import path_name
 from var_jax.training.state import Batch
 
 Metrics = dict[str, Float[Array, "..."]]
@@ -24,3 +27,29 @@ class Task(NamedTuple):
     layout: Callable[[tuple, Any], P]  # of the state on the mesh
     image_flops: float = 0.0  # the model's operations for one image of a step
     parts: int = 1  # in which a step takes its batch
+
+    def step(
+        self,
+        state: Any,
+        skipped: Int32[Array, ""],
+        batch: Batch,
+        frozen: Frozen,
+        key: Key[Array, ""],
+    ) -> tuple[Any, Int32[Array, ""], Metrics]:
+        """A training step that keeps the state, all but its `step`, if loss or gradient overflow.
+
+        `skipped` counts such steps in a row. The metric of that name counts all of the training.
+        """
+        new, metrics = self.train_step(state, batch, frozen, key)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        kept = kept._replace(step=new.step)
+        metrics |= {"skipped": kept.step - updates(kept)}
+        return kept, jnp.where(finite, 0, skipped + 1), metrics
+
+
+def updates(state: Any) -> Int32[Array, ""]:
+    """How many updates an optimizer in the state has made: it counts none of a skipped step."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    counts = [leaf for path, leaf in leaves if path_name(path).split(".")[-1] == "count"]
+    return counts[0] if counts else state.step

@@ -1,0 +1,145 @@
+"""How a process ends: by a signal, with its work saved; by a failure, and with it the other hosts.
+
+Ctrl-C, SIGTERM and SIGHUP ask for the same. Where a stop would lose work (`unsaved`) the process
+goes on to its next `stop_requested`; elsewhere it ends within seconds, also inside a compiler,
+which runs no Python. A second signal ends it at once.
+"""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it, whichever signal it was
+SIGNALS = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+SECONDS = 5.0  # that a process has to end by itself
+
+
+@dataclasses.dataclass
+class Process:
+    """What is known of this process; `hosts` fills in what concerns the others of a run."""
+
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    listens: bool = False
+    starting: bool = False  # while a command is imported, which holds nothing yet
+    log: Any = None  # a path for the traceback of a failure, once there is a work directory
+    unsaved: bool = False  # a stop waits for the next point
+    points: int = (
+        0  # passed, at which it could stop: the same number at the same place on every host
+    )
+    stop_at: int | None = None  # the first of them to stop at
+    stop_all: Callable[[], None] | None = None  # asks every host to stop
+    end_all: Callable[[int, str], None] | None = None  # ends every host
+
+
+process = Process()
+
+
+def stop_requested() -> bool:
+    """Whether to save and stop here: the same answer on every host, whichever was signalled."""
+    with process.lock:
+        process.points += 1
+        return process.stop_at is not None and process.points >= process.stop_at
+
+
+@contextlib.contextmanager
+def unsaved(is_so: bool = True) -> Iterator[None]:
+    """Around work that a stop must not lose; inside it, `unsaved(False)` around what it may."""
+    with process.lock:
+        before, process.unsaved = process.unsaved, is_so
+    try:
+        yield
+    finally:
+        with process.lock:
+            process.unsaved = before
+
+
+def end(code: int, sentence: str) -> NoReturn:
+    """Ends this process and the other hosts of its run, whatever they are at."""
+    if process.end_all:
+        process.end_all(code, sentence)
+        threading.Event().wait(4 * SECONDS)  # it ends as the others do, when it hears of it
+    leave(code, sentence)
+
+
+def leave(code: int, sentence: str = "") -> NoReturn:
+    """Ends this process without waiting for its threads."""
+    if "multiprocessing" in sys.modules:
+        for child in sys.modules["multiprocessing"].active_children():
+            child.kill()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        os.write(2, f"{sentence}\n".encode() if sentence else b"")  # print could wait for a lock
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Hears signals until its end; where that is heard already, or is another's task, nothing."""
+    main = threading.current_thread() is threading.main_thread()
+    if process.listens or not main:
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    heard = threading.Thread(target=_hear, args=(reader,), daemon=True)
+    process.listens, process.stop_at = True, None
+    numbers = [n for n in SIGNALS if (n and signal.getsignal(n) != signal.SIG_IGN) or n == 2]
+    handlers = {number: signal.signal(number, _handle) for number in numbers}
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    heard.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        process.listens = False
+        os.close(writer)
+        heard.join()
+        os.close(reader)
+
+
+_from_the_start = listening()  # kept, as its end would be the end of listening
+
+
+def listen_from_the_start() -> None:
+    """Hears signals from the imports of a command to the end of its process."""
+    _from_the_start.__enter__()
+    process.starting = True
+
+
+def _handle(number: int, frame: object) -> None:
+    """In the main thread, once it runs Python again."""
+    if process.starting:
+        leave(INTERRUPTED, "interrupted")
+    if process.stop_all is None:
+        if not process.unsaved:
+            raise KeyboardInterrupt
+        process.stop_at = 0
+
+
+def _hear(reader: int) -> None:
+    """In a thread of its own: hears a signal at once, whatever the main thread is at."""
+    signals, last = 0, None
+    while byte := os.read(reader, 1):
+        if byte[0] not in SIGNALS:
+            continue
+        signals += 1
+        if signals > 1:
+            end(INTERRUPTED, "interrupted")
+        elif process.stop_all:
+            process.stop_all()
+        elif process.unsaved:
+            os.write(2, b"stopping: this step ends, then it saves\n")
+        else:
+            last = threading.Timer(SECONDS, leave, (INTERRUPTED, "interrupted"))
+            last.daemon = True
+            last.start()
+    if last:
+        last.cancel()

@@ -1,0 +1,126 @@
+"""The work directory of a run: of one process at a time, and of one experiment for good."""
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from jax.experimental.multihost_utils import sync_global_devices
+
+from var_jax import BadInput
+from var_jax.config import Config, bound_value, from_dict, settings
+from var_jax.data.inventory import remember
+from var_jax.data.records import read_json
+from var_jax.data.sources import Source
+from var_jax.sharding import hosts
+from var_jax.tools import ending
+from var_jax.tools.files import acquire_lock, replacing
+
+TRAININGS = ("tokenizer", "transformer")
+RECORDED = ("fingerprint", "copies", "changes")  # in config.json, beside the fields
+
+
+def occupy(
+    workdir: epath.Path, config: Config, inputs: dict[str, Any], splits: dict[str, Source]
+) -> None:
+    """Makes `workdir` this process's, and goes on with the run that it holds, if it holds one.
+
+    `inputs` tells tokenizer and token cache from others, by the names in RECORDED.
+
+    Raises: BadInput if it is another run's, or another process is at work in it.
+    """
+    hosts.check_shared("--workdir", workdir)
+    if jax.process_index() == 0:
+        if not acquire_lock(workdir / ".lock"):
+            raise BadInput(
+                f"another run is at work in {workdir}; name another --workdir (or, if its machine"
+                " is gone, remove .lock there)."
+            )
+        made = {name: steps_made(workdir / name) for name in TRAININGS}
+        about = record(workdir / "config.json", config, inputs, made)
+        remember(workdir / "data.json", splits, begun=any(made.values()))
+        if about:
+            with replacing(workdir / "config.json") as beside:
+                beside.write_text(json.dumps(about, indent=2) + "\n")
+    sync_global_devices("work directory is ours")
+    number = f"-{jax.process_index()}" if jax.process_index() else ""
+    ending.process.log = workdir / f"error{number}.log"
+
+
+def steps_made(folder: epath.Path) -> int:
+    """The step of the newest checkpoint of a training; 0 if there is none."""
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def record(
+    path: epath.Path, config: Config, inputs: dict[str, Any], made: Mapping[str, int]
+) -> dict[str, Any] | None:
+    """What `path` shall hold of a run that has `made` so many steps; None if it holds that.
+
+    Raises: BadInput if a field differs that numbers made so far depend on.
+    """
+    now = json.loads(json.dumps(settings(config)))
+    if not path.exists():
+        return now | inputs
+    then = read_json(path)
+    recorded = {name: then.pop(name) for name in RECORDED if name in then}
+    try:  # A field that is newer than the run has its default.
+        then = json.loads(json.dumps(settings(from_dict(Config, then))))
+    except BadInput as error:
+        raise BadInput(
+            f"{path} is of another version of var_jax, with which the run can be finished: {error}"
+        ) from None
+    old, new = flat(then), flat(now)
+    changed = [name for name in new if old[name] != new[name]]
+    refused = [
+        f"config.{name} is {old[name]}, not {new[name]}"
+        for name in changed
+        if binds(name, old[name], new[name], made)
+    ]
+    for name, what in {
+        "fingerprint": "pretrained_tokenizer held other weights than",
+        "copies": "data.tokens held another number of copies than",
+    }.items():
+        if made["transformer"] and recorded.get(name, inputs[name]) != inputs[name]:
+            refused.append(f"config.{what} {new[what.split()[0]]}")
+    if refused:
+        raise BadInput(
+            f"{path.parent} belongs to a run whose {'; '.join(refused)}: set back what differs, or"
+            " name another --workdir."
+        )
+    past = recorded.get("changes", [])
+    for name in changed:
+        sys.stderr.write(f"{path.parent}: config.{name} is {new[name]} now, was {old[name]}\n")
+        stage = name.removesuffix(".steps").removeprefix("train_")
+        if name.endswith(".steps") and made[stage]:
+            sys.stderr.write(
+                f"the {stage} goes on to step {new[name]}; its schedules are now of that many\n"
+            )
+    if changed:
+        past = [*past, {"after": dict(made), **{n: [old[n], new[n]] for n in changed}}]
+    about = now | inputs | ({"changes": past} if past else {})
+    return about if about != then | recorded else None
+
+
+def binds(name: str, old: Any, new: Any, made: Mapping[str, int]) -> bool:
+    """Whether steps made so far forbid to change a field a.b of the config from `old` to `new`."""
+    stage = name.split(".")[0].removeprefix("train_")
+    if name == f"train_{stage}.steps":
+        later = stage == "tokenizer" and made["transformer"]  # it is part of those numbers
+        return new < made[stage] or bool(later)
+    if stage != "transformer":
+        stage = "tokenizer"
+    begun = made["transformer"] or (stage == "tokenizer" and made["tokenizer"])
+    return bool(begun) and bound_value(name, old) != bound_value(name, new)
+
+
+def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with keys a.b."""
+    found = {}
+    for name, value in fields.items():
+        nested = isinstance(value, Mapping)
+        found |= flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return found
