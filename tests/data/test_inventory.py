@@ -155,16 +155,20 @@ def test_a_later_start_tells_what_changed(tmp_path, capsys):
     write_images(tmp_path / "moved" / "dog", [300])
     line = told(capsys, path, tmp_path / "moved")
     number = json.loads(path.read_text())[1]["train"]["images"]
-    assert f"train had {number - 1} and has {number} (number, contents, names, sizes diff" in line
+    assert f"has other train images than before ({number - 1} then, {number} now): its" in line
     assert len(line.splitlines()) == 1 and "of a run never stopped" in line
     assert told(capsys, path, tmp_path / "moved") == ""
     Image.new("RGB", (99, 99)).save(tmp_path / "moved" / "dog" / "0050.png")  # not renamed
-    assert "sizes differ" in told(capsys, path, tmp_path / "moved")
+    assert f"({number} then, {number} now)" in told(capsys, path, tmp_path / "moved")
     (tmp_path / "moved" / "dog").rename(tmp_path / "moved" / "wolf")
     before = path.read_bytes()
-    with pytest.raises(BadInput, match=r"on 2 classes, .* have 2 \(gone: dog; new: wolf\); name"):
+    with pytest.raises(BadInput, match=r"on 2 classes, .* have 2, with 'wolf' for 'dog'; name"):
         told(capsys, path, tmp_path / "moved")
     assert path.read_bytes() == before
+    for damaged in ("{", "[1]", "[{}]"):
+        path.write_text(damaged)
+        with pytest.raises(BadInput, match=r"data\.json is damaged"):
+            told(capsys, path, tmp_path / "moved")
 
 
 def test_runs_of_older_versions_are_told_apart(tmp_path, capsys):

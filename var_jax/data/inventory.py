@@ -1,35 +1,33 @@
 """What the images of a run are: counts for people, digests by which a later start knows them."""
 
 import collections
+import itertools
 import json
+import os
 import sys
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
 from var_jax import BadInput
-from var_jax.data.records import checksum
+from var_jax.data.records import checksum, sound
 from var_jax.data.sources import ArraySource, Emoji, ImageSource, Source
 from var_jax.tools.files import replacing
 
-ABOUT = {"images": "number", "checksum": "contents", "names": "names", "sizes": "sizes"}
-
 
 def describe_data(source: Source) -> dict[str, Any]:
-    """The number of images in a split, a checksum of 64 of them, and digests of names and sizes.
+    """The number of images in a split, and digests of names and sizes and of 64 images' contents.
 
-    None where a source does not know names or sizes. Where the images lie makes no difference.
+    None where a source does not know names. Where the images lie makes no difference.
     """
     images = source.encoded if isinstance(source, ImageSource) else None
-    about = {"images": len(source), "checksum": checksum_of(source), "names": None, "sizes": None}
-    if images and images.names:
-        about["names"] = _digest(images.names)
-    if images and images.sizes:
-        about["sizes"] = _digest(map(str, images.sizes))
-    return about
+    files = [os.fsencode(name) for name in images.names] if images else []
+    files += [str(size).encode() for size in images.sizes] if images else []
+    digest = f"{zlib.crc32(bytes(1).join(files)):08x}" if files else None
+    return {"images": len(source), "files": digest, "contents": checksum_of(source)}
 
 
 def checksum_of(source: Source) -> str:
@@ -47,8 +45,7 @@ def count(name: str, splits: Mapping[str, Source]) -> str:
     line = f"{name}: {counts} images of {classes:,} class{'es' * (classes != 1)}"
     left_out = {}
     for source in splits.values():
-        encoded = source.encoded if isinstance(source, ImageSource) else source
-        left_out |= getattr(encoded, "left_out", {})
+        left_out |= source.encoded.left_out if isinstance(source, ImageSource) else {}
     if not left_out:
         return line
     reasons = collections.Counter(left_out.values()).most_common()
@@ -66,48 +63,34 @@ def remember(path: epath.Path, splits: Mapping[str, Source], *, begun: bool) -> 
     """
     now: dict[str, Any] = {split: describe_data(source) for split, source in splits.items()}
     now["classes"] = list(next(iter(splits.values())).class_names)
-    past = json.loads(path.read_text()) if path.exists() else []
-    if past and past[-1]["classes"] != now["classes"]:
+    with sound(path):
+        past = json.loads(path.read_text()) if path.exists() else []
+        before = past[-1] if past else now
+        pairs = itertools.zip_longest(before["classes"], now["classes"])
+        changed = [split for split in splits if _differ(before[split], now[split])]
+    if other := next(((then, here) for then, here in pairs if then != here), None):
         raise BadInput(
-            f"{path.parent} belongs to a run on {_classes(past[-1], now)}; name another --workdir."
+            f"{path.parent} belongs to a run on {len(before['classes'])} classes, these images have"
+            f" {len(now['classes'])}, with {other[1]!r} for {other[0]!r}; name another --workdir."
         )
-    if jax.process_index() or (past and past[-1] == now):
+    if jax.process_index() or (past and before == now):
         return
-    if begun and past:
-        for change in _changes(past[-1], now, splits):
-            sys.stderr.write(f"warning: {path.parent} was begun with other images: {change}\n")
-    elif begun and not isinstance(splits["train"], Emoji):
-        sys.stderr.write(
+    for split in changed:
+        then, here = before[split]["images"], now[split]["images"]
+        print(
+            f"warning: {path.parent} has other {split} images than before ({then:,} then, {here:,}"
+            " now): its numbers are not those of a run never stopped",
+            file=sys.stderr,
+        )
+    if begun and not past and not isinstance(splits["train"], Emoji):
+        print(
             f"warning: {path.parent} was begun by an older version, which kept no record of its"
-            " images; where a tenth is held out, it is another tenth now\n"
+            " images; where a tenth is held out, it is another tenth now",
+            file=sys.stderr,
         )
     with replacing(path) as beside:
         beside.write_text(json.dumps([*past, now], indent=1) + "\n")
 
 
-def _changes(then: dict, now: dict, splits: Iterable[str]) -> Iterable[str]:
-    for split in splits:
-        old, new = then[split], now[split]
-        known = [name for name in ABOUT if old[name] is not None and new[name] is not None]
-        if what := [ABOUT[name] for name in known if old[name] != new[name]]:
-            yield (
-                f"{split} had {old['images']:,} and has {new['images']:,} ({', '.join(what)}"
-                " differ); its numbers are not those of a run never stopped"
-            )
-
-
-def _classes(then: dict, now: dict) -> str:
-    """How classes differ, as text."""
-    old, new = (dict.fromkeys(about["classes"]) for about in (then, now))
-    gone, added = [n for n in old if n not in new], [n for n in new if n not in old]
-    text = f"{len(old)} classes, these images have {len(new)}"
-    if gone or added:
-        text += f" (gone: {', '.join(gone[:3]) or 'none'}; new: {', '.join(added[:3]) or 'none'})"
-    return text if gone or added else f"{text}, in another order"
-
-
-def _digest(texts: Iterable[str]) -> str:
-    value = 0
-    for text in texts:
-        value = zlib.crc32(text.encode("utf-8", "surrogateescape") + b"\0", value)
-    return f"{value:08x}"
+def _differ(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    return any(then[name] != now[name] for name in now if None not in (then[name], now[name]))

@@ -105,13 +105,15 @@ def allow_open_files(more: int) -> None:
 
 
 @contextlib.contextmanager
-def sound(folder: epath.Path) -> Iterator[None]:
-    """Raises BadInput where a manifest lacks a field, or has one of another kind."""
+def sound(path: epath.Path) -> Iterator[None]:
+    """Raises BadInput where a JSON file lacks a field, or has one of another kind."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+    except (LookupError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        if isinstance(error, BadInput):
+            raise
         what = f"{type(error).__name__}: {error}"
-        raise BadInput(f"{folder / MANIFEST} is damaged ({what}); write it again.") from error
+        raise BadInput(f"{path} is damaged ({what}); write it again.") from error
 
 
 def shard_size(count: int) -> int:

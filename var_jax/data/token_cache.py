@@ -18,6 +18,7 @@ from var_jax.data.augmentation import augment_items
 from var_jax.data.inventory import checksum_of
 from var_jax.data.pipeline import epoch
 from var_jax.data.records import (
+    MANIFEST,
     Records,
     read_manifest,
     shard_size,
@@ -97,7 +98,7 @@ def open_tokens(
                 f"{folder} holds tokens made with {name}={short(found.get(name))}, but this run has"
                 f" {name}={short(ours)}."
             )
-    with sound(epath.Path(folder)):
+    with sound(epath.Path(folder) / MANIFEST):
         records = records_of(manifest, folder, split)
         records.check_complete()
         copies = int(manifest["copies"][split])

@@ -83,13 +83,9 @@ def _open_classes(
 
 def _classes(folder: epath.Path) -> tuple[list[str], dict[str, str]]:
     """Names of the folders in a folder, in order, and what else lies there."""
-    folders, others = [], {}
-    for name in sorted(_list(folder)):
-        if not (folder / name).is_dir():
-            others[name] = "beside the folders of classes"
-        else:
-            folders.append(name)
-    return folders, others
+    names = sorted(_list(folder))
+    folders = [name for name in names if (folder / name).is_dir()]
+    return folders, dict.fromkeys({*names} - {*folders}, "beside the folders of classes")
 
 
 def _images(folder: epath.Path, by_name: bool) -> tuple[list[tuple[str, int]], dict[str, str]]:
@@ -101,52 +97,48 @@ def _images(folder: epath.Path, by_name: bool) -> tuple[list[tuple[str, int]], d
     for name in sorted(_list(folder)):
         named = by_name and name.lower().endswith(SUFFIXES)
         if in_bucket(folder):
-            why, size = "" if named else "not named like images", 0
+            found = 0 if named else "not named like images"
         else:
-            why, size = _look(os.path.join(folder, name), named)
-        if why:
-            others[name] = why
+            found = _look(os.path.join(folder, name), named)
+        if isinstance(found, str):
+            others[name] = found
         else:
-            images.append((name, size))
+            images.append((name, found))
     return images, others
 
 
-def _look(path: str, named: bool) -> tuple[str, int]:
-    """Why a local file is no image, if it is none, and its size unless it is `named` like one."""
+def _look(path: str, named: bool) -> int | str:
+    """The size of an image file (0 if it is `named` like one), or why a local file is none."""
     if not os.path.isfile(path):  # opening a pipe might wait for ever
-        return "folders" if os.path.isdir(path) else "no files", 0
+        return "folders" if os.path.isdir(path) else "no files"
     if named:
-        return "", 0
+        return 0
     try:
         with open(path, "rb") as file:
             start, size = file.read(32), os.fstat(file.fileno()).st_size
     except PermissionError:
-        return "not readable by this user", 0
-    if begins_like_image(start):
-        return "", size
-    return "of no known format" if start else "empty", size
+        return "not readable by this user"
+    if not begins_like_image(start):
+        return "of no known format" if start else "empty"
+    return size
 
 
 def _no_images(folder: epath.Path, others: Mapping[str, str]) -> BadInput:
     """What to say of a folder without images: where the first ones lie, or what lies there."""
     tree = () if in_bucket(folder) else itertools.islice(os.walk(folder), 1000)
     for path, _, names in tree:
-        seen = (name for name in sorted(names) if not name.startswith("."))
-        image = next((name for name in seen if name.lower().endswith(SUFFIXES)), None)
-        if path == str(folder) and others:
+        images = [n for n in names if n.lower().endswith(SUFFIXES) and not n.startswith(".")]
+        if not images or (others and path == str(folder)):
             continue
-        if image and path == str(folder):
-            return BadInput(
-                f"{folder} holds images, but no folders; expected a folder of images for each"
-                " class."
-            )
-        if image:
-            root, last = os.path.split(os.path.dirname(path))
-            root = root if last in ("train", *VALIDATION) else os.path.dirname(path)
-            return BadInput(
-                f"{folder} holds no images itself, the first lies at {path}/{image}; expected"
-                f" images in a folder for each class, as {root} has them."
-            )
+        if path == str(folder):
+            wanted = "expected a folder of images for each class"
+            return BadInput(f"{folder} holds images, but no folders; {wanted}.")
+        root = os.path.dirname(path)
+        root = os.path.dirname(root) if os.path.basename(root) in ("train", *VALIDATION) else root
+        return BadInput(
+            f"{folder} holds no images itself, the first lies at {path}/{min(images)}; expected"
+            f" images in a folder for each class, as {root} has them."
+        )
     some = "".join(f" ({name!r} is left out: {why})" for name, why in [*others.items()][:1])
     return BadInput(
         f"{folder} holds no images{some}; every folder beside it counts as a class, too."

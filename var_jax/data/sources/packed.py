@@ -11,6 +11,7 @@ from etils import epath
 
 from var_jax import BadInput
 from var_jax.data.records import (
+    MANIFEST,
     Records,
     checksum,
     read_manifest,
@@ -29,7 +30,7 @@ def open_packed(folder: epath.Path, split: str) -> EncodedImages:
     Raises: BadInput if it is unfinished, incomplete or something else.
     """
     manifest = read_manifest(folder, KIND)
-    with sound(folder):
+    with sound(folder / MANIFEST):
         count, class_names = int(manifest["counts"][split]), tuple(manifest["class_names"])
         records = Records(str(folder), split, count, int(manifest["shard_size"]))
         if count < 1:
