@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from etils import epath
 
 from var_jax import BadInput
@@ -59,7 +58,7 @@ def remember(path: epath.Path, splits: Mapping[str, Source], *, begun: bool) -> 
 
     `begun` says that the run has made steps before.
 
-    Raises: BadInput if the classes have changed: labels would not mean what they did.
+    Raises: BadInput if its classes have changed: labels would not mean what they did.
     """
     now: dict[str, Any] = {split: describe_data(source) for split, source in splits.items()}
     now["classes"] = list(next(iter(splits.values())).class_names)
@@ -68,14 +67,15 @@ def remember(path: epath.Path, splits: Mapping[str, Source], *, begun: bool) -> 
         before = past[-1] if past else now
         pairs = itertools.zip_longest(before["classes"], now["classes"])
         changed = [split for split in splits if _differ(before[split], now[split])]
-    if other := next(((then, here) for then, here in pairs if then != here), None):
+    other = next(((then, here) for then, here in pairs if then != here), None)
+    if other and begun:
         raise BadInput(
             f"{path.parent} belongs to a run on {len(before['classes'])} classes, these images have"
             f" {len(now['classes'])}, with {other[1]!r} for {other[0]!r}; name another --workdir."
         )
-    if jax.process_index() or (past and before == now):
+    if past and before == now:
         return
-    for split in changed:
+    for split in changed if begun else ():
         then, here = before[split]["images"], now[split]["images"]
         print(
             f"warning: {path.parent} has other {split} images than before ({then:,} then, {here:,}"

@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int64
 
-from var_jax import BadInput
+from var_jax import BadInput, Failure
 from var_jax.data.sources import Source
 
 Batch = dict[str, np.ndarray]
@@ -131,9 +131,9 @@ class _Workers(grain.DatasetIterator):
             ):
                 raise
             why = f"{SHARED} is full" if int(code[1]) == -signal.SIGBUS else "memory may be full"
-            raise RuntimeError(
+            raise Failure(
                 f"a worker that makes batches died (exit code {code[1]}): {why}; a smaller"
-                " data.workers needs less, and 0 makes them in this process."
+                " data.workers needs less, and 0 makes them in this process"
             ) from error
         self._next += 1
         return batch

@@ -37,6 +37,9 @@ def transformer_from(
     check_source(directory, fresh.config)
     old: Transformer = load_parts(directory)[0]["transformer"]
     old_names = tuple(load_config(directory)["class_names"])
+    if jax.process_index() == 0:
+        known = sum(name in old_names for name in class_names)
+        print(f"{directory} knows {known} of the {len(class_names)} classes", flush=True)
     given = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(old)}
     sides = old.config.patch_nums, fresh.config.patch_nums
     if sides[0] != sides[1]:
