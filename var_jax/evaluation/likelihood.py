@@ -1,5 +1,6 @@
 """How likely a model finds tokens: log p(tokens | class), exact, scale by scale (VAR eq. 4)."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -7,11 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from var_jax.data.pipeline import epoch
+from var_jax.data.sources import Source
 from var_jax.models.quantizer import Quantizer
+from var_jax.models.tokenizer import Tokenizer, encode_images
 from var_jax.models.var import Transformer, score_tokens
 from var_jax.schedule import slices
 from var_jax.sharding.ops import data_parallel
 from var_jax.sharding.rows import in_batches
+from var_jax.tools.logs import progress
+
+PART = 1024  # images in memory
 
 
 def log_likelihood(
@@ -27,7 +34,7 @@ def log_likelihood(
     the batch. float64, so that sums over a set are exact.
     """
     rows = {"tokens": tokens, "labels": labels}
-    found = in_batches(_by_scale, (quantizer, transformer), rows, batch_size)
+    found, _ = in_batches(_by_scale, (quantizer, transformer), rows, batch_size)
     return found.astype(np.float64)
 
 
@@ -66,11 +73,63 @@ def class_scores(
     return given - alone
 
 
+def likelihood_figures(
+    tokenizer: Tokenizer, transformer: Transformer, source: Source, batch_size: int = 64
+) -> dict[str, float]:
+    """What a set costs: nats a token, bits an image and accuracy, of all scales and of each.
+
+    Labels are never dropped; no image counts twice, whatever the batch size.
+    """
+    sides = transformer.config.patch_nums
+    cost, right = np.zeros(len(sides)), np.zeros(len(sides))
+    with progress(len(source), 0, "likelihood") as bar:
+        for batch in parts(source):
+            tokens = in_batches(encode_images, tokenizer, batch["image"], batch_size)
+            rows = {"tokens": tokens, "labels": batch["label"]}
+            weights = tokenizer.quantizer, transformer
+            found, hits = in_batches(_by_scale, weights, rows, batch_size)
+            cost -= found.sum(0, dtype=np.float64)
+            right += hits.sum(0, dtype=np.float64)
+            bar.update(len(tokens))
+    length, bits = len(source) * np.square(sides), cost / np.log(2) / len(source)
+    figures = {"loss": cost.sum() / length.sum(), "accuracy": right.sum() / length.sum()}
+    figures["bits_per_image"] = bits.sum()
+    for k in range(len(sides)):
+        each = {"loss": cost[k] / length[k], "accuracy": right[k] / length[k], "bits": bits[k]}
+        figures |= {f"{name}_scale{k + 1}": value for name, value in each.items()}
+    return {name: float(value) for name, value in figures.items()}
+
+
+def classification_figures(
+    tokenizer: Tokenizer, transformer: Transformer, source: Source, batch_size: int = 64
+) -> dict[str, float]:
+    """How often the class of an image is the likeliest one, or among the five likeliest."""
+    first = fifth = 0
+    with progress(len(source), 0, "classifying") as bar:
+        for batch in parts(source):
+            tokens = in_batches(encode_images, tokenizer, batch["image"], batch_size)
+            each = class_log_likelihoods(tokenizer.quantizer, transformer, tokens, batch_size)
+            better = (each > np.take_along_axis(each, batch["label"][:, None], 1)).sum(1)
+            first, fifth = first + (better == 0).sum(), fifth + (better < 5).sum()
+            bar.update(len(tokens))
+    top = {"accuracy": first, "accuracy_top5": fifth}
+    return {f"zero_shot_{name}": float(hits / len(source)) for name, hits in top.items()}
+
+
+def parts(source: Source) -> Iterator[dict[str, np.ndarray]]:
+    """Images and labels of a source, some at a time."""
+    for batch in epoch(source, PART):
+        yield {name: batch[name][batch["mask"]] for name in ("image", "label")}
+
+
 @jax.jit
-def _by_scale(weights: tuple[Quantizer, Transformer], rows: Any) -> Float[Array, "B K"]:
+def _by_scale(
+    weights: tuple[Quantizer, Transformer], rows: Any
+) -> tuple[Float[Array, "B K"], Int32[Array, "B K"]]:
+    """log p in nats, and how many tokens are the likeliest ones."""
     quantizer, transformer = weights
     inputs = data_parallel(Quantizer.teacher_forcing_inputs)(quantizer, rows["tokens"])
-    target, total, _ = score_tokens(transformer(rows["labels"], inputs), rows["tokens"])
-    found = target - total
+    target, total, right = score_tokens(transformer(rows["labels"], inputs), rows["tokens"])
     places = slices(transformer.config.patch_nums)
-    return jnp.stack([found[:, place].sum(axis=1) for place in places], axis=1)
+    by_scale = lambda x: jnp.stack([x[:, place].sum(axis=1) for place in places], axis=1)
+    return by_scale(target - total), by_scale(right.astype(jnp.int32))

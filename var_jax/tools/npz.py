@@ -132,6 +132,12 @@ def join_npz(
                     member.write(np.ascontiguousarray(array).data)
 
 
+def npz_names(path: str | PurePath) -> list[str]:
+    """The names of the arrays of an npz, none of which is read."""
+    with epath.Path(path).open("rb") as file, zipfile.ZipFile(file) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
 def load_npz(path: str | PurePath, *names: str) -> dict[str, np.ndarray]:
     """The named arrays of an npz, all of them by default."""
     with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:

@@ -1,0 +1,114 @@
+"""evaluate: from images or a checkpoint to the figures, whoever draws and whenever it stops."""
+
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+from running import complaint, run
+
+from var_jax.evaluation import features
+from var_jax.evaluation.statistics import Moments
+
+
+@pytest.fixture
+def mean_colours(monkeypatch):
+    """In place of a network: the colours of four quarters of the image, which compile at once."""
+
+    def quarters(weights, images):
+        n, side = images.shape[0], images.shape[1] // 2
+        cells = images.reshape(n, 2, side, 2, side, 3).astype("float32").mean((2, 4))
+        return cells.reshape(n, 12) / 255 * weights
+
+    network = features.name_network("quarters", features.pool_of(quarters), np.float32(1))
+    monkeypatch.setattr("var_jax.evaluate.load_network", lambda spec: network)
+
+
+def write_images(path, seed, count=40):
+    images = np.random.default_rng(seed).integers(0, 256, (count, 16, 16, 3), np.uint8)
+    np.savez(path, arr_0=images, labels=np.arange(count) % 2)
+    return images
+
+
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_samples_beside_a_reference(tmp_path, mean_colours):
+    for name, seed in (("a", 0), ("b", 1)):
+        write_images(tmp_path / f"{name}.npz", seed)
+    flags = ("--samples", tmp_path / "a.npz", "--out", tmp_path / "out")
+    code, out, err = run("evaluate", *flags, "--reference", tmp_path / "b.npz")
+    assert code == 0, err
+    found = metrics(tmp_path / "out")
+    assert found["fd_quarters"] > 0 and f"{found['fd_quarters']:.4f}" in out
+    saved = tmp_path / "out" / "features" / "reference.npz"
+    again = (*flags[:3], tmp_path / "again", "--reference", saved)
+    assert run("evaluate", *again)[0] == 0
+    assert metrics(tmp_path / "again")["fd_quarters"] == found["fd_quarters"]
+    code, _, _ = run("evaluate", *flags, "--reference", tmp_path / "a.npz")
+    assert code == 0 and abs(metrics(tmp_path / "out")["fd_quarters"]) < 1e-6
+
+
+def test_features_are_kept_and_belong_to_their_images(tmp_path, mean_colours, monkeypatch):
+    monkeypatch.setattr(features, "PART", 16)
+    images = write_images(tmp_path / "a.npz", 0)
+    flags = ("--samples", tmp_path / "a.npz", "--reference", tmp_path / "a.npz")
+    assert run("evaluate", *flags, "--out", tmp_path / "out")[0] == 0
+    paths = sorted((tmp_path / "out" / "features").glob("quarters-*.npz"))
+    assert len(paths) == 3
+    times = [path.stat().st_mtime_ns for path in paths]
+    paths[1].unlink()  # as if stopped between
+    assert run("evaluate", *flags, "--out", tmp_path / "out")[0] == 0
+    again = [path.stat().st_mtime_ns for path in paths]
+    assert (again[0], again[2]) == (times[0], times[2]) and again[1] > times[1]
+    whole = features.Features(tuple(map(epath.Path, paths)), 40).moments("pool")
+    cells = images.reshape(40, 2, 8, 2, 8, 3).mean((2, 4)).reshape(40, 12) / 255
+    np.testing.assert_allclose(whole.mean, Moments.of(cells).mean, rtol=1e-5)
+    np.testing.assert_allclose(whole.covariance, np.cov(cells.T), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_sampled_and_swept(tmp_path, untrained, mean_colours):
+    flags = ("--checkpoint", untrained, "--reference", "emoji", "--num", 18, "--batch_size", 16)
+    code, _, err = run("evaluate", *flags, "--cfg", "0,1.5", "--out", tmp_path / "out")
+    assert code == 0, err
+    sets = metrics(tmp_path / "out")["sets"]
+    assert {"cfg0", "cfg1.5", "held-out images"} == {*sets}
+    assert sets["cfg0"]["fd_quarters"] != sets["cfg1.5"]["fd_quarters"]
+    with np.load(tmp_path / "out" / "cfg0" / "samples.npz") as samples:
+        assert np.bincount(samples["labels"]).tolist() == [2] * 9
+    time = (tmp_path / "out" / "cfg0" / "samples.npz").stat().st_mtime_ns
+    assert run("evaluate", *flags, "--cfg", "0,1.5", "--out", tmp_path / "out")[0] == 0
+    assert (tmp_path / "out" / "cfg0" / "samples.npz").stat().st_mtime_ns == time
+    said = complaint("evaluate", *flags, "--cfg", "0,1.5", "--seed", 1, "--out", tmp_path / "out")
+    assert "--seed=0, not 1" in said
+
+
+@pytest.mark.slow
+def test_a_checkpoint_on_data(tmp_path, untrained, mean_colours):
+    flags = ("--checkpoint", untrained, "--source", "emoji", "--out", tmp_path / "out")
+    assert run("evaluate", *flags, "--likelihood")[0] == 0
+    found = metrics(tmp_path / "out")
+    by_scale = [found[f"bits_scale{k}"] for k in (1, 2, 3)]
+    np.testing.assert_allclose(sum(by_scale), found["bits_per_image"])
+    np.testing.assert_allclose(found["bits_per_image"] * np.log(2) / 21, found["loss"])
+    assert run("evaluate", *flags, "--tokenizer")[0] == 0
+    found = metrics(tmp_path / "out")
+    assert found["psnr"] > 0 and found["rfd_quarters"] > 0 and 1 <= found["perplexity_scale3"] <= 64
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ((), "give one of --reference, --likelihood"),
+        (("--reference", "emoji"), "give --checkpoint, or --samples"),
+        (("--samples", "x.npz", "--likelihood"), "give --checkpoint, or --samples"),
+        (("--checkpoint", "emoji", "--likelihood"), "--likelihood needs --source"),
+        (("--samples", "none.npz", "--reference", "emoji"), "none.npz"),
+        (("--samples", "x.npz", "--reference", "x.npz", "--features", "no.pth"), "no.pth"),
+    ],
+)
+def test_bad_input(tmp_path, flags, sentence):
+    assert sentence in complaint("evaluate", *flags, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

