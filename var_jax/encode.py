@@ -88,11 +88,12 @@ def encode_npz(args: flags.FlagValues) -> None:
 def write_token_cache(args: flags.FlagValues) -> None:
     """Writes the token cache of both splits; hosts share shards, not batches."""
     host, count_of_hosts = hosts.place(args)
+    hosts.check_shared("--out", args.out)
     mesh = make_mesh(data=-1, fsdp=1, tensor=1, devices=jax.local_devices())
     check_batch("--batch_size", args.batch_size, mesh)
     with jax.set_mesh(mesh):
         tokenizer = load_tokenizer(args.checkpoint, mesh)
-        jax.distributed.shutdown()  # if it runs at all: from here on no host waits for another
+        hosts.leave()
         size = tokenizer.config.image_size
         sources = {
             split: open_source(args.images, split, size, args.resize)

@@ -91,6 +91,7 @@ def main(args: flags.FlagValues) -> None:
     if args.show_scales and args.smooth:
         raise BadInput("--show_scales needs tokens, and --smooth mixes them; give one of the two.")
     hosts.join(args)
+    hosts.check_shared("--out", args.out)
     mesh = mesh_for_sampling(args.checkpoint, args.fsdp)
     model = var_jax.load(args.checkpoint, mesh=mesh, dtype=args.dtype)
     labels, out = wanted_labels(args, model), epath.Path(args.out)

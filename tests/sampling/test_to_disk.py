@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from var_jax import BadInput
+from var_jax import BadInput, Failure
 from var_jax.sampling import to_disk
 from var_jax.sampling.to_disk import Job, runs
 from var_jax.tools.npz import load_npz, save_npz
@@ -98,7 +98,7 @@ def test_each_host_writes_the_rows_it_has(tmp_path, wanted, monkeypatch):
         begun = job(tmp_path / "out", batch_size=8)
         if host == 0:
             begun.sample(np.arange(len(LABELS), dtype=np.int32))
-            with pytest.raises(FileNotFoundError, match="holds no image 2, which"):
+            with pytest.raises(Failure, match="holds no image 2, which"):
                 begun.finish()
         else:  # it starts with the first, and does not see what that has written
             monkeypatch.setattr(Job, "missing", lambda self, prefix, n: np.ones(n, np.int32))

@@ -16,7 +16,7 @@ from etils import epath
 from jax.experimental.multihost_utils import sync_global_devices
 from jaxtyping import Bool, Float, Int, Int32, Shaped
 
-from var_jax import BadInput
+from var_jax import BadInput, Failure
 from var_jax.sampling.generate import Sampler, generate
 from var_jax.sampling.reject import best, candidates
 from var_jax.sharding.mesh import of_first
@@ -157,7 +157,7 @@ class Job:
                 parts.append((path, done - rows.start))
                 done = rows.stop
         if done < count:
-            raise FileNotFoundError(f"{self.parts} holds no image {done}, which was written there.")
+            raise Failure(f"{self.parts} holds no image {done}, which was written there.")
         return parts
 
     def rows(self, name: str, count: int, prefix: str = "") -> Shaped[np.ndarray, "N ..."]:

@@ -24,6 +24,7 @@ from var_jax.tools import ending
 
 SECONDS = 0.5  # between looks at what other hosts say
 PATIENCE = 10.0  # seconds for a file of one host to appear on another
+_left = threading.Event()  # set once this process no longer listens to the others
 
 
 def define_flags() -> None:
@@ -78,6 +79,13 @@ def join(args: flags.FlagValues) -> None:
         _end_together()
 
 
+def leave() -> None:
+    """Leaves the others for good: from then on no host waits for another, or ends with it."""
+    _left.set()
+    ending.process.stop_all = ending.process.end_all = None
+    jax.distributed.shutdown()
+
+
 def check_shared(flag: str, folder: str | PurePath) -> None:
     """Raises BadInput, naming `flag`, unless every host sees what process 0 writes in `folder`."""
     if jax.process_count() == 1:
@@ -109,7 +117,7 @@ def _end_together() -> None:
     from jax._src.distributed import global_state  # jax shows its client nowhere else
 
     client: Any = global_state.client
-    me, count, over = jax.process_index(), jax.process_count(), threading.Event()
+    me, count = jax.process_index(), jax.process_count()
 
     def say(key: str, value: str) -> None:
         with contextlib.suppress(RuntimeError):  # another host was first, or process 0 is gone
@@ -141,7 +149,7 @@ def _end_together() -> None:
 
     def listen() -> None:
         agreed = False
-        while not over.wait(SECONDS):
+        while not _left.wait(SECONDS):
             if said := heard("end"):
                 leave(*json.loads(said))
             if not agreed and heard("stop"):
@@ -155,4 +163,4 @@ def _end_together() -> None:
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
     # Ahead of jax's own end, which would make a look fail.
-    atexit.register(lambda: (over.set(), thread.join(4 * SECONDS)))
+    atexit.register(lambda: (_left.set(), thread.join(4 * SECONDS)))
