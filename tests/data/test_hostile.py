@@ -223,6 +223,18 @@ def test_a_file_of_a_terabyte_is_not_read(tmp_path):
     assert next(iter(source.skipped)).endswith("huge.jpg")
 
 
+def test_more_shards_than_files_may_be_open(tmp_path):
+    records = Records(str(tmp_path), "train", 150, 1)
+    for i in range(150):
+        write_shard(records.path(i), [b"%d" % i])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+        assert [int(records[i]) for i in range(150)] == [*range(150)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 @pytest.mark.parametrize("record", [b"", b"\0", b"\0" * 10, b"\0" * 14])
 def test_token_records_of_another_length(tmp_path, record):
     records = Records(str(tmp_path), "train", 1, 1)

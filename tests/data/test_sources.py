@@ -122,7 +122,9 @@ def test_prepared_set_is_the_tree(tree, tmp_path, monkeypatch, capsys):
         flags.DEFINE_string(name, str(value), "", flag_values=args)
     args.mark_as_parsed()
     prepare.main(args)  # nothing is left to do
-    assert capsys.readouterr().out.startswith("15 train and 6 validation images of 3 classes")
+    counted, done = capsys.readouterr().out.splitlines()
+    assert counted == f"{tree}: 15 train and 6 validation images of 3 classes"
+    assert done.startswith("15 train and 6 validation images of 3 classes")
     for split, source in splits.items():
         prepared = open_encoded(str(tmp_path / "out"), split)
         assert contents(prepared) == contents(source)

@@ -13,7 +13,7 @@ from etils import epath
 
 from var_jax import BadInput
 from var_jax.data.records import checksum, sound
-from var_jax.data.sources import ArraySource, Emoji, ImageSource, Source
+from var_jax.data.sources import ArraySource, Emoji, EncodedImages, ImageSource, Source
 from var_jax.tools.files import replacing
 
 
@@ -37,14 +37,15 @@ def checksum_of(source: Source) -> str:
     return checksum(len(source), lambda i: (source.images[i].tobytes(), source.labels[i]))
 
 
-def count(name: str, splits: Mapping[str, Source]) -> str:
+def count(name: str, splits: Mapping[str, Source | EncodedImages]) -> str:
     """A line that says how many images and classes there are, and what was left out and why."""
     counts = " and ".join(f"{len(source):,} {split}" for split, source in splits.items())
     classes = len(next(iter(splits.values())).class_names)
     line = f"{name}: {counts} images of {classes:,} class{'es' * (classes != 1)}"
     left_out = {}
     for source in splits.values():
-        left_out |= source.encoded.left_out if isinstance(source, ImageSource) else {}
+        images = source.encoded if isinstance(source, ImageSource) else source
+        left_out |= images.left_out if isinstance(images, EncodedImages) else {}
     if not left_out:
         return line
     reasons = collections.Counter(left_out.values()).most_common()
