@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from jaxtyping import Bool, Int32, Shaped, UInt8
 from PIL import Image
 
@@ -36,6 +35,7 @@ from var_jax.schedule import num_tokens
 from var_jax.sharding.mesh import AXES, check_model, using
 from var_jax.sharding.rows import in_batches
 from var_jax.tools.images import grid
+from var_jax.tools.paths import user_path
 
 EXPLICIT = jax.sharding.AxisType.Explicit
 LARGEST = 1024  # side of what any model paints; larger images may be read reduced
@@ -383,7 +383,7 @@ def read_image(path: str | PurePath, name: str = "image", backdrop: str = "white
     Raises: BadInput, which calls it `name`, if it is none.
     """
     try:
-        return decode(epath.Path(path).read_bytes(), LARGEST, backdrop)
+        return decode(user_path(path, name).read_bytes(), LARGEST, backdrop)
     except OSError as error:
         raise BadInput(f"{name}={path} cannot be read: {error.strerror or error}.") from error
     except Unreadable as error:

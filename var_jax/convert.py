@@ -13,11 +13,14 @@ import sys
 from absl import flags
 
 from var_jax import BadInput
+from var_jax.checkpoints.export import check_replaceable
+from var_jax.checkpoints.storage import resolve
 from var_jax.checkpoints.torch.convert import constructor, read_models, summary, write_models
 from var_jax.config import SamplingConfig
 from var_jax.data.sources.imagenet import class_names
 from var_jax.models.load import build, load_parts, save_parts
 from var_jax.tools import cli
+from var_jax.tools.files import output_folder
 
 FROM_TORCH = ("tokenizer", "transformer", "patch_nums", "num_heads", "codebook_znorm", "out")
 TO_TORCH = ("checkpoint", "to_torch", "format")
@@ -55,11 +58,12 @@ def from_torch(args: flags.FlagValues) -> None:
     """PyTorch files → checkpoint."""
     paths = {"tokenizer": args.tokenizer, "transformer": args.transformer}
     paths = {name: path for name, path in paths.items() if path}
-    schedule = patch_nums(args.patch_nums)
+    schedule, out = patch_nums(args.patch_nums), output_folder(args.out)
+    check_replaceable(resolve(out))  # ahead of reading, which takes minutes
     models, usage = read_models(paths, build, schedule, args.num_heads, args.codebook_znorm)
     known = "transformer" in models
     names = class_names(models["transformer"].config.num_classes) if known else ()
-    save_parts(args.out, models, names, SamplingConfig(), usage)
+    save_parts(out, models, names, SamplingConfig(), usage)
     print(f"{args.out} holds {' and '.join(map(summary, models.values()))}")
 
 
@@ -76,8 +80,9 @@ def patch_nums(given: list[str] | None) -> tuple[int, ...] | None:
 
 def to_torch(args: flags.FlagValues) -> None:
     """Checkpoint → PyTorch files that the release loads strictly."""
+    out = output_folder(args.to_torch, "--to_torch")
     models, usage = load_parts(args.checkpoint)
-    paths, left_out = write_models(models, usage, args.to_torch, args.format)
+    paths, left_out = write_models(models, usage, out, args.format)
     for sentence in left_out.values():
         print(sentence, file=sys.stderr)
     for name, path in paths.items():

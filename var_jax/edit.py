@@ -24,6 +24,7 @@ from var_jax.data.decoding import crop
 from var_jax.sampling.masks import Box, box_mask
 from var_jax.sharding.mesh import data_mesh
 from var_jax.tools import cli
+from var_jax.tools.files import output_folder
 from var_jax.tools.images import before_and_after, grid, save_png
 from var_jax.tools.npz import save_npz
 
@@ -65,6 +66,7 @@ def main(args: flags.FlagValues) -> None:
     box = read_box(args)
     original = read_image(args.image, "--image")
     mask = read_mask(args.mask, original) if box is None else None
+    out = output_folder(args.out)
     model = var_jax.load(args.checkpoint, mesh=data_mesh())
     image = crop(original, model.image_size, resize=1)
     repaint, pixels = areas(args, model, box, mask)
@@ -79,7 +81,7 @@ def main(args: flags.FlagValues) -> None:
     arrays = {"arr_0": results, "keep": keep.astype(np.int32)}
     if not args.smooth:  # mixed codes are no tokens
         arrays["tokens"] = made.tokens
-    write(epath.Path(args.out), before_and_after(image, pixels, results), arrays)
+    write(out, before_and_after(image, pixels, results), arrays)
 
 
 def read_box(args: flags.FlagValues) -> Box | None:

@@ -18,7 +18,6 @@ reads `arr_0`, uint8 (N,H,W,3), of the size that the tokenizer was made for, and
 import jax
 import numpy as np
 from absl import flags
-from etils import epath
 
 from var_jax import BadInput
 from var_jax.config import MAX_SEED
@@ -31,6 +30,7 @@ from var_jax.sharding import hosts
 from var_jax.sharding.mesh import check_batch, data_mesh, make_mesh, using
 from var_jax.sharding.rows import in_batches
 from var_jax.tools import cli
+from var_jax.tools.files import output_folder
 from var_jax.tools.logs import progress
 from var_jax.tools.npz import Images, save_npz
 
@@ -66,7 +66,7 @@ def main(args: flags.FlagValues) -> None:
 
 def encode_npz(args: flags.FlagValues) -> None:
     """Writes the codes of an npz of images."""
-    images, mesh = Images(args.images), data_mesh()
+    images, mesh, out = Images(args.images), data_mesh(), output_folder(args.out)
     with using(mesh), progress(images.shape[0], 0, "encoding") as bar:
         tokenizer = load_tokenizer(args.checkpoint, mesh)
         side, parts = tokenizer.config.image_size, []
@@ -80,7 +80,7 @@ def encode_npz(args: flags.FlagValues) -> None:
             padded = np.resize(batch, (size, *batch.shape[1:]))  # one program serves all
             parts.append(in_batches(encode_images, tokenizer, padded, size)[: len(batch)])
             bar.update(len(batch))
-    path, tokens = epath.Path(args.out) / "tokens.npz", np.concatenate(parts)
+    path, tokens = out / "tokens.npz", np.concatenate(parts)
     save_npz(path, tokens=tokens)
     print(f"{len(tokens)} x {tokens.shape[1]} tokens are in {path}")
 
@@ -88,7 +88,8 @@ def encode_npz(args: flags.FlagValues) -> None:
 def write_token_cache(args: flags.FlagValues) -> None:
     """Writes the token cache of both splits; hosts share shards, not batches."""
     host, count_of_hosts = hosts.place(args)
-    hosts.check_shared("--out", args.out)
+    out = output_folder(args.out, locks=host == 0)  # for all hosts
+    hosts.check_shared("--out", out)
     mesh = make_mesh(data=-1, fsdp=1, tensor=1, devices=jax.local_devices())
     check_batch("--batch_size", args.batch_size, mesh)
     with jax.set_mesh(mesh):
@@ -100,7 +101,6 @@ def write_token_cache(args: flags.FlagValues) -> None:
             for split in ("train", "validation")
         }
         print(count(args.images, sources), flush=True)
-        out = epath.Path(args.out)
         manifest = write_cache(
             tokenizer, sources, out, mesh=mesh, batch_size=args.batch_size, copies=args.copies,
             seed=args.seed, flip=args.flip, shift=args.shift, host=host, hosts=count_of_hosts,

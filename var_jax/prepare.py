@@ -9,13 +9,13 @@ command continues where it was.
 """
 
 from absl import flags
-from etils import epath
 
 from var_jax import BadInput
 from var_jax.data.inventory import count
 from var_jax.data.sources import SPLITS, open_encoded
 from var_jax.data.sources.packed import pack
 from var_jax.tools import cli
+from var_jax.tools.files import output_folder
 
 
 def define_flags() -> None:
@@ -27,9 +27,10 @@ def main(args: flags.FlagValues) -> None:
     """Packs both splits."""
     if args.source == "emoji" or args.source.endswith(".npz"):
         raise BadInput(f"--source={args.source} needs no packing; it is a data.source as it is.")
+    out = output_folder(args.out)
     splits = {split: open_encoded(args.source, split) for split in SPLITS}
     print(count(args.source, splits), flush=True)
-    pack(splits, epath.Path(args.out))
+    pack(splits, out)
     counts = " and ".join(f"{len(images)} {split}" for split, images in splits.items())
     print(f"{counts} images of {len(splits['train'].class_names)} classes are in {args.out}")
 

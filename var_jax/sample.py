@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from etils import epath
 from jax.experimental.multihost_utils import sync_global_devices
 from jaxtyping import Int32, UInt8
 
@@ -32,6 +31,7 @@ from var_jax.schedule import num_tokens
 from var_jax.sharding import hosts
 from var_jax.sharding.mesh import of_first, using
 from var_jax.tools import cli
+from var_jax.tools.files import output_folder
 from var_jax.tools.images import grid, save_png
 from var_jax.tools.plugins import find_function
 
@@ -91,10 +91,11 @@ def main(args: flags.FlagValues) -> None:
     if args.show_scales and args.smooth:
         raise BadInput("--show_scales needs tokens, and --smooth mixes them; give one of the two.")
     hosts.join(args)
-    hosts.check_shared("--out", args.out)
+    out = output_folder(args.out, locks=jax.process_index() == 0)  # for all hosts
+    hosts.check_shared("--out", out)
     mesh = mesh_for_sampling(args.checkpoint, args.fsdp)
     model = var_jax.load(args.checkpoint, mesh=mesh, dtype=args.dtype)
-    labels, out = wanted_labels(args, model), epath.Path(args.out)
+    labels = wanted_labels(args, model)
     score = load_scorer(args, model) if args.reject < 1 else None
     settings = model.settings(args.cfg, args.top_k, cli.numbers("--top_p", args.top_p))
     weights = Weights(model.models.tokenizer, model.models.transformer)

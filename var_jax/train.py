@@ -9,12 +9,12 @@ speed.jsonl, tensorboard/; and to continue from: config.json, tokenizer/, transf
 
 import jax
 from absl import flags
-from etils import epath
 
 from var_jax.config import Config, from_dict
 from var_jax.sharding import hosts
 from var_jax.tools import cli
 from var_jax.tools.configs import config_name, load_config
+from var_jax.tools.files import output_path
 from var_jax.training.run import train
 
 
@@ -30,7 +30,8 @@ def main(args: flags.FlagValues) -> None:
     """Trains and prints what the run found."""
     config = from_dict(Config, load_config(args.config, args.config_field))
     hosts.join(args)
-    workdir = epath.Path(args.workdir or f"runs/{config_name(args.config)}")
+    default = f"runs/{config_name(args.config)}"
+    workdir = output_path(default if args.workdir is None else args.workdir, "--workdir")
     summary = train(config, workdir, profile=args.profile)
     if jax.process_index() == 0:
         print("\n".join(f"{name:32s} {value:.4g}" for name, value in summary.items()))

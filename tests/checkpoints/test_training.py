@@ -236,3 +236,41 @@ def test_a_full_disk_is_an_error_and_leaves_the_earlier_one(tmp_path):
         again.close()
     finally:
         subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+NAMES = (
+    "lr[1e-3]",
+    "[!a]",
+    "a*b",
+    "**",
+    "a?b",
+    "a%20b",
+    "a#b",
+    "a@b",
+    "a:b",
+    "a b",
+    "a\nb",
+    "é漢😀",
+)
+NAMES += ("-x", "{a,b}", "$HOME", "'\"", "x" * 240, "100", "tail~", "a.npz", "t.orbax-x")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_of_any_name(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, folder in enumerate((tmp_path / name, Path(name) / ".." / name)):
+        run = Checkpoints(folder)
+        run.save(i, {"w": jnp.arange(6.0)}, {"next": 1}, wait=True)
+        run.close()
+        again = Checkpoints(folder)
+        step, state, _ = again.restore({"w": jax.ShapeDtypeStruct((6,), jnp.float32)})
+        again.close()
+        np.testing.assert_array_equal(state["w"], np.arange(6.0))
+        assert step == i
+
+
+def test_a_folder_that_tensorstore_reads_as_another(tmp_path):
+    for folder in (tmp_path / "a\\b", tmp_path / "a\\b" / "c"):
+        with pytest.raises(BadInput, match="backslash"):
+            Checkpoints(folder)
+    assert not list(tmp_path.iterdir())

@@ -70,7 +70,7 @@ def check_replaceable(target: epath.Path) -> None:
     if target.exists() and not target.is_dir():
         raise BadInput(f"{target} is a file; expected a directory to write a checkpoint to.")
     others = {path.name for path in target.iterdir()} if target.exists() else set()
-    if others := sorted(others - {"config.json", "weights"}):
+    if others := sorted(others - {"config.json", "weights", ".lock"}):
         raise BadInput(
             f"{target} holds {others[0]!r}; expected a new directory or one that holds only a "
             "checkpoint (config.json and weights)."

@@ -6,6 +6,7 @@ work on local and `gs://` directories and from any mesh to any other.
 
 import base64
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
@@ -18,7 +19,8 @@ from orbax.checkpoint import v1 as ocp
 
 from var_jax import BadInput
 from var_jax.tools.buckets import checksums
-from var_jax.tools.files import in_bucket
+from var_jax.tools.files import check_separators, in_bucket
+from var_jax.tools.paths import user_path
 from var_jax.tools.trees import flatten
 
 RECORD = "files.json"
@@ -27,9 +29,10 @@ MAX_CHECKSUMMED = 2**32  # bytes of a checkpoint; larger ones would take seconds
 
 def resolve(directory: str | PurePath) -> epath.Path:
     """The absolute path of a local directory, or the address of a bucket."""
-    path = epath.Path(directory)
-    # `resolve` would take a bucket's name for a local folder; Orbax wants local paths absolute.
-    return path if in_bucket(directory) else path.expanduser().resolve()
+    path = user_path(directory)
+    check_separators(path)
+    # Orbax wants local paths absolute; as the system sees them, where links and .. come together.
+    return path if in_bucket(path) else epath.Path(os.path.realpath(path))
 
 
 def context(before_commit: Callable[[], None] | None = None) -> ocp.Context:

@@ -31,6 +31,7 @@ from var_jax.data.sources.base import Item
 from var_jax.models.tokenizer import Tokenizer, encode_images
 from var_jax.schedule import num_tokens
 from var_jax.sharding.mesh import put_batch
+from var_jax.tools.paths import user_path
 
 KIND = "a token cache"  # in manifests
 RECORD = np.dtype("<u2")  # label and tokens below 65,536; array_record compresses the rest
@@ -79,6 +80,7 @@ def open_tokens(
 
     Raises: BadInput if it is of another tokenizer, images or crops, unfinished or no cache.
     """
+    folder = str(user_path(folder, "data.tokens"))
     manifest = read_manifest(epath.Path(folder), KIND)
     found = manifest | {
         f"{split}_images": manifest.get("pictures", {}).get(split),

@@ -20,6 +20,7 @@ from absl import logging as absl_logging
 from var_jax import BadInput, Failure
 from var_jax.tools import ending
 from var_jax.tools.configs import did_you_mean
+from var_jax.tools.files import release_locks
 from var_jax.tools.settings import pin_settings
 
 Main = Callable[[flags.FlagValues], None]
@@ -93,6 +94,7 @@ def call(
             sentence = f"{sentence.rstrip('.')}; {_keep_traceback(error)}"
         message = f"error: {sentence}"
     finally:
+        release_locks()
         for name in set(args) - before:
             delattr(args, name)
         if not was_parsed:
@@ -135,9 +137,7 @@ def numbers(name: str, words: list[str] | None) -> tuple[float, ...] | None:
 
 
 def _parse(args: flags.FlagValues, argv: Sequence[str]) -> None:
-    home = os.path.expanduser("~/")  # as in --out=~/samples, which no shell expands
-    words = [re.sub(r"^(--[\w.]+=)~/", lambda flag: flag[1] + home, word) for word in argv]
-    words = [re.sub(r"^--config\.", "--config_field=", word) for word in words]
+    words = [re.sub(r"^--config\.", "--config_field=", word) for word in argv]
     for i in reversed(range(len(words) - 1)):  # --config.a.b v
         if re.fullmatch(r"--config_field=[\w.]+", words[i]) and not words[i + 1].startswith("--"):
             words[i : i + 2] = [f"{words[i]}={words[i + 1]}"]

@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from var_jax import BadInput
+from var_jax.tools.paths import user_path
 
 PACKAGE = Path(__file__).parents[1]
 FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")  # of a wheel, of a clone
@@ -61,7 +62,7 @@ def _where(path: Path, error: Exception) -> str:
 
 def config_name(spec: str) -> str:
     """A name for the runs of a config: "emoji-large" for emoji:large and configs/emoji.py:large."""
-    name, _, variant = spec.partition(":")
+    name, variant = _split(spec)
     return "-".join(filter(None, (Path(name).stem, *re.findall(r"[\w.]*\w", variant))))
 
 
@@ -71,10 +72,19 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else "."
 
 
-def _find(spec: str) -> tuple[Path, str]:
+def _split(spec: str) -> tuple[str, str]:
+    """Name or path, and variant; a path may hold colons itself."""
+    path = re.fullmatch(r"(.*\.py)(?::(.*))?", spec, re.DOTALL)
     name, _, variant = spec.partition(":")
+    return (path[1], path[2] or "") if path else (name, variant)
+
+
+def _find(spec: str) -> tuple[Path, str]:
+    name, variant = _split(spec)
     is_path = name.endswith(".py") or "/" in name
-    places = [Path(name)] if is_path else [folder / f"{name}.py" for folder in FOLDERS]
+    places = [folder / f"{name}.py" for folder in FOLDERS]
+    if is_path:
+        places = [Path(user_path(name, "--config"))]
     for path in places:
         if path.is_file():
             return path, variant

@@ -1,10 +1,11 @@
 """Files that are whole or not there, and locks."""
 
 import contextlib
+import functools
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import PurePath
 from typing import Any
 
@@ -13,6 +14,10 @@ from etils import epath
 from var_jax import BadInput
 from var_jax.tools.buckets import acquire_lock as lock_in_bucket
 from var_jax.tools.buckets import upload
+from var_jax.tools.paths import user_path
+
+OF_FILES = (".npz", ".npy", ".png", ".jpg", ".pth", ".pt", ".safetensors", ".json")
+_held: dict[str, Callable[[], None]] = {}  # how each lock of this process is given back
 
 
 @contextlib.contextmanager
@@ -52,22 +57,88 @@ def in_bucket(path: str | PurePath) -> bool:
     return "://" in str(path)
 
 
-def acquire_lock(path: str | PurePath) -> bool:
-    """Locks the file `path` until this process ends, however; False if another process has it.
+def output_path(text: str | PurePath, name: str = "--out") -> epath.Path:
+    """The folder that the flag `name` gives to write to.
 
-    Where there are no locks, as on Windows, the answer is True.
+    Raises: BadInput if it is a file, or no checkpoint can be written there.
     """
-    if in_bucket(path):
-        return lock_in_bucket(epath.Path(path)) is not None
-    path = epath.Path(path)
+    folder = user_path(text, name)
+    if in_bucket(folder):
+        return folder
+    place = os.path.abspath(folder)
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        raise BadInput(f"{name}={folder}: {place} is a file; expected a folder to write to.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise BadInput(f"{name}={folder} cannot be written: no permission to write in {place}.")
+    if folder.suffix in OF_FILES and not folder.exists():
+        raise BadInput(f"{name}={folder} has the name of a file; expected a folder to write to.")
+    check_separators(folder)
+    return folder
+
+
+def check_separators(path: PurePath) -> None:
+    """Raises BadInput for a local path with a backslash, which tensorstore takes for a slash."""
+    if os.name != "nt" and not in_bucket(path) and "\\" in os.path.realpath(path):
+        raise BadInput(f"{path} has a backslash in it, where no checkpoint can be written.")
+
+
+def output_folder(text: str | PurePath, name: str = "--out", *, locks: bool = True) -> epath.Path:
+    """`output_path`, locked for this command, unless another process does, and made if it is new.
+
+    Raises: BadInput also if another command is at work in it.
+    """
+    folder = output_path(text, name)
+    if locks and not acquire_lock(folder / ".lock"):
+        raise BadInput(
+            f"another command is at work in {folder}; name another {name} (or, if its machine is"
+            " gone, remove .lock there)."
+        )
+    return folder
+
+
+def acquire_lock(path: str | PurePath) -> bool:
+    """Locks the file `path`, until `release_locks` or the end of this process, however it comes.
+
+    False if another process has it. Where there are no locks, as on Windows, the answer is True.
+    """
+    path = epath.Path(path if in_bucket(path) else os.path.realpath(path))
+    if str(path) in _held:
+        return True
+    release = lock_in_bucket(path) if in_bucket(path) else _lock_file(path)
+    if release:
+        _held[str(path)] = release
+    return release is not None
+
+
+def _lock_file(path: epath.Path) -> Callable[[], None] | None:
+    """Locks a local file; returns what gives it back, or None if another process has it."""
+    made = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)  # closing it would release the lock
+    file = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
     try:
         import fcntl
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        return False
+        os.close(file)
+        return None
     except (ImportError, OSError):  # a system or a file system without locks
         pass
-    return True
+    return functools.partial(_release, path, file, made)
+
+
+def release_locks() -> None:
+    """Gives back the locks of this process, at the end of a command."""
+    while _held:
+        _held.popitem()[1]()
+
+
+def _release(path: epath.Path, file: int, made: bool) -> None:
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.fstat(file), os.stat(path)):  # else the folder was replaced
+            os.unlink(path)
+        if made:
+            os.rmdir(path.parent)  # where nothing was written: a refusal leaves no folder
+    os.close(file)

@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 
 from var_jax import BadInput
 from var_jax.tools.files import replacing
+from var_jax.tools.paths import user_path
 
 # Deflate makes at most 1/1030 of anything, of images hardly ever less than 1/10.
 BOMB_RATIO, BOMB_BYTES = 200, 2**28
@@ -64,7 +65,7 @@ class Images:
     """
 
     def __init__(self, path: str | PurePath):
-        self.path = epath.Path(path)
+        self.path = user_path(path)
         with self._open() as file:
             self.shape = self._header(file)
 

@@ -26,6 +26,7 @@ from var_jax.sharding.mesh import check_batch, check_hosts, check_model, make_me
 from var_jax.tools.files import replacing
 from var_jax.tools.images import curves, save_png
 from var_jax.tools.logs import Metrics, read_metrics
+from var_jax.tools.paths import user_path
 from var_jax.tools.plugins import find_function
 from var_jax.tools.trees import path_name
 from var_jax.training import hooks, loop
@@ -94,7 +95,7 @@ class Run:
         if config.pretrained_tokenizer:
             if data.tokens:
                 # Ahead of a fingerprint, which may take long.
-                read_manifest(epath.Path(data.tokens), KIND)
+                read_manifest(user_path(data.tokens, "data.tokens"), KIND)
             self.pretrained = load_tokenizer(config.pretrained_tokenizer, self.mesh)
             inputs["fingerprint"] = load_fingerprint(
                 config.pretrained_tokenizer, "tokenizer", self.pretrained

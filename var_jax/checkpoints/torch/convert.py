@@ -6,7 +6,7 @@ config.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from var_jax.checkpoints.torch.sizes import tokenizer_config, transformer_config
 from var_jax.config import TokenizerConfig, TransformerConfig
 from var_jax.tools.files import replacing
 from var_jax.tools.logs import progress
+from var_jax.tools.paths import user_path
 
 ModelConfig = TokenizerConfig | TransformerConfig
 Build = Callable[[ModelConfig], Any]
@@ -45,7 +46,7 @@ def open_tensors(path: str | Path, *keys: str) -> Tensors:
 
     Raises: BadInput if there is no such file, it holds something else, or it is damaged.
     """
-    path = Path(path)
+    path = Path(user_path(path))
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -128,7 +129,7 @@ def check_pair(paths: Mapping[str, str], configs: Mapping[str, ModelConfig]) -> 
 def write_models(
     models: Mapping[str, Any],
     usage: Mapping[str, np.ndarray],
-    folder: str | Path,
+    folder: str | PurePath,
     format: str = "pth",
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Writes files that the release loads strictly: all of them, or none.
@@ -136,7 +137,7 @@ def write_models(
     Returns the path of each model's file, and of each model that the release cannot express the
     reason. `format` is "pth" or "safetensors".
 
-    Raises: BadInput if `folder` is a file, or no model can be written.
+    Raises: BadInput if no model can be written.
     """
     folder, states, left_out = Path(folder), {}, {}
     for name, model in models.items():
@@ -147,8 +148,6 @@ def write_models(
             states[name].update({n: a for n, a in usage.items() if n in states[name]})
     if not states:
         raise BadInput(" ".join(left_out.values()))
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{folder} is a file; expected a folder to write to.")
     paths = {name: folder / f"{name}.{format}" for name in states}
     total = sum(map(len, states.values()))
     with contextlib.ExitStack() as stack, progress(total, 0, "writing tensors") as bar:

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from etils import epath
-
 from var_jax import BadInput
 from var_jax.data.records import MANIFEST, UNFINISHED
 from var_jax.data.sources.base import SPLITS, ArraySource, EncodedImages, ImageSource, Source
@@ -14,6 +12,7 @@ from var_jax.data.sources.npz import open_npz
 from var_jax.data.sources.packed import open_packed
 from var_jax.data.sources.tars import TARS, open_tars
 from var_jax.data.sources.tfds import open_tfds
+from var_jax.tools.paths import user_path
 
 __all__ = [
     "SPLITS",
@@ -44,7 +43,8 @@ def open_source(spec: str, split: str, size: int, resize: float = 1.125) -> Sour
         return open_npz(spec, split, size, resize)
     if spec.startswith("idx:"):
         return open_idx(spec.removeprefix("idx:"), split, size, resize)
-    if not (spec.startswith("tfds:") or "/" in spec or epath.Path(spec).exists()):
+    is_path = spec.startswith("~") or "/" in spec or user_path(spec, "data.source").exists()
+    if not (is_path or spec.startswith("tfds:")):
         known = "emoji, a folder, X.npz, idx:DIR or tfds:NAME"
         raise BadInput(f"data source is {spec!r}; expected {known}.")
     encoded = open_encoded(spec, split)
@@ -62,7 +62,7 @@ def open_encoded(spec: str, split: str) -> EncodedImages:
     """
     if spec.startswith("tfds:"):
         return open_tfds(spec.removeprefix("tfds:"), split)
-    folder = epath.Path(spec).expanduser()
+    folder = user_path(spec, "data.source")
     if not folder.exists():
         raise BadInput(f"data source {spec!r}: there is no such folder.")
     if not folder.is_dir():

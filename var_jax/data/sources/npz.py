@@ -3,12 +3,12 @@
 import hashlib
 
 import numpy as np
-from etils import epath
 from jaxtyping import Shaped
 
 from var_jax import BadInput
 from var_jax.data.sources.base import ArraySource, check_names, split_indices
 from var_jax.tools.npz import check_unpacked_size, reading
+from var_jax.tools.paths import user_path
 
 
 def open_npz(path: str, split: str, size: int, resize: float) -> ArraySource:
@@ -18,7 +18,7 @@ def open_npz(path: str, split: str, size: int, resize: float) -> ArraySource:
 
     Raises: BadInput if the file is no such .npz.
     """
-    with reading(path), epath.Path(path).expanduser().open("rb") as file:
+    with reading(path), user_path(path, "data.source").open("rb") as file:
         check_unpacked_size(path, file)
         with np.load(file) as arrays:
             if not {"arr_0", "labels"} <= {*arrays}:

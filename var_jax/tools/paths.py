@@ -1,0 +1,86 @@
+"""Paths as users write them, each taken literally."""
+
+import glob
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import Any
+from urllib.parse import unquote
+
+from etils import epath
+from etils.epath import backend, stat_utils
+
+from var_jax import BadInput
+
+EXPECTED = "expected a local path, file:///PATH or gs://BUCKET/PATH"
+LONGEST_NAME, LONGEST_PATH = 240, 3800  # bytes: what systems allow, less what is written inside
+
+
+def user_path(text: str | PurePath, name: str = "") -> epath.Path:
+    """The path that a flag or a config field `name` gives: ~ expanded, file:// taken off.
+
+    Raises: BadInput for an empty path, an unknown scheme or user, or what no file can be called.
+    """
+    if isinstance(text, epath.Path):
+        return text
+    text = os.fspath(text)
+    path = re.sub(r"^file://(localhost)?(?=/)", "", text, flags=re.IGNORECASE)
+    path = unquote(path) if path != text else os.path.expanduser(path)
+    scheme = re.match(r"([A-Za-z][\w+.-]*)://", path)
+    names = [os.fsencode(part) for part in path.split("/")]
+    wrong = ""
+    if not path.strip():
+        wrong = f"no path is given; {EXPECTED}"
+    elif scheme and not re.match(r"gs://[^/]", path):
+        wrong = f"paths of the form {scheme[0]} are not read; {EXPECTED}"
+    elif os.name != "nt" and re.match(r"[A-Za-z]:\\", path) and not os.path.exists(path):
+        wrong = f"this is a path of Windows; {EXPECTED}"
+    elif path.startswith("~") and path == text:
+        wrong = f"there is no home folder of that user; expected a known one, or ./{path}"
+    elif max(map(len, names)) > LONGEST_NAME or len(os.fsencode(path)) > LONGEST_PATH:
+        most = f"{LONGEST_NAME} bytes, {LONGEST_PATH} in all"
+        wrong = f"the name is too long; expected at most {most}"
+        text = text[:40] + "…"
+    elif "\0" in path or not _is_utf8(path):
+        wrong = "no file can have that name; expected UTF-8 without zero bytes"
+    if wrong:
+        raise BadInput(f"{name}={text!r}: {wrong}." if name else f"{text!r}: {wrong}.")
+    return epath.Path(path)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:  # bytes of another encoding, which JSON and protocol buffers lack
+        return False
+
+
+def _take_paths_literally(system: Any, path_class: Any) -> None:
+    """Mends local paths of epath, which Orbax uses throughout.
+
+    - `glob` took brackets and stars of the folder itself for a pattern, and so found nothing there.
+    - `stat` failed where the owner of a file has no name, as in containers.
+    - `iterdir` hid names that end in ~, so that folders with such files seemed empty.
+    """
+    plain_glob, plain_stat = path_class.glob, system.stat
+
+    def literal_glob(self, pattern: str) -> Iterator[epath.Path]:
+        return plain_glob(type(self)(glob.escape(str(self))), pattern)
+
+    def nameless_stat(self, path: str) -> stat_utils.StatResult:
+        try:
+            return plain_stat(self, path)
+        except KeyError:
+            found = os.stat(path)
+            return stat_utils.StatResult(
+                is_directory=stat.S_ISDIR(found.st_mode), length=found.st_size,
+                mtime=int(found.st_mtime), mode=found.st_mode,
+            )  # fmt: skip
+
+    path_class.glob, system.stat = literal_glob, nameless_stat
+    system.listdir = lambda self, path: os.listdir(path)
+
+
+_take_paths_literally(type(backend.os_backend), type(epath.Path()))
