@@ -28,8 +28,10 @@ TO_TORCH = ("checkpoint", "to_torch", "format")
 
 def define_flags() -> None:
     """The flags of both directions."""
-    flags.DEFINE_string("tokenizer", None, "PyTorch file of the tokenizer.")
-    flags.DEFINE_string("transformer", None, "PyTorch file of the transformer.")
+    flags.DEFINE_string(
+        "tokenizer", None, "PyTorch file of the tokenizer; FILE:KEY says which of its state dicts."
+    )
+    flags.DEFINE_string("transformer", None, "PyTorch file of the transformer, alike.")
     flags.DEFINE_list("patch_nums", None, "Sides of the scales, like 1,2,3.")
     flags.DEFINE_integer("num_heads", None, "Attention heads of the transformer.", 1)
     flags.DEFINE_bool("codebook_znorm", False, "Nearest codes by cosine, not by distance.")

@@ -6,6 +6,7 @@ writer, so that the two do not share an error.
 
 import io
 import json
+import pathlib
 import pickle
 import struct
 import sys
@@ -104,8 +105,8 @@ def legacy(pickled, *storages, keys="01", little_endian=True, number=0x1950A86A2
     return b"".join([*head, pickled, pickle.dumps(list(keys[: len(storages)]), 2), *values])
 
 
-def read(path, *keys):
-    return {name: np.asarray(tensor) for name, tensor in open_tensors(path, *keys).items()}
+def read(path, mark=""):
+    return {name: np.asarray(tensor) for name, tensor in open_tensors(path, mark).items()}
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
@@ -179,9 +180,80 @@ def test_a_state_dict_inside_a_training_checkpoint(torch_pickle, tmp_path):
     args = {"depth": 16, "name": "a", "lr": 1e-4, "big": 1 << 40, "none": None, "shape": (1, [2])}
     state = {"args": args, "trainer": {"vae": weights, "groups": [{"params": [0, 1]}]}}
     path = archive(tmp_path / "t.pth", torch_pickle(state), np.float32([1, 2, 3]))
-    np.testing.assert_array_equal(read(path, "trainer", "vae")["w"], [1, 2, 3])
-    with pytest.raises(BadInput, match="holds 'args' of type dict, where a state dict has tensors"):
-        open_tensors(path)
+    for name in (path, f"{path}:trainer.vae"):
+        np.testing.assert_array_equal(read(name)["w"], [1, 2, 3])
+    with pytest.raises(
+        BadInput, match=r"not 'trainer': expected one of 'trainer.vae', as in .*:tra"
+    ):
+        open_tensors(f"{path}:trainer")
+
+
+class Namespace:
+    """Pickles as argparse's and other plain objects do, by NEWOBJ and BUILD."""
+
+    def __init__(self):
+        self.lr, self.path, self.sizes = 0.1, pathlib.PurePosixPath("a"), {1, (2,)}
+
+
+def weights(*names):
+    return OrderedDict((name, Tensor(Storage("0", 3), (3,), (1,))) for name in names)
+
+
+BESIDE = {
+    "args": Namespace(), "epoch": 3, "loss": [np.float64(2.5)], "kinds": {"a", ("b",)}, None: b"x",
+    "optimizer": {"state": {0: {"step": Tensor(Storage("0", 3), (), ()), "betas": (0.9, 0.95)}}},
+}  # fmt: skip
+A_W, TWO = ["a", "w"], "2 state dicts: expected one of 'model', 'ema', as in .*:model"
+
+
+@pytest.mark.parametrize(
+    "state, key, expected",
+    [
+        (weights("a", "w"), "", A_W),
+        (weights("module.a", "module.w"), "", A_W),
+        (weights("_orig_mod.a", "_orig_mod.w"), "", A_W),
+        (weights("module._orig_mod.a", "_orig_mod.module.w"), "", A_W),
+        (weights("model.a", "model.module.w", "loss.b"), "", A_W),
+        ({"model": weights("a", "w")}, "", A_W),
+        ({"state_dict": weights("module.a", "module.w"), **BESIDE}, "", A_W),
+        ({"state": {"net": {"model": weights("a", "w")}, "disc": weights("b")}}, "", A_W),
+        ({"model": weights("a", "w"), "ema": weights("w"), **BESIDE}, "ema", ["w"]),
+        ({"model": weights("a", "w"), "ema": weights("w"), **BESIDE}, "", TWO),
+        ({"model": weights("a", "w"), "ema": weights("w")}, "sgd", "not 'sgd': expected one of 'm"),
+        (weights("net.w", "ema.w"), "", "expected one of 'net', 'ema'"),
+        (weights("w", "module.w"), "", "holds 'module.w' and 'w'; expected one of the two"),
+        (BESIDE | {"optimizer": Namespace()}, "", "but 'args' of type Namespace, 'epoch' of type"),
+        (Namespace(), "", "but an object of type Namespace; expected a state dict"),
+    ],
+)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_the_state_dict_that_is_meant(torch_pickle, tmp_path, state, key, expected, protocol):
+    values = np.float32([1, 2, 3])
+    path = archive(tmp_path / "t.pth", torch_pickle(state, protocol), values)
+    path = f"{path}:{key}" if key else path
+    if isinstance(expected, str):
+        with pytest.raises(BadInput, match=expected):
+            open_tensors(path, "w")
+        return
+    found = read(path, "w")
+    assert sorted(found) == expected
+    np.testing.assert_array_equal(found["w"], values)
+
+
+def test_a_file_whose_name_has_a_colon_and_safetensors_with_prefixes(tmp_path):
+    path = tmp_path / "a:model"
+    write_safetensors(path, {f"{net}.module.w": np.float32([i]) for i, net in enumerate("xy")})
+    assert read(f"{path}:y", "w") == {"w": 1}
+    with pytest.raises(BadInput, match=r"expected one of 'x', 'y', as in .*a:model:x"):
+        read(path, "w")
+
+
+def test_what_a_pickle_holds_may_hold_itself(torch_pickle, tmp_path):
+    state = {"model": weights("w"), "list": []}
+    state["self"] = state["model"]["self"] = state
+    state["list"].append(state)
+    path = archive(tmp_path / "t.pth", torch_pickle(state), np.float32([1, 2, 3]))
+    assert list(read(path, "w")) == ["w"]
 
 
 @pytest.mark.parametrize("write", [write_pth, write_safetensors])
@@ -276,7 +348,7 @@ def test_pickles_are_never_run(tmp_path, pickled):
         (Tensor(Storage("0", 5), (4,), (1,)), "has 16 bytes, not 5 values"),
         (Tensor(Storage("7", 4), (4,), (1,)), "'data/7' is missing"),
         (Tensor(Storage("../data.pkl", 4), (4,), (1,)), "is missing"),
-        (3.5, "'w' of type float, where a state dict has tensors"),
+        (3.5, "no tensors by name, but 'w' of type float"),
     ],
 )
 def test_impossible_tensors(torch_pickle, tmp_path, tensor, sentence):

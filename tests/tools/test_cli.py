@@ -268,6 +268,8 @@ def test_a_process_ends_with_the_exit_code(folder):
         ({"XDG_CACHE_HOME": "/caches"}, "/caches/var_jax"),
         ({"JAX_COMPILATION_CACHE_DIR": "/mine"}, "/mine"),
         ({"JAX_COMPILATION_CACHE_DIR": ""}, ""),
+        ({"JAX_COMPILATION_CACHE_DIR": "/dev/null/x"}, None),
+        ({"HOME": "/dev/null"}, None),
     ],
 )
 def test_compiled_programs_are_kept_on_disk(monkeypatch, variables, cache):
@@ -278,7 +280,7 @@ def test_compiled_programs_are_kept_on_disk(monkeypatch, variables, cache):
         from var_jax.tools import cli
         cli.run(lambda args: print(jax.config.jax_compilation_cache_dir), lambda: None)"""
     done = process("-c", code, cwd=ROOT, **variables)
-    assert done.stdout.strip() == str(Path(cache).expanduser() if cache else ""), done.stderr
+    assert done.stdout.strip() == str(cache and Path(cache).expanduser()), done.stderr
 
 
 def test_help(command):

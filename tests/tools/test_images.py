@@ -1,10 +1,22 @@
 """Images hold the pixels given, where they belong."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from var_jax.tools.images import GAP, curves, grid, labelled_rows, save_png
+from var_jax.tools.images import (
+    GAP,
+    curves,
+    going_on_without,
+    grid,
+    labelled_rows,
+    save_png,
+)
 
 
 @pytest.fixture
@@ -50,3 +62,29 @@ def test_curves_writes_a_chart(tmp_path):
     pixels = np.asarray(Image.open(tmp_path / "c.png").convert("RGB"))
     assert pixels.shape[0] > 600 and pixels.shape[1] > 1500
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
+
+
+DRAWS = """
+import os, sys
+from var_jax.tools.images import curves
+curves(sys.argv[1], {"loss": {"": ((1, 2), (3.0, 4.0))}})
+print(os.environ["MPLBACKEND"])
+"""
+
+
+def test_curves_are_drawn_whatever_backend_a_notebook_names(tmp_path):
+    backend, root = "module://matplotlib_inline.of_nowhere", Path(__file__).parents[2]
+    env = os.environ | {"MPLBACKEND": backend, "MPLCONFIGDIR": "/proc/none"}
+    argv = [sys.executable, "-c", DRAWS, tmp_path / "curves.png"]
+    ran = subprocess.run(argv, env=env, cwd=root, capture_output=True, text=True)
+    assert ran.stdout == f"{backend}\n", ran.stderr
+    assert Image.open(tmp_path / "curves.png").size > (100, 100)
+
+
+def test_what_is_only_looked_at_ends_no_run(capsys):
+    with going_on_without("curves.png"):
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "two\nlines")
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("curves.png cannot be written (UnicodeDecode")
+    with pytest.raises(KeyboardInterrupt), going_on_without("curves.png"):
+        raise KeyboardInterrupt

@@ -20,8 +20,9 @@ from absl import logging as absl_logging
 from var_jax import BadInput, Failure
 from var_jax.tools import ending
 from var_jax.tools.configs import did_you_mean
-from var_jax.tools.files import release_locks
+from var_jax.tools.files import output_path, release_locks
 from var_jax.tools.settings import pin_settings
+from var_jax.tools.streams import keep_streams_open
 
 Main = Callable[[flags.FlagValues], None]
 FAILED, BAD_INPUT = 1, 2
@@ -43,6 +44,7 @@ def run(main: Main, define_flags: Callable[[], None]) -> NoReturn:
     sentence on stderr, and on all hosts of a run; a failure keeps its traceback in a file, and one
     of no known kind is a bug that prints it.
     """
+    keep_streams_open()
     faulthandler.enable()
     _quiet_libraries()
     ending.process.starting = False
@@ -246,7 +248,7 @@ def _quiet_libraries() -> None:
     """Keeps a user's terminal to our own output; what matters arrives as an exception anyway."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     absl_logging.set_verbosity(absl_logging.FATAL)
-    for name in ("asyncio", "grain", "orbax", "jax._src.xla_bridge"):
+    for name in ("asyncio", "grain", "matplotlib", "orbax", "jax._src.xla_bridge"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
@@ -257,6 +259,10 @@ def _cache_compiled_programs() -> None:
     """
     import jax  # most commands have it already; --help of others need not
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "var_jax"))
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "var_jax")
+    if cache := os.environ.get("JAX_COMPILATION_CACHE_DIR", default):
+        try:
+            cache = str(output_path(cache))
+        except BadInput:  # no home, or no right to write there: nothing is kept
+            cache = None
+        jax.config.update("jax_compilation_cache_dir", cache)

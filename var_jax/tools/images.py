@@ -1,5 +1,9 @@
 """Images for people: PNG files, grids of samples, labelled rows, line charts."""
 
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import PurePath
 
 import numpy as np
@@ -11,6 +15,16 @@ from var_jax.tools.files import replacing
 GAP = 2
 PAPER = 255
 TINT = (255, 0, 128)
+
+
+@contextlib.contextmanager
+def going_on_without(what: str) -> Iterator[None]:
+    """Around what is only to be looked at: an error is told in one line, and ends no run."""
+    try:
+        yield
+    except Exception as error:  # fonts, settings of matplotlib, TensorBoard's files, a full disk
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        print(f"{what} cannot be written ({why}); going on without", file=sys.stderr, flush=True)
 
 
 def save_png(path: str | PurePath, image: UInt8[np.ndarray, "H W 3"]) -> None:
@@ -67,8 +81,13 @@ def labelled_rows(
 
 def curves(path: str | PurePath, series: dict[str, dict[str, tuple]]) -> None:
     """Writes a PNG with one small line chart for each title: {title: {label: (steps, y)}}."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
+    # A notebook's name of a backend, of which nothing is drawn here, is unknown outside of it.
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    finally:
+        os.environ |= {"MPLBACKEND": backend} if backend else {}
 
     columns = min(len(series), 3)
     rows = -(-len(series) // columns)

@@ -13,7 +13,7 @@ from var_jax.models.tokenizer import Tokenizer, encode_images
 from var_jax.sampling import autoregressive
 from var_jax.sampling.generate import coarse_to_fine, collect, generate
 from var_jax.sharding.rows import in_batches
-from var_jax.tools.images import grid, labelled_rows, save_png
+from var_jax.tools.images import going_on_without, grid, labelled_rows, save_png
 from var_jax.tools.logs import Metrics
 from var_jax.training.autoregressive import TransformerState
 from var_jax.training.loop import Hook, make_evaluation
@@ -77,9 +77,10 @@ def show(
     name: str,
 ) -> None:
     """Writes an image for people, once for all processes."""
-    if jax.process_index() == 0:
-        save_png(workdir / f"{name}.png", image)
-    metrics.image(task, step, name, image)
+    with going_on_without(f"{name}.png"):
+        if jax.process_index() == 0:
+            save_png(workdir / f"{name}.png", image)
+        metrics.image(task, step, name, image)
 
 
 def reconstruction_rows(
@@ -100,7 +101,11 @@ def sample_rows(models: Models, seed: int, batch_size: int = 64) -> UInt8[np.nda
     labels = np.repeat(np.arange(len(names), dtype=np.int32), SAMPLES_PER_CLASS)
     images = draw_samples(models, labels, seed, min(batch_size, 64))
     rows = images.reshape(len(names), SAMPLES_PER_CLASS, *images.shape[1:])
-    return labelled_rows(dict(zip(names, rows, strict=True)), max(1, 64 // images.shape[1]))
+    scale = max(1, 64 // images.shape[1])
+    sheet = grid(images, SAMPLES_PER_CLASS, scale=scale)
+    with going_on_without("names of classes"):
+        sheet = labelled_rows(dict(zip(names, rows, strict=True)), scale)
+    return sheet
 
 
 def draw_samples(

@@ -24,7 +24,7 @@ from var_jax.models.var import Transformer
 from var_jax.sampling.generate import reconstruct_images
 from var_jax.sharding.mesh import check_batch, check_hosts, check_model, make_mesh
 from var_jax.tools.files import replacing
-from var_jax.tools.images import curves, save_png
+from var_jax.tools.images import curves, going_on_without, save_png
 from var_jax.tools.logs import Metrics, read_metrics
 from var_jax.tools.paths import user_path
 from var_jax.tools.plugins import find_function
@@ -59,9 +59,11 @@ def train(config: Config, workdir: epath.Path, *, profile: int = 0) -> dict[str,
             summary |= run.report(models)
             image = hooks.sample_rows(models, config.seed)
             if jax.process_index() == 0:
-                save_png(workdir / "samples.png", image)
+                with going_on_without("samples.png"):
+                    save_png(workdir / "samples.png", image)
     if jax.process_index() == 0:
-        plot(workdir)
+        with going_on_without("curves.png"):
+            plot(workdir)
         summary["minutes, this start"] = (time.monotonic() - started) / 60
         with replacing(workdir / "summary.json") as beside:
             beside.write_text(json.dumps(summary, indent=2) + "\n")

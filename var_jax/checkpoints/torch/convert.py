@@ -22,40 +22,39 @@ from var_jax.checkpoints.torch.names import (
     leaves,
     to_torch,
 )
-from var_jax.checkpoints.torch.pth import read_pth, write_pth
+from var_jax.checkpoints.torch.pth import Archive, check_tensors, write_pth
 from var_jax.checkpoints.torch.safetensors import read_safetensors, write_safetensors
-from var_jax.checkpoints.torch.sizes import tokenizer_config, transformer_config
+from var_jax.checkpoints.torch.sizes import MARKS, tokenizer_config, transformer_config
+from var_jax.checkpoints.torch.state_dict import file_and_key, find_state_dict
 from var_jax.config import TokenizerConfig, TransformerConfig
 from var_jax.tools.files import replacing
 from var_jax.tools.logs import progress
-from var_jax.tools.paths import user_path
 
 ModelConfig = TokenizerConfig | TransformerConfig
 Build = Callable[[ModelConfig], Any]
 WRITERS = {"pth": write_pth, "safetensors": write_safetensors}
-# Where a training checkpoint of the release keeps its two state dicts.
-INSIDE = {"tokenizer": ("trainer", "vae_local"), "transformer": ("trainer", "var_wo_ddp")}
 # What the release's tokenizer has no option for.
 FIXED = {"patch_size": 1, "norm_groups": 32, "num_res_blocks": 2, "channel_mults": (1, 1, 2, 2, 4)}
 
 
-def open_tensors(path: str | Path, *keys: str) -> Tensors:
+def open_tensors(path: str | Path, mark: str = "") -> Tensors:
     """The tensors of a state dict by name, in a file of either format; values stay on disk.
 
-    `keys` are those of `read_pth`.
+    Of several in the file it is the one with a tensor `mark`, or that of FILE:KEY.
 
     Raises: BadInput if there is no such file, it holds something else, or it is damaged.
     """
-    path = Path(user_path(path))
+    path, key = file_and_key(path)
     try:
         with path.open("rb") as file:
             head = file.read(64)
         if head.startswith(b"PK\x03\x04"):
-            return read_pth(path, *keys)
+            return check_tensors(path, find_state_dict(path, Archive(path).unpickle(), key, mark))
         if head.startswith(MAGIC):
-            return read_pth(path, *keys, kind=LegacyFile)
+            content = LegacyFile(path).unpickle()
+            return check_tensors(path, find_state_dict(path, content, key, mark))
         if head[8:9] == b"{":
-            return read_safetensors(path)
+            return find_state_dict(path, read_safetensors(path), key, mark)
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror or error}.") from error
     raise BadInput(f"{path} {kind_of(head)}; expected weights as .pth or .safetensors.")
@@ -86,7 +85,7 @@ def read_models(
 
     Raises: BadInput, naming file and tensor.
     """
-    files = {name: open_tensors(path, *INSIDE[name]) for name, path in paths.items()}
+    files = {name: open_tensors(path, MARKS[name]) for name, path in paths.items()}
     configs: dict[str, ModelConfig] = {}
     if "transformer" in files:
         with naming(paths["transformer"]):

@@ -7,9 +7,11 @@ and names that describe tensors. The values stay on disk until NumPy asks for th
 
 import contextlib
 import dataclasses
+import functools
 import io
 import math
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -135,27 +137,14 @@ class Tensor:
         return np.asarray(array, dtype)
 
 
-def read_pth(
-    path: Path, *keys: str, kind: Callable[[Path], Archive] = Archive
-) -> dict[str, Tensor]:
-    """The tensors of a state dict by name; reads their description alone.
+def check_tensors(path: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a state dict, which know their names now.
 
-    `keys` lead to it inside a training checkpoint; those that a file does not have are passed over.
-
-    Raises: BadInput if the file holds something else, or is damaged.
+    Raises: BadInput if one lies outside the file, or all take more memory than the file explains.
     """
-    state = kind(path).unpickle()
-    for key in keys:
-        state = state[key] if isinstance(state, dict) and key in state else state
-    if not isinstance(state, dict) or not state:
-        raise BadInput(f"{path} holds no tensors by name; expected a state dict.")
-    tensors = {}
-    for name, value in state.items():
-        if type(name) is not str or not isinstance(value, Tensor):
-            what = type(value).__name__.lower()
-            raise BadInput(f"{path} holds {name!r} of type {what}, where a state dict has tensors.")
-        tensors[name] = dataclasses.replace(value, name=name)
-        tensors[name].check()
+    tensors = {name: dataclasses.replace(tensor, name=name) for name, tensor in tensors.items()}
+    for tensor in tensors.values():
+        tensor.check()
     total = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
     if total > 2 * (size := path.stat().st_size):  # many views of the same bytes fill the memory
         raise BadInput(f"{path} describes {total} bytes of tensors but has only {size}.")
@@ -167,12 +156,25 @@ class NotWeights(Exception):
 
 
 class Dict(dict):
-    """A dict with plain keys only: hashing a deep tuple would overflow the C stack."""
+    """A dict that keeps plain keys only: hashing a deep tuple would overflow the C stack."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if type(key) not in (str, int):
-            raise NotWeights(f"a key of type {type(key).__name__}")
-        super().__setitem__(key, value)
+        if type(key) in (str, int):
+            super().__setitem__(key, value)
+
+
+class Opaque:
+    """Stands for an object of a class that is not looked up, such as a trainer's arguments."""
+
+    __slots__ = ("kind",)
+
+    def __init__(self, kind: str, *args: Any):
+        self.kind = kind
+
+    def ignore(self, *args: Any) -> None:
+        """What pickles do to containers."""
+
+    append = extend = add = __setitem__ = ignore
 
 
 def ordered_dict(pairs: Iterable[Any] = ()) -> Dict:
@@ -186,17 +188,23 @@ def ordered_dict(pairs: Iterable[Any] = ()) -> Dict:
 # What a pickle may name: nothing of it is looked up or imported.
 NAMES = {
     "collections.OrderedDict": ordered_dict,
+    "collections.defaultdict": lambda *_: Dict(),
     "torch._utils._rebuild_tensor_v2": lambda storage, offset, shape, strides, *_: (
         dataclasses.replace(storage, offset=offset, shape=shape, strides=strides)
     ),
     "torch._utils._rebuild_parameter": lambda data, *_: data,
 } | {f"torch.{name}": dtype for name, dtype in DTYPES.items()}
-# The instructions that may occur. Those that call something can only call what `NAMES` gives.
+# Nothing is called, but no file of weights asks for these.
+HARMFUL = re.compile(
+    r"(builtins|__builtin__)\.(?!(set|frozenset|slice|complex|bytes|bytearray|range|object)$)"
+    r"|(os|posix|nt|subprocess|sys|shutil|importlib|runpy|ctypes)\."
+)
+# The instructions that may occur. Those that call something can only call what `find_class` gives.
 INSTRUCTIONS = """
     PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE
     SHORT_BINUNICODE SHORT_BINSTRING EMPTY_TUPLE EMPTY_LIST TUPLE TUPLE1 TUPLE2 TUPLE3 BINPUT
     LONG_BINPUT MEMOIZE BINGET LONG_BINGET SETITEM SETITEMS APPEND APPENDS GLOBAL STACK_GLOBAL
-    BINPERSID REDUCE
+    BINPERSID REDUCE BINBYTES SHORT_BINBYTES ADDITEMS POP
 """
 
 
@@ -211,9 +219,11 @@ class Unpickler(pickle._Unpickler):
         raise NotWeights("an instruction that no tensor needs")
 
     def find_class(self, module: str, name: str) -> Any:
-        if (found := NAMES.get(f"{module}.{name}")) is None:
+        if (found := NAMES.get(f"{module}.{name}")) is not None:
+            return found
+        if HARMFUL.match(f"{module}.{name}"):
             raise NotWeights(f"it asks for {f'{module}.{name}'!r}")
-        return found
+        return functools.partial(Opaque, name)
 
     def persistent_load(self, pid: Any) -> Tensor:
         """The entry that a pickle refers to, as the tensor of its first value."""
@@ -232,11 +242,21 @@ class Unpickler(pickle._Unpickler):
     def load_build(self) -> None:  # attributes of a state dict: the versions of its modules
         self.stack.pop()  # type: ignore[attr-defined]
 
+    def load_newobj(self) -> None:
+        made, _ = self.stack.pop(-2), self.stack.pop()  # type: ignore[attr-defined]
+        if not isinstance(made, functools.partial):
+            raise NotWeights("an instruction that no tensor needs")
+        self.append(made())  # type: ignore[attr-defined]
+
+    def load_set(self) -> None:
+        self.append(Opaque("set"))  # type: ignore[attr-defined]
+
     dispatch: ClassVar[dict[int, Any]] = dict.fromkeys(range(256), refuse) | {
         code: pickle._Unpickler.dispatch[code]
         for code in (getattr(pickle, name)[0] for name in INSTRUCTIONS.split())
     }
     dispatch |= {pickle.EMPTY_DICT[0]: load_dict, pickle.BUILD[0]: load_build}
+    dispatch |= {pickle.NEWOBJ[0]: load_newobj, pickle.EMPTY_SET[0]: load_set}
 
 
 def write_pth(
