@@ -7,8 +7,10 @@ module knows no models; `models/load.py` does. "emoji" names the export that shi
 import dataclasses
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping
 from importlib import resources
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -25,6 +27,7 @@ from var_jax.tools.files import read_json
 from var_jax.tools.trees import flatten, path_name
 
 PyTree = Any
+MAX_SEARCHED = 1000  # entries of a folder that is no export
 MAX_COMPRESSED = 2**26  # bytes; smaller exports are compressed, because they travel
 
 
@@ -56,7 +59,10 @@ def save_export(directory: str | PurePath, parts: Mapping[str, PyTree], config: 
         ocp.save(beside / "weights", flatten(parts))
     if jax.process_index() == 0:
         storage.record_files(beside / "weights")
-        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        storage.seal(beside / "weights")
+        config = json.loads(json.dumps(config))
+        text = json.dumps(config | {"checksum": checksum(config)}, indent=2) + "\n"
+        (beside / "config.json").write_text(text)
         old.rmtree(missing_ok=True)
         if target.exists():
             target.rename(old)
@@ -90,14 +96,53 @@ def load_config(directory: str | PurePath) -> dict:
 
     Raises: BadInput if `directory` is no export, or its config.json is damaged.
     """
-    path = find_export(directory) / "config.json"
-    if not path.exists():
-        found = "it has no config.json" if path.parent.exists() else "it does not exist"
+    folder = find_export(directory)
+    if not is_export(folder):
+        raise BadInput(f"{folder} is not a checkpoint: {what_else(folder)}.")
+    config = read_json(folder / "config.json")
+    if config.pop("checksum", found := checksum(config)) != found:
         raise BadInput(
-            f"{path.parent} is not a checkpoint: {found}; expected a directory with config.json "
-            "and weights."
+            f"{folder / 'config.json'} is not as it was written; expected an unchanged file, or one"
+            " without its line 'checksum' if it was changed on purpose."
         )
-    return read_json(path)
+    return config
+
+
+def checksum(config: dict) -> int:
+    """The CRC-32 of what is in a config.json beside its checksum."""
+    rest = {name: value for name, value in config.items() if name != "checksum"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def is_export(folder: epath.Path) -> bool:
+    """Whether a folder looks like an export."""
+    return (folder / "weights").exists() and (folder / "config.json").exists()
+
+
+def what_else(folder: epath.Path) -> str:
+    """What lies in the place of an export, and what to do."""
+    inside = folder / "checkpoint"
+    expected = "expected a directory with config.json and weights"
+    if not folder.exists():
+        return f"it does not exist; {expected}"
+    if not folder.is_dir():
+        if folder.suffix in (".pth", ".pt", ".ckpt", ".bin", ".safetensors"):
+            how = f"python -m var_jax.convert --tokenizer {folder} --out DIR"
+            return f"it is a file of PyTorch, which `{how}` makes one of"
+        return f"it is a file; {expected}"
+    if is_export(inside):
+        return f"it is a work directory; its checkpoint is {inside}"
+    for workdir in (folder, folder.parent, folder.parent.parent):
+        if (workdir / "metrics.jsonl").exists():
+            where = f"{workdir} is the work directory of a run"
+            if is_export(workdir / "checkpoint"):
+                return f"{where}, whose checkpoint is {workdir / 'checkpoint'}"
+            return f"{where} that has not ended; the command that began it goes on and leaves one"
+    within = sorted(p.name for p in islice(folder.iterdir(), MAX_SEARCHED) if is_export(p))
+    if within:
+        return f"it holds checkpoints: {', '.join(within[:8])}; name one of them"
+    missing = "weights" if (folder / "config.json").exists() else "config.json"
+    return f"it has no {missing}; {expected}"
 
 
 def load_weights(directory: str | PurePath, abstract: PyTree, *, as_stored: bool = False) -> PyTree:

@@ -7,6 +7,7 @@ work on local and `gs://` directories and from any mesh to any other.
 import base64
 import json
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
@@ -19,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 from var_jax import BadInput
 from var_jax.tools.buckets import checksums
-from var_jax.tools.files import check_separators, in_bucket
+from var_jax.tools.files import check_separators, in_bucket, replacing
 from var_jax.tools.paths import user_path
 from var_jax.tools.trees import flatten
 
@@ -97,6 +98,17 @@ def record_files(directory: epath.Path) -> None:
     (directory / RECORD).write_text(json.dumps(record))
 
 
+def seal(directory: epath.Path) -> None:
+    """Adds to the record what Orbax writes last, on local disks."""
+    if not in_bucket(directory):
+        record = json.loads((directory / RECORD).read_text())
+        for path in _files(directory):
+            if (name := str(path.relative_to(directory))) not in {*record, RECORD}:
+                record[name] = [path.stat().length, _crc32(path)]
+        with replacing(directory / RECORD) as beside:
+            beside.write_text(json.dumps(record))
+
+
 def damage(directory: epath.Path) -> str:
     """Which file is missing or has other bytes than it was written with; "" if none.
 
@@ -105,6 +117,8 @@ def damage(directory: epath.Path) -> str:
     """
     path = directory / RECORD
     try:
+        if not path.exists():
+            print(f"{path} is missing: no damage to the checkpoint can be seen", file=sys.stderr)
         record = json.loads(path.read_text()) if path.exists() else {}
         objects = checksums(directory) if record and in_bucket(directory) else {}
         for name, (size, crc) in record.items():

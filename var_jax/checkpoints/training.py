@@ -91,6 +91,7 @@ class Checkpoints:
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
+            self._check_saved()
 
     def close(self) -> None:
         """Waits, then frees the background threads."""
@@ -119,6 +120,18 @@ class Checkpoints:
         for path in self._directory.iterdir() if jax.process_index() == 0 else ():
             if path.name.split(".")[0] == str(self._step):
                 storage.record_files(path)
+
+    def _check_saved(self) -> None:
+        """Raises: OSError on every process if what was saved does not open from where it lies."""
+        path, reason = self._directory / str(self._step), ""
+        try:
+            self._orbax.checkpointables_metadata(self._step)
+            if jax.process_index() == 0:
+                storage.seal(path)
+        except Exception as error:  # Orbax and tensorstore have no common error for damage.
+            reason = storage.reason(error)
+        if not _on_every_process(not reason):
+            raise OSError(f"{path} was saved but cannot be read back ({reason or 'elsewhere'})")
 
     def _read(self, step: int, wanted: dict) -> tuple[tuple[list, dict] | None, str]:
         """((arrays in the order of `wanted`, data), "") or (None, why it cannot be read)."""

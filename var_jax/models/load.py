@@ -173,9 +173,7 @@ def describe(
     """
     folder, about = find_export(directory), load_config(directory)
     if not isinstance(about.get("tokenizer"), dict) or "class_names" not in about:
-        inside = folder / "checkpoint"
-        hint = f"; did you mean {inside}?" if inside.exists() else "; expected a checkpoint."
-        raise BadInput(f"{folder}/config.json describes no tokenizer{hint}")
+        raise BadInput(f"{folder}/config.json describes no tokenizer; expected a checkpoint.")
     about["tokenizer"].pop("skip", None)  # of older exports: what patch_size > 1 says
     models = {"tokenizer": build(section(TokenizerConfig, about, "tokenizer", folder))}
     if "transformer" in about:

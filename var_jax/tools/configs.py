@@ -89,10 +89,9 @@ def _find(spec: str) -> tuple[Path, str]:
         if path.is_file():
             return path, variant
     known = sorted({path.stem for folder in FOLDERS for path in folder.glob("*.py")})
-    raise BadInput(
-        f"--config={spec}: {'no such file' if is_path else 'no such config'}; expected one of"
-        f" {', '.join(known)}, or the path of a .py file."
-    )
+    found = f"{places[0]}: no such file" if is_path else f"{spec}: no such config"
+    expected = f"{', '.join(known)}, or the path of a .py file"
+    raise BadInput(f"--config={found}; expected one of {expected}.")
 
 
 def _change(config: Any, name: str, text: str) -> None:

@@ -17,6 +17,7 @@ from var_jax.tools.buckets import upload
 from var_jax.tools.paths import user_path
 
 OF_FILES = (".npz", ".npy", ".png", ".jpg", ".pth", ".pt", ".safetensors", ".json")
+MAX_JSON = 2**26  # bytes
 _held: dict[str, Callable[[], None]] = {}  # how each lock of this process is given back
 
 
@@ -44,8 +45,10 @@ def replacing(path: str | PurePath) -> Iterator[epath.Path]:
 def read_json(path: epath.Path) -> dict[str, Any]:
     """A JSON object. Raises: BadInput if the file holds something else."""
     try:
+        if (size := path.stat().length) > MAX_JSON:
+            raise ValueError(f"at most {MAX_JSON} bytes, not {size}")
         value = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} cannot be read: expected JSON ({error}).") from error
     if not isinstance(value, dict):
         raise BadInput(f"{path} holds a {type(value).__name__}; expected a JSON object.")
