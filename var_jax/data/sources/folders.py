@@ -1,9 +1,12 @@
 """Trees of image files with one folder for each class, local or in a bucket."""
 
 import errno
+import functools
 import itertools
+import operator
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from etils import epath
@@ -19,7 +22,9 @@ SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"
 )  # fmt: skip
 VALIDATION = ("validation", "valid", "val")
-OPENED = 50_000  # files, up to which each is opened at the start, to see what it is
+OPENED = 20_000  # files, up to which each is opened at the start, to see what it is
+THREADS = 32  # that do so
+NOT_NAMED = "not named like images"
 IGNORED = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "lost+found"}  # of no one's making
 
 
@@ -27,7 +32,7 @@ def open_folders(folder: epath.Path, split: str) -> EncodedImages:
     """A tree of train/CLASS/image and validation/CLASS/image, or of CLASS/image alone.
 
     Classes are numbered in the order of their names as text: 1, 10, 2. Images are what begins like
-    one; in buckets and in trees of over 50,000 files, what is named like one.
+    one; in buckets and in trees of over 20,000 files, what is named like one.
 
     Raises: BadInput if a class has no images, or the two splits have different classes.
     """
@@ -93,28 +98,32 @@ def _images(folder: epath.Path, by_name: bool) -> tuple[list[tuple[str, int]], d
 
     With `by_name` files that are named like images are not opened, and sizes are 0.
     """
-    images, others = [], {}
-    for name in sorted(_list(folder)):
-        named = by_name and name.lower().endswith(SUFFIXES)
-        if in_bucket(folder):
-            found = 0 if named else "not named like images"
-        else:
-            found = _look(os.path.join(folder, name), named)
-        if isinstance(found, str):
-            others[name] = found
-        else:
-            images.append((name, found))
-    return images, others
+    if in_bucket(folder):
+        names = sorted(_list(folder))
+        found = [0 if name.lower().endswith(SUFFIXES) else NOT_NAMED for name in names]
+    else:
+        with os.scandir(folder) as entries:
+            chosen = sorted(
+                (entry for entry in entries if _counts(entry.name)), key=operator.attrgetter("name")
+            )
+        names = [entry.name for entry in chosen]
+        look = functools.partial(_look, by_name)
+        with ThreadPoolExecutor(THREADS) as pool:  # to open a file on a network takes long
+            found = [*(map if by_name else pool.map)(look, chosen)]
+    pairs = [*zip(names, found, strict=True)]
+    others = {name: why for name, why in pairs if isinstance(why, str)}
+    return [(name, size) for name, size in pairs if isinstance(size, int)], others
 
 
-def _look(path: str, named: bool) -> int | str:
-    """The size of an image file (0 if it is `named` like one), or why a local file is none."""
-    if not os.path.isfile(path):  # opening a pipe might wait for ever
-        return "folders" if os.path.isdir(path) else "no files"
-    if named:
+def _look(by_name: bool, entry: os.DirEntry[str]) -> int | str:
+    """The size of an image file (0 by its name alone), or why a local file is none."""
+    # The listing often knows of a plain file, of what a link means only a request.
+    if not (entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path)):
+        return "folders" if os.path.isdir(entry.path) else "no files"  # a pipe might never answer
+    if by_name and entry.name.lower().endswith(SUFFIXES):
         return 0
     try:
-        with open(path, "rb") as file:
+        with open(entry.path, "rb") as file:
             start, size = file.read(32), os.fstat(file.fileno()).st_size
     except PermissionError:
         return "not readable by this user"
@@ -148,4 +157,8 @@ def _no_images(folder: epath.Path, others: Mapping[str, str]) -> BadInput:
 def _list(folder: epath.Path) -> list[str]:
     """Names of what lies in a folder, hidden files left out; epath is slow on large ones."""
     names = [path.name for path in folder.iterdir()] if in_bucket(folder) else os.listdir(folder)
-    return [n for n in names if not n.startswith(".") and n.lower() not in IGNORED]
+    return [*filter(_counts, names)]
+
+
+def _counts(name: str) -> bool:
+    return not name.startswith(".") and name.lower() not in IGNORED
