@@ -3,12 +3,12 @@
 import functools
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-HIGHEST = jax.lax.Precision.HIGHEST
+from var_jax.models.features.weights import HIGHEST
+
 BITS = 22  # of the fractions that Pillow computes with
 
 
