@@ -131,7 +131,7 @@ def damage(directory: epath.Path) -> str:
             kept = objects[name][1] if name in objects and isinstance(crc, str) else ""
             if crc is not None and (kept or _checksum(path, crc)) != crc:
                 return f"{name} fails its checksum"
-    except (ValueError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
         return f"{path.name} cannot be read ({type(error).__name__})"
     return ""
 

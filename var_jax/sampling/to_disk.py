@@ -21,7 +21,7 @@ from var_jax.sampling.generate import Sampler, generate
 from var_jax.sampling.reject import best, candidates
 from var_jax.sharding.mesh import of_first
 from var_jax.sharding.ops import round_up
-from var_jax.tools.files import replacing
+from var_jax.tools.files import read_json, replacing
 from var_jax.tools.logs import progress
 from var_jax.tools.npz import join_npz, load_npz, save_npz
 
@@ -56,7 +56,7 @@ class Job:
             return
         about = self.parts / "settings.json"
         if about.exists() and any(self.parts.glob("*.npz")):
-            check_settings(self.parts, json.loads(about.read_text()), settings)
+            check_settings(self.parts, read_json(about), settings)
             return
         names = [path.name for path in self.parts.iterdir()] if self.parts.exists() else []
         if not all(map(LEFTOVER.fullmatch, names)):
