@@ -26,6 +26,8 @@ from var_jax.config import (
         ("emoji", ()),
         ("emoji", ("large",)),
         ("emoji", ("64",)),
+        ("fashion", ()),
+        ("fashion", ("large",)),
         ("imagenet", ()),
         ("imagenet", ("d36",)),
         ("tokenizer", ()),
