@@ -33,6 +33,7 @@ LASTING += (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.EINVAL, errno.
 REFRESHED, DEAD = 20.0, 120.0  # seconds: how often locks are, and after how long without
 COPIED = 60.0  # seconds between the copies of a `Mirror`
 
+os.environ.setdefault("EPATH_USE_TF", "false")  # where TensorFlow is, epath would take its own way
 conf.setdefault("gcs", {})["use_listings_cache"] = False  # it would hide what other hosts write
 for name in ("gcsfs", "google.auth"):  # they log what they raise
     logging.getLogger(name).setLevel(logging.CRITICAL)
