@@ -11,12 +11,13 @@ import json
 import logging
 import os
 import random
+import re
 import socket
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
@@ -89,11 +90,23 @@ def upload(local: PurePath, path: PurePath) -> None:
     retrying(lambda: filesystem().put_file(str(local), str(path)))
 
 
+def check_buckets(words: Iterable[str]) -> None:
+    """Looks at each bucket that the words of a command name.
+
+    Raises: BadInput if it is not there or may not be listed, or gcsfs reads a name as a pattern.
+    """
+    for address in (found for word in words for found in re.findall("gs://[^/,].*", word)):
+        if wrong := re.search(r"[*?#[\]]", address):
+            raise BadInput(f"{address} holds {wrong[0]!r}, which means something else in a bucket.")
+        check_bucket(re.split("[/,]", address)[2])
+
+
 @functools.cache
 def check_bucket(bucket: str) -> None:
     """Raises BadInput if there is no such bucket, or its objects may not be listed."""
+    system = filesystem()
     try:
-        filesystem().call("GET", "b/{}/o", bucket, maxResults=1)
+        system.call("GET", "b/{}/o", bucket, maxResults=1)
     except (FileNotFoundError, ValueError) as error:
         raise BadInput(f"gs://{bucket}: there is no such bucket.") from error
     except Exception as error:

@@ -19,6 +19,7 @@ from absl import logging as absl_logging
 
 from var_jax import BadInput, Failure
 from var_jax.tools import ending
+from var_jax.tools.buckets import check_buckets
 from var_jax.tools.configs import did_you_mean
 from var_jax.tools.files import output_path, release_locks
 from var_jax.tools.settings import pin_settings
@@ -85,6 +86,7 @@ def call(
             print(_help(main, [name for name in args if name not in before]))
         else:
             _parse(args, argv)
+            check_buckets(argv)
             main(args)
     except KeyboardInterrupt:
         code, message = ending.INTERRUPTED, "interrupted"
@@ -183,8 +185,8 @@ def explain(error: Exception, argv: Sequence[str] = ()) -> tuple[int, str]:
         return (BAD_INPUT if "known" in sentence else FAILED), sentence
     if isinstance(error, Failure):
         return FAILED, str(error)
-    if isinstance(error, ImportError) and "gcsfs" in str(error):
-        return BAD_INPUT, "gs:// folders need one package more: pip install 'var_jax[gcs]'"
+    if type(error).__module__.startswith(("gcsfs", "aiohttp", "google")):  # a bucket in trouble
+        return FAILED, f"{type(error).__name__}: {error}".splitlines()[0]
     if isinstance(error, OSError):
         return _bad_path(error, argv)
     return FAILED, ""
