@@ -49,6 +49,7 @@ from var_jax.evaluation.tokenizer import Reconstructions, tokenizer_figures
 from var_jax.models.load import mesh_for_sampling
 from var_jax.sampling.autoregressive import Weights, sampler
 from var_jax.sampling.to_disk import Job, check_settings
+from var_jax.sharding import hosts
 from var_jax.sharding.mesh import using
 from var_jax.tools import cli
 from var_jax.tools.files import read_json, replacing
@@ -82,6 +83,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Of the samples.", 0, MAX_SEED)
     flags.DEFINE_integer("batch_size", 64, "Images at a time, of all devices together.", 1)
     flags.DEFINE_string("out", "evaluation", "Folder to write.")
+    hosts.define_flags()
 
 
 def main(args: flags.FlagValues) -> None:
@@ -94,6 +96,8 @@ def main(args: flags.FlagValues) -> None:
         raise BadInput("give --checkpoint, or --samples with --reference.")
     if modes and not args.source:
         raise BadInput(f"--{modes[0]} needs --source, a data source.")
+    hosts.join(args)
+    hosts.check_shared("--out", args.out)
     mesh = mesh_for_sampling(args.checkpoint) if args.checkpoint else None
     model = var_jax.load(args.checkpoint, mesh=mesh) if args.checkpoint else None
     with using(mesh):
