@@ -52,7 +52,7 @@ from var_jax.sampling.to_disk import Job, check_settings
 from var_jax.sharding import hosts
 from var_jax.sharding.mesh import using
 from var_jax.tools import cli
-from var_jax.tools.files import read_json, replacing
+from var_jax.tools.files import output_folder, read_json, replacing
 from var_jax.tools.npz import Images
 
 MODES = ("likelihood", "classify", "tokenizer")
@@ -97,7 +97,8 @@ def main(args: flags.FlagValues) -> None:
     if modes and not args.source:
         raise BadInput(f"--{modes[0]} needs --source, a data source.")
     hosts.join(args)
-    hosts.check_shared("--out", args.out)
+    out = output_folder(args.out, locks=jax.process_index() == 0)  # for all hosts
+    hosts.check_shared("--out", out)
     mesh = mesh_for_sampling(args.checkpoint) if args.checkpoint else None
     model = var_jax.load(args.checkpoint, mesh=mesh) if args.checkpoint else None
     with using(mesh):
