@@ -31,6 +31,26 @@ def test_samples_are_images_of_the_seed_and_their_tokens(model):
     np.testing.assert_array_equal(model.decode(tokens), images)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ("jax_enable_x64", True),
+        ("jax_default_prng_impl", "rbg"),
+        ("jax_threefry_partitionable", False),
+    ],
+)
+def test_the_settings_of_a_notebook_change_nothing(model, setting):
+    name, value = setting
+    before, expected = getattr(jax.config, name), model.sample(["Flags", 2], seed=3)
+    try:
+        jax.config.update(name, value)
+        there = var_jax.load("emoji")
+        np.testing.assert_array_equal(there.sample(["Flags", 2], seed=3), expected)
+        np.testing.assert_array_equal(there.encode(expected), model.encode(expected))
+    finally:
+        jax.config.update(name, before)
+
+
 def test_a_mesh_changes_nothing(model):
     labels = ["Flags"] * 3
     mesh = make_mesh(4, 2, 1)

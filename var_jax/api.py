@@ -36,6 +36,7 @@ from var_jax.sharding.mesh import AXES, check_model, using
 from var_jax.sharding.rows import in_batches
 from var_jax.tools.images import grid
 from var_jax.tools.paths import user_path
+from var_jax.tools.settings import pinned
 
 EXPLICIT = jax.sharding.AxisType.Explicit
 LARGEST = 1024  # side of what any model paints; larger images may be read reduced
@@ -73,7 +74,8 @@ def load(
     mesh = mesh or (None if current.empty else current)
     if mesh is not None:
         check_mesh(mesh, describe(checkpoint)[2].get("transformer"))
-    return Model(load_models(checkpoint, mesh, dtype), mesh)
+    with pinned():
+        return Model(load_models(checkpoint, mesh, dtype), mesh)
 
 
 def check_mesh(mesh: jax.sharding.Mesh, transformer: Any) -> None:

@@ -21,8 +21,11 @@ TINY = ROOT / "tests" / "commands" / "tiny.py"
 FLAGS = ("--config.train_transformer.steps=5", "--config.mesh.fsdp=2")
 
 
-def together(processes, command, *flags):
-    """Runs a command as so many processes of 4 / `processes` virtual devices each."""
+def launch(processes, command, *flags, each=None):
+    """Starts a command as so many processes of 4 / `processes` virtual devices each.
+
+    `each` holds flags that only one of them gets.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
@@ -33,13 +36,19 @@ def together(processes, command, *flags):
         if processes > 1
         else []
     )
-    running = [
+    own = lambda i: [*several(i), *(each[i] if each else ())]
+    return [
         subprocess.Popen(
-            [*map(str, argv), *map(str, several(i))], env=env, stdout=subprocess.PIPE,
+            [*map(str, argv), *map(str, own(i))], env=env, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True,
         )
         for i in range(processes)
     ]  # fmt: skip
+
+
+def together(processes, command, *flags):
+    """What the processes of `launch` print."""
+    running = launch(processes, command, *flags)
     outputs = [process.communicate(timeout=900) for process in running]
     assert [process.returncode for process in running] == [0] * processes, outputs
     return [out for out, _ in outputs]

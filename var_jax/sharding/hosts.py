@@ -19,7 +19,7 @@ from jax.experimental.multihost_utils import (
     sync_global_devices,
 )
 
-from var_jax import BadInput
+from var_jax import BadInput, Failure
 from var_jax.tools import ending
 
 SECONDS = 0.5  # between looks at what other hosts say
@@ -63,7 +63,7 @@ def join(args: flags.FlagValues) -> None:
 
     From then on all end where one is told to stop, and with the sentence of one that fails.
 
-    Raises: BadInput if nothing tells who they are.
+    Raises: BadInput if nothing tells who they are; Failure if they do not come.
     """
     if not are_several(args):
         if args.num_processes is not None or args.process_id is not None:
@@ -75,6 +75,11 @@ def join(args: flags.FlagValues) -> None:
         jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     except (ValueError, TypeError) as error:
         raise BadInput(f"--distributed: {str(error).strip().splitlines()[0]}") from error
+    except RuntimeError as error:
+        why = str(error).strip().splitlines()[0]
+        raise Failure(
+            f"--distributed: there is no connection to the other hosts ({why})"
+        ) from error
     if jax.process_count() > 1:
         _end_together()
 

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from var_jax import BadInput
+from var_jax.tools.settings import pinned
 from var_jax.tools.trees import path_name
 
 AXES = ("data", "fsdp", "tensor")
@@ -71,8 +72,11 @@ def data_mesh() -> Mesh | None:
 
 
 def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """`jax.set_mesh(mesh)`, or nothing where there is none."""
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+    """`jax.set_mesh(mesh)`, if there is one, and jax's settings as commands have them."""
+    stack = pinned()
+    if mesh is not None:
+        stack.enter_context(jax.set_mesh(mesh))
+    return stack
 
 
 def check_hosts(mesh: Mesh) -> None:

@@ -183,6 +183,8 @@ def explain(error: Exception, argv: Sequence[str] = ()) -> tuple[int, str]:
         return FAILED, sentence
     if sentence := _no_device(error):
         return (BAD_INPUT if "known" in sentence else FAILED), sentence
+    if ending.process.end_all and re.search("Gloo|by peer|heartbeat|coordination", text):
+        return FAILED, "another host is lost; the same command goes on from the newest checkpoint"
     if isinstance(error, Failure):
         return FAILED, str(error)
     if type(error).__module__.startswith(("gcsfs", "aiohttp", "google")):  # a bucket in trouble

@@ -1,0 +1,89 @@
+"""A signal ends a process within seconds, or at the next point where its work is saved."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+SCRIPT = """if True:
+    import hashlib, os, sys, threading, time
+    from var_jax.tools import ending
+
+    ending.SECONDS = 0.2
+    number, where = int(sys.argv[1]), sys.argv[2]
+    signalled = lambda after: threading.Timer(after, os.kill, (os.getpid(), number)).start()
+    # As in a compiler, Python does not run meanwhile: some 100 s.
+    compute = lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+    with ending.listening():
+        signalled(0.2)
+        if where == "python":
+            try:
+                time.sleep(30)
+            except KeyboardInterrupt:
+                print("interrupted in Python")
+        elif where == "compiler":
+            compute()
+        elif where == "hook":
+            with ending.unsaved(), ending.unsaved(False):
+                compute()
+        elif where == "step":
+            with ending.unsaved():
+                while not ending.stop_requested():
+                    time.sleep(0.01)
+            print("saved")
+        elif where == "twice":
+            signalled(1.0)
+            with ending.unsaved():
+                compute()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "where, ends",
+    {
+        "python": (0, "interrupted in Python\n", ""),
+        "compiler": (130, "", "interrupted\n"),
+        "hook": (130, "", "interrupted\n"),
+        "step": (0, "saved\n", "stopping: this step ends, then it saves\n"),
+        "twice": (130, "", "stopping: this step ends, then it saves\ninterrupted\n"),
+    }.items(),
+)
+def test_a_signal(number, where, ends):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-c", SCRIPT, str(int(number)), where]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == ends
+
+
+def test_nohup_is_respected():
+    """Who starts a command with nohup wants it to outlive the terminal."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    code = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{SCRIPT}"
+    code = code.replace("time.sleep(30)", "time.sleep(0.5)")
+    argv = [sys.executable, "-c", code, str(int(signal.SIGHUP)), "python"]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("seconds", [0.2, 1.0])
+def test_an_interrupt_while_a_command_is_imported(tmp_path, seconds):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-X", "importtime", "-m", "var_jax.train", "--config", "emoji"]
+    process = subprocess.Popen(
+        argv, env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr
+    for line in process.stderr:  # tells when ours has begun
+        if line.endswith("var_jax.tools.ending\n"):
+            break
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and said.endswith("interrupted\n")
+    assert "Traceback" not in said and not list(tmp_path.iterdir())
