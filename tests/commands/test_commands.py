@@ -110,11 +110,52 @@ def test_sampling_settings_may_change_later(trained, tmp_path):
     assert (workdir / "metrics.jsonl").read_text() == (trained / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
+def test_the_environment_changes_no_number(trained, tmp_path, monkeypatch):
+    for setting in (
+        "JAX_ENABLE_X64=1", "JAX_DEFAULT_PRNG_IMPL=rbg", "JAX_RANDOM_SEED_OFFSET=5",
+        "JAX_THREEFRY_PARTITIONABLE=0", "JAX_DEFAULT_MATMUL_PRECISION=bfloat16",
+        "JAX_NUMPY_RANK_PROMOTION=raise", "NNX_GRAPH_MODE=0", "PYTHONHASHSEED=3", "LC_ALL=C",
+        "TZ=Asia/Tokyo", "JAX_NUM_CPU_DEVICES=1",
+    ):  # fmt: skip
+        monkeypatch.setenv(*setting.split("="))
+    (tmp_path / "elsewhere").mkdir()
+    flags = ("--config", TINY, "--workdir", tmp_path / "work")
+    code, _, err = run_alone("train", *flags, cwd=tmp_path / "elsewhere")
+    assert code == 0 and "not used, as results would be others: JAX_DEFAULT_MATMUL" in err, err
+    ours, theirs = ((d / "metrics.jsonl").read_text() for d in (tmp_path / "work", trained))
+    assert ours == theirs
+
+
 def test_another_configs_work_directory_is_refused(trained):
     flag = "--config.train_transformer.learning_rate=0.5"
     code, _, err = run("train", "--config", TINY, "--workdir", trained, flag)
     assert code == 2
     assert "train_transformer.learning_rate is 0.01, not 0.5" in err
+
+
+def test_a_work_directory_with_less_is_named_before_it_is_touched(trained):
+    flags = ("--config.train_transformer.steps=3", "--config.seed=1")
+    before = {path: path.read_bytes() for path in trained.glob("*.json*")}
+    err = complaint("train", "--config", TINY, "--workdir", trained, *flags)
+    assert "steps is 12, not 3; config.seed is 0, not 1: set back what differs" in err
+    assert before == {path: path.read_bytes() for path in trained.glob("*.json*")}
+
+
+@pytest.mark.slow
+def test_a_finished_run_goes_on_with_more_steps_and_other_periods(trained, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "work")
+    flags = ("--config.train_transformer.steps=14", "--config.every.log=2")
+    code, _, err = run_alone("train", "--config", TINY, "--workdir", workdir, *flags)
+    assert code == 0 and "the transformer goes on to step 14" in err, err
+    old, new = ((d / "metrics.jsonl").read_text() for d in (trained, workdir))
+    added = [json.loads(line) for line in new.removeprefix(old).splitlines()]
+    assert new.startswith(old) and [r["step"] for r in added if "loss" in r] == [14]
+    (change,) = json.loads((workdir / "config.json").read_text())["changes"]
+    assert change == {
+        "after": {"tokenizer": 12, "transformer": 12},
+        "train_transformer.steps": [12, 14], "every.log": [1, 2],
+    }  # fmt: skip
 
 
 @pytest.mark.slow

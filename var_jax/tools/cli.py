@@ -252,7 +252,7 @@ def _quiet_libraries() -> None:
     """Keeps a user's terminal to our own output; what matters arrives as an exception anyway."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     absl_logging.set_verbosity(absl_logging.FATAL)
-    for name in ("asyncio", "grain", "matplotlib", "orbax", "jax._src.xla_bridge"):
+    for name in ("asyncio", "grain", "matplotlib", "orbax"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
