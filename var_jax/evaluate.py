@@ -54,6 +54,7 @@ from var_jax.sharding.mesh import using
 from var_jax.tools import cli
 from var_jax.tools.files import output_folder, read_json, replacing
 from var_jax.tools.npz import Images
+from var_jax.tools.paths import user_path
 
 MODES = ("likelihood", "classify", "tokenizer")
 SWEPT = ("cfg", "top_k", "top_p")
@@ -114,7 +115,7 @@ def measure(args: flags.FlagValues, model: var_jax.Model, mode: str) -> dict[str
     tokenizer, transformer = model.models.tokenizer, model.models.transformer
     if mode == "tokenizer":
         images, size = SourceImages(source), args.batch_size
-        network, out = load_network(args.features), epath.Path(args.out) / "features"
+        network, out = load_network(args.features), user_path(args.out, "--out") / "features"
         found = tokenizer_figures(tokenizer, images, size)
         originals = reference_of(extract(network, images, out, size))
         made = extract(network, Reconstructions(tokenizer, images, size), out, size)
@@ -127,7 +128,7 @@ def measure(args: flags.FlagValues, model: var_jax.Model, mode: str) -> dict[str
 
 def quality(args: flags.FlagValues, model: var_jax.Model | None) -> dict[str, dict[str, float]]:
     """The figures of samples, of each setting of a sweep; with those of held-out images."""
-    out, network = epath.Path(args.out), load_network(args.features)
+    out, network = user_path(args.out, "--out"), load_network(args.features)
     sets: dict[str, ImageSet] = {}
     if model is None:
         sets[""] = Images(args.samples)
@@ -193,7 +194,7 @@ def write(args: flags.FlagValues, found: dict[str, dict[str, float]]) -> None:
     about = {"version": var_jax.__version__, "flags": {name: args[name].value for name in FLAGS}}
     single = found.pop("", None)
     text = (single or {}) | ({"sets": found} if found else {}) | about
-    out = epath.Path(args.out)
+    out = user_path(args.out, "--out")
     with replacing(out / "metrics.json") as beside:
         beside.write_text(json.dumps(text, indent=2) + "\n")
     print(table(({"samples": single} if single else {}) | found))

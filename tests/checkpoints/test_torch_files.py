@@ -6,9 +6,11 @@ writer, so that the two do not share an error.
 
 import io
 import json
+import os
 import pathlib
 import pickle
 import struct
+import subprocess
 import sys
 import types
 import zipfile
@@ -323,6 +325,14 @@ def test_no_file(tmp_path):
         b"\x80\x02}(X\x01\x00\x00\x00au.",
         b"\x80\x02h\x05.",
         b"\x80\x02ccollections\nOrderedDict\n]((K\x01t" + b"\x85" * 10**6 + b"K\x02ta\x85R.",
+        pickle.dumps({"w": Call(eval, "1"), "os": Call(os.getcwd)}, 2),
+        pickle.dumps(Call(subprocess.run, "id"), 4),
+        pickle.dumps(Call(getattr, "a", "upper"), 4),
+        b"\x80\x02cargparse\nNamespace\n)\x81}X\x01\x00\x00\x00aK\x01sb.",  # a plain object
+        b"\x80\x02" + b"ca\nb\n" * 10**6 + b".",
+        b"\x80\x02}" + b"".join(b"X\x08\x00\x00\x00%08dNs" % i for i in range(400_000)) + b".",
+        b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7fab.",  # BINBYTES8 of 2⁶³ bytes
+        b"\x80\x02B\xff\xff\xff\x7fab.",  # BINBYTES of 2 GB
         b"\x80\x02ctorch\nFloatStorage\n}b.",  # BUILD: __setstate__ of a dtype of NumPy
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(K\x01K\x02K\x03K\x04K\x05t\x85R.",
         b"\x80\x02",
@@ -410,3 +420,27 @@ def test_many_views_of_the_same_bytes(tmp_path):
     path = tmp_path / "t.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(1 << 20))
     refused(path, "invalid offset for tensor")
+
+
+@pytest.mark.parametrize("size", [1 << 40, 1 << 62])
+def test_an_entry_that_claims_a_terabyte(torch_pickle, tmp_path, size):
+    """Its table of contents and its description agree; only the bytes are not there."""
+    count = size // 4
+    pickled = torch_pickle({"w": Tensor(Storage("0", count), (count,), (1,))})
+    path = archive(tmp_path / "t.pth", pickled, np.zeros(4, np.float32))
+    with zipfile.ZipFile(path, "a") as file:
+        entry = file.getinfo("model/data/0")
+        entry.file_size = entry.compress_size = size
+        file._didModify = True
+    refused(path, "bytes of tensors but has only|its table of contents cannot be read|is damaged")
+
+
+def test_entries_that_lie_elsewhere_are_written_nowhere(torch_pickle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pickled = torch_pickle({"w": Tensor(Storage("0", 3), (3,), (1,))})
+    with zipfile.ZipFile("t.pth", "w") as file:
+        file.writestr("/model/data.pkl", pickled)
+        file.writestr("/model/data/0", np.float32([1, 2, 3]).tobytes())
+        file.writestr("../../evil", "evil")
+    np.testing.assert_array_equal(read("t.pth")["w"], [1, 2, 3])
+    assert os.listdir(tmp_path) == ["t.pth"]

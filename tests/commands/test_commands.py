@@ -14,7 +14,7 @@ from running import TINY, complaint, run, run_alone, start, wait_for
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A work directory of one uninterrupted run."""
-    workdir = tmp_path_factory.mktemp("run") / "work"
+    workdir = tmp_path_factory.mktemp("run") / "lr[1e-3] é?*"  # a path is literal
     code, out, err = run_alone("train", "--config", TINY, "--workdir", workdir)
     assert code == 0, err
     assert "samples / validation" in out

@@ -30,6 +30,9 @@ from var_jax.models.var import Transformer
 from var_jax.sharding.mesh import check_hosts, sampling_mesh, shard
 
 T = TypeVar("T")
+# What a config.json may ask for: no known model comes near, and memory holds it.
+MOST = {"depth": 1024, "num_res_blocks": 64, "num_phi": 64, "patch_nums": 512}
+MOST_VALUES = 64
 
 
 class Models(NamedTuple):
@@ -174,6 +177,9 @@ def describe(
     folder, about = find_export(directory), load_config(directory)
     if not isinstance(about.get("tokenizer"), dict) or "class_names" not in about:
         raise BadInput(f"{folder}/config.json describes no tokenizer; expected a checkpoint.")
+    names = about["class_names"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BadInput(f"{folder}/config.json: class_names={str(names)[:40]}; expected texts.")
     about["tokenizer"].pop("skip", None)  # of older exports: what patch_size > 1 says
     models = {"tokenizer": build(section(TokenizerConfig, about, "tokenizer", folder))}
     if "transformer" in about:
@@ -181,12 +187,22 @@ def describe(
         if dtype != "auto":
             config = dataclasses.replace(config, dtype=dtype)
         models["transformer"] = build(config)
+        if len(names) != config.num_classes:
+            found = f"{len(names)} class_names for {config.num_classes} classes"
+            raise BadInput(f"{folder}/config.json has {found}.")
     return folder, about, models
 
 
 def section(cls: type[T], about: dict, name: str, folder: PurePath) -> T:
     """A section of config.json in `folder`. Raises: BadInput, naming the file."""
     try:
-        return from_dict(cls, about.get(name, {}), name)
+        config = from_dict(cls, about.get(name, {}), name)
     except BadInput as error:
         raise BadInput(f"{folder}/config.json: {error}") from None
+    for field, value in vars(config).items():  # ahead of building, which takes memory for each
+        values = value if isinstance(value, tuple) else (value,)
+        most = MOST.get(field, 2**24)
+        if len(values) > MOST_VALUES or any(type(v) is int and v > most for v in values):
+            found = f"{name}.{field}={str(value)[:40]}"
+            raise BadInput(f"{folder}/config.json: {found} is beyond any model.")
+    return config

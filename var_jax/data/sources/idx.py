@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 
 from var_jax import BadInput
 from var_jax.data.sources.base import ArraySource
+from var_jax.tools.paths import user_path
 
 FILES = {"train": "train", "validation": "(t10k|test)"}
 PADDED = 32  # from 28: a power of two
@@ -33,7 +34,7 @@ def open_idx(directory: str, split: str, size: int, resize: float) -> ArraySourc
 
     Raises: BadInput if the files are missing, damaged or do not fit each other.
     """
-    folder = epath.Path(directory).expanduser()
+    folder = user_path(directory, "data.source")
     names = class_names(read_idx(find_file(folder, "train", "labels")))
     images = read_idx(image_file := find_file(folder, split, "images"))
     labels = read_idx(find_file(folder, split, "labels"))
