@@ -44,7 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("kills", 0, "SIGKILLs of each command.")
     flags.DEFINE_integer("full_disks", 0, "Times that the disk of each command fills.")
     flags.DEFINE_list("commands", list(COMMANDS), "Which.")
-    flags.DEFINE_integer("processes", 1, "Of train and sample.")
+    flags.DEFINE_integer("processes", 1, "Of each command.")
     flags.DEFINE_integer("seed", 0, "Of the moments.")
     flags.DEFINE_string("out", None, "JSON file for the figures.")
 
@@ -53,20 +53,19 @@ def main(args: flags.FlagValues) -> None:
     """Disturbs each command and compares what it leaves."""
     rng, table = random.Random(args.seed), {}
     for name in args.commands:
-        processes = 1 if name == "encode" else args.processes
         with tempfile.TemporaryDirectory() as folder:
             for _ in range(2):  # the second one compiles nothing
                 calm, start = Path(folder) / "calm", time.monotonic()
                 shutil.rmtree(calm, ignore_errors=True)
-                command = Command(name, calm, processes)
+                command = Command(name, calm, args.processes)
                 assert command.wait() == 0, command.errors()
             seconds, wanted = time.monotonic() - start, outputs(name, calm)
-            storm = Storm(name, Path(folder), processes, seconds, wanted, rng)
+            storm = Storm(name, Path(folder), args.processes, seconds, wanted, rng)
             if args.kills:
                 storm.kill(args.kills)
             if args.full_disks:
                 storm.fill(args.full_disks)
-        table[name] = {"processes": processes, "seconds undisturbed": round(seconds, 1)}
+        table[name] = {"processes": args.processes, "seconds undisturbed": round(seconds, 1)}
         table[name] |= storm.counts
         print(name, table[name], flush=True)
     if args.out:
