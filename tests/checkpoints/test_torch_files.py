@@ -324,13 +324,13 @@ def test_no_file(tmp_path):
         b"\x80\x02" + b"]" * 10 + b"a" * 20 + b".",
         b"\x80\x02}(X\x01\x00\x00\x00au.",
         b"\x80\x02h\x05.",
-        b"\x80\x02ccollections\nOrderedDict\n]((K\x01t" + b"\x85" * 10**6 + b"K\x02ta\x85R.",
+        b"\x80\x02ccollections\nOrderedDict\n]((K\x01t" + b"\x85" * 10**5 + b"K\x02ta\x85R.",
         pickle.dumps({"w": Call(eval, "1"), "os": Call(os.getcwd)}, 2),
         pickle.dumps(Call(subprocess.run, "id"), 4),
         pickle.dumps(Call(getattr, "a", "upper"), 4),
         b"\x80\x02cargparse\nNamespace\n)\x81}X\x01\x00\x00\x00aK\x01sb.",  # a plain object
-        b"\x80\x02" + b"ca\nb\n" * 10**6 + b".",
-        b"\x80\x02}" + b"".join(b"X\x08\x00\x00\x00%08dNs" % i for i in range(400_000)) + b".",
+        b"\x80\x02" + b"ca\nb\n" * 10**5 + b".",
+        b"\x80\x02}" + b"".join(b"X\x08\x00\x00\x00%08dNs" % i for i in range(40_000)) + b".",
         b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7fab.",  # BINBYTES8 of 2⁶³ bytes
         b"\x80\x02B\xff\xff\xff\x7fab.",  # BINBYTES of 2 GB
         b"\x80\x02ctorch\nFloatStorage\n}b.",  # BUILD: __setstate__ of a dtype of NumPy

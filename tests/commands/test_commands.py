@@ -35,6 +35,7 @@ def test_what_training_leaves(trained):
     assert {"val_psnr", "val_loss"} <= {name for record in steps for name in record}
 
 
+@pytest.mark.slow
 def test_the_same_command_again_changes_nothing(trained):
     before = (trained / "metrics.jsonl").read_text()
     code, _, err = run_alone("train", "--config", TINY, "--workdir", trained)

@@ -41,6 +41,7 @@ def test_it_is_the_loss_by_scale(models, sampled):
     np.testing.assert_allclose(found[:, -1], wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_batches_and_meshes_change_nothing(models, sampled):
     alone = log_likelihood(models.tokenizer.quantizer, models.transformer, *sampled)
     batched = log_likelihood(models.tokenizer.quantizer, models.transformer, *sampled, batch_size=2)
@@ -51,6 +52,7 @@ def test_batches_and_meshes_change_nothing(models, sampled):
     np.testing.assert_allclose(split, alone, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_class_of_samples_is_found(models):
     model = var_jax.load("emoji")
     labels = np.array([0, 2, 8, 8], np.int32)

@@ -32,6 +32,7 @@ def test_parameter_counts():
         assert config.drop_path == pytest.approx(known["drop_path_rate"][str(depth)])
 
 
+@pytest.mark.slow
 def test_initial_values_have_the_release_statistics():
     """Means and stds at d16's width; two layers are enough, but the depth enters the std."""
     config = TransformerConfig.from_depth(16)

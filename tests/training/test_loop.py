@@ -61,7 +61,7 @@ def train(directory, config, until=None, signalled=None, task=None, hooks=None):
         return jax.device_get(state)
 
 
-@pytest.mark.parametrize("until", [4, 9])
+@pytest.mark.parametrize("until", [4, pytest.param(9, marks=pytest.mark.slow)])
 def test_resuming_equals_never_having_stopped(tmp_path, until):
     """Also where it stopped between a step's save and its hooks, each of a period of its own."""
     whole = train(tmp_path / "a", CONFIG)
@@ -79,7 +79,7 @@ def test_resuming_equals_never_having_stopped(tmp_path, until):
     assert hooks == [(4, "often"), (6, "seldom"), (8, "often"), (9, "often"), (9, "seldom")]
 
 
-@pytest.mark.parametrize("signalled", [4, 9])
+@pytest.mark.parametrize("signalled", [pytest.param(4, marks=pytest.mark.slow), 9])
 def test_an_interrupt_during_a_hook_saves_and_ends(tmp_path, signalled):
     with pytest.raises(KeyboardInterrupt):  # after the last step too: no training begins after it
         train(tmp_path, CONFIG, signalled=signalled)

@@ -69,6 +69,7 @@ def test_shared_adaln_offsets_do_not_decay():
     assert not decays(model).blocks.ada_offset.get_raw_value()
 
 
+@pytest.mark.slow
 def test_groups_of_weights_are_frozen_or_slower():
     config = TrainConfig(lr_scale="word=0,blocks.*fc1=0.5", weight_decay=0.0, batch_size=256)
     sizes = TransformerConfig(depth=2, width=16, num_heads=2, vocab_size=32, num_classes=3)

@@ -222,6 +222,7 @@ def test_cached_tokens_give_the_same_loss_as_images(alone, at_once, monkeypatch)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_agrees_with_float32(alone):
     """As accelerators compute it: the loss to half a percent, gradients in the same direction."""
     frozen = {"tokenizer": jax.tree.map(jnp.asarray, alone[1].autoencoder.best)}
@@ -239,6 +240,7 @@ def test_bfloat16_agrees_with_float32(alone):
     assert cosine > 0.999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.99, 0.0])
 def test_a_rate_of_0_freezes_the_codebook_too(decay):
     config = dataclasses.replace(TRAIN_TOKENIZER, lr_scale=".*=0", codebook_decay=decay)
