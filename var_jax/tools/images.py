@@ -79,8 +79,10 @@ def labelled_rows(
     return np.asarray(sheet)
 
 
-def curves(path: str | PurePath, series: dict[str, dict[str, tuple]]) -> None:
-    """Writes a PNG with one small line chart for each title: {title: {label: (steps, y)}}."""
+def curves(
+    path: str | PurePath, series: dict[str, dict[str, tuple]], x_label: str = "step"
+) -> None:
+    """Writes a PNG with one small line chart for each title: {title: {label: (x, y)}}."""
     # A notebook's name of a backend, of which nothing is drawn here, is unknown outside of it.
     backend = os.environ.pop("MPLBACKEND", None)
     try:
@@ -101,7 +103,7 @@ def curves(path: str | PurePath, series: dict[str, dict[str, tuple]]) -> None:
         for label, (x, y) in lines.items():
             axis.plot(x, y, label=label, linewidth=1.6, marker="o" if len(x) < 12 else None, ms=3.5)
         axis.set_title(title, fontsize=11, loc="left")
-        axis.set_xlabel("step", fontsize=9)
+        axis.set_xlabel(x_label, fontsize=9)
         axis.tick_params(labelsize=8, length=0)
         axis.grid(color="0.9", linewidth=0.8)
         axis.set_axisbelow(True)
