@@ -119,8 +119,8 @@ def _damage(path, how):
         os.truncate(path, len(content) // 2 if how == "cut" else 0)
 
 
-@pytest.mark.parametrize("how", ["deleted", "emptied", "cut", "flipped"])
-@pytest.mark.parametrize("what", ["d/*", "_METADATA", "manifest.ocdbt", "data.json", "*"])
+@pytest.mark.parametrize("how", ["deleted", "cut"])
+@pytest.mark.parametrize("what", ["d/*", "*"])  # test_tampering.py has every file
 def test_damage_falls_back_to_the_checkpoint_before(tmp_path, capsys, what, how):
     _saved(tmp_path, 1, 2)
     files = [p for p in (tmp_path / "2").rglob("*") if p.is_file()]

@@ -42,6 +42,7 @@ def test_box_and_paste(untrained, photo, tmp_path):
     np.testing.assert_array_equal(arrays["keep"], known_mask(outside[::4, ::4], SCALES))
 
 
+@pytest.mark.slow
 def test_mask_and_class(untrained, photo, tmp_path):
     white = np.zeros((24, 30), np.uint8)
     white[:, 15:] = 255  # the right half, of a mask half as large

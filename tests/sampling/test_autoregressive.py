@@ -55,6 +55,7 @@ def test_seeds_and_labels_matter():
     assert (tokens != draw(LABELS[::-1].copy(), seed=0)[1])[[0, 1, 2]].any(axis=1).all()
 
 
+@pytest.mark.slow
 def test_each_scale_has_its_top_p():
     """Sampled freely at the first two scales and greedily after them, those settle the rest."""
     greedy = [1e-9] * (len(models("base")[1].config.patch_nums) - 2)
@@ -62,6 +63,7 @@ def test_each_scale_has_its_top_p():
     assert len(np.unique(tokens[:, :5], axis=0)) == len(np.unique(tokens, axis=0)) > 1
 
 
+@pytest.mark.slow
 def test_smooth_mixes_codes():
     plain, mixed = draw(seed=0)[0], draw(seed=0, smooth=True)[0]
     assert mixed.shape == plain.shape and (mixed != plain).any()

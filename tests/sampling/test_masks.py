@@ -41,6 +41,7 @@ def test_a_mask_image_of_a_box_is_the_box():
     np.testing.assert_array_equal(pool_mask(half, 2), [[True, False], [False, False]])
 
 
+@pytest.mark.slow
 def test_known_tokens_are_kept_and_the_others_sampled():
     tokenizer, _, gold = models("base")
     given = np.resize(gold["tokens"], (len(LABELS), gold["tokens"].shape[1]))

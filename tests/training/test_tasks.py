@@ -153,6 +153,7 @@ def test_noise_changes_what_is_read_and_not_what_is_predicted(alone):
     assert (noisy.idx[:, 5:] != plain.idx[:, 5:]).any()
 
 
+@pytest.mark.slow
 def test_restarted_codes_replace_their_averages():
     task = tokenizer_task(TOKENIZER, dataclasses.replace(TRAIN_TOKENIZER, ema_decay=0.999))
     state = jax.jit(task.init)(jax.random.key(0))
