@@ -91,6 +91,15 @@ def test_keeps_the_newest_and_leaves_a_saved_step_alone(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
 
 
+def test_closing_asks_no_other_process(tmp_path, monkeypatch):
+    """The others may be amid a step, when an exception of this one unwinds."""
+    run = Checkpoints(tmp_path)
+    run.save(1, _state(1), {"next": 1})
+    monkeypatch.setattr("var_jax.checkpoints.training.multihost_utils", None)
+    run.close()
+    assert (tmp_path / "1").exists()
+
+
 def test_training_may_donate_what_is_being_saved(tmp_path):
     run = Checkpoints(tmp_path)
     state = {"w": jax.random.normal(jax.random.key(0), (1000, 1000))}

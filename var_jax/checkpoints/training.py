@@ -87,15 +87,19 @@ class Checkpoints:
         return None
 
     def wait(self) -> None:
-        """Blocks until the last save is on disk; raises what went wrong with it."""
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
-            self._check_saved()
+        """Blocks until the last save is on disk; raises what went wrong with it, on any process."""
+        saving = self._saving
+        reason = self._finish()
+        if saving is not None and not _on_every_process(not reason):
+            raise self._lost(reason or "elsewhere")
 
     def close(self) -> None:
-        """Waits, then frees the background threads."""
-        self.wait()
+        """Waits, then frees the background threads.
+
+        Asks no other process: they may be amid a step when an exception of this one closes it.
+        """
+        if reason := self._finish():
+            raise self._lost(reason)
         self._orbax.close()
 
     def _open(self) -> ocp.training.Checkpointer:
@@ -121,17 +125,23 @@ class Checkpoints:
             if path.name.split(".")[0] == str(self._step):
                 storage.record_files(path)
 
-    def _check_saved(self) -> None:
-        """Raises: OSError on every process if what was saved does not open from where it lies."""
-        path, reason = self._directory / str(self._step), ""
+    def _finish(self) -> str:
+        """Ends the save under way, if any: why it does not open here from where it lies, or ""."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return ""
+        saving.result()
         try:
             self._orbax.checkpointables_metadata(self._step)
             if jax.process_index() == 0:
-                storage.seal(path)
+                storage.seal(self._directory / str(self._step))
         except Exception as error:  # Orbax and tensorstore have no common error for damage.
-            reason = storage.reason(error)
-        if not _on_every_process(not reason):
-            raise OSError(f"{path} was saved but cannot be read back ({reason or 'elsewhere'})")
+            return storage.reason(error)
+        return ""
+
+    def _lost(self, reason: str) -> OSError:
+        path = self._directory / str(self._step)
+        return OSError(f"{path} was saved but cannot be read back ({reason})")
 
     def _read(self, step: int, wanted: dict) -> tuple[tuple[list, dict] | None, str]:
         """((arrays in the order of `wanted`, data), "") or (None, why it cannot be read)."""
