@@ -29,7 +29,8 @@ PATH=$here/.venv/bin:$PATH
 code=0
 "${@:5}" 2>&1 | tee -a "$log" || code=${PIPESTATUS[0]}
 echo "$(date '+%F %T') ended with exit code $code" >>"$log"
-# What the command refuses (2, and nothing else) would be refused again: watch.sh reads why, and ends.
-if [[ $code == 2 ]]; then
-  tail -n 2 "$log" | head -n 1 | gcloud storage cp - "$workdir/.refused"
-fi
+# watch.sh ends by these. What is refused (2, and nothing else) would be refused again: it reads why.
+case $code in
+  0) date | gcloud storage cp - "$workdir/.done" ;;
+  2) tail -n 2 "$log" | head -n 1 | gcloud storage cp - "$workdir/.refused" ;;
+esac

@@ -26,10 +26,14 @@ give_back() {
   done
 }
 
-gcloud storage rm "$WORKDIR/.refused" >/dev/null 2>&1 || true # of an earlier start
+for mark in .done .refused; do # of an earlier start
+  gcloud storage rm "$WORKDIR/$mark" >/dev/null 2>&1 || true
+done
 while true; do
   now=$(state) # before the next line: another watch.sh deletes the slice only after the end
-  if gcloud storage ls "$WORKDIR/$last" >/dev/null 2>&1; then
+  # A host that has ended well says so; what host 0 writes last may be of an earlier command.
+  if { gcloud storage ls "$WORKDIR/.done" && gcloud storage ls "$WORKDIR/$last"; } >/dev/null 2>&1
+  then
     give_back
     exit
   fi

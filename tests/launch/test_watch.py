@@ -166,7 +166,16 @@ def test_code_that_is_not_committed_is_refused_before_anything_costs_money(cloud
     assert not any("create" in call for call in cloud.lines("calls"))
 
 
-def test_a_run_that_is_finished_is_not_started(cloud):
-    (cloud.folder / "bucket" / "mine" / "runs" / "d16" / "summary.json").write_text("{}")
-    finished(cloud, cloud.watch())
-    assert not any("create" in call for call in cloud.lines("calls"))
+def test_a_finished_run_goes_on_when_a_command_is_given_again(cloud):
+    for marks in (["summary.json"], ["summary.json", ".done"]):
+        for name in marks:
+            (cloud.folder / "bucket" / "mine" / "runs" / "d16" / name).touch()
+        before = len(cloud.lines("starts"))
+        (cloud.folder / "end").unlink(missing_ok=True)
+        watch = cloud.watch()
+        cloud.until(lambda n=before: len(cloud.lines("starts")) == n + 1)
+        calls = cloud.ssh_calls()
+        cloud.until(lambda n=calls: cloud.ssh_calls() > n + 2)
+        assert watch.poll() is None
+        cloud.end("exit 0")
+        finished(cloud, watch)
