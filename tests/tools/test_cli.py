@@ -239,6 +239,22 @@ def test_a_device_that_cannot_start_is_named(platform, code):
     assert f"error: JAX_PLATFORMS={platform}: no such device could be started (" in done.stderr
 
 
+def test_a_driver_that_fails_is_no_bad_input(monkeypatch):
+    def fail():
+        raise RuntimeError("Unable to initialize backend 'cuda': INTERNAL: CUDA_ERROR_UNKNOWN")
+
+    def devices():
+        exec(compile("fail()", "jax/_src/xla_bridge.py", "exec"), {"fail": fail})
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(RuntimeError) as raised:
+        devices()
+    for why, code in ((raised.value.args[0], 1), ("Unknown backend cuda.", 2)):
+        raised.value.args = (why,)
+        found, sentence = cli.explain(raised.value)
+        assert found == code and sentence.startswith("JAX_PLATFORMS=cuda: no such device"), sentence
+
+
 def test_fields_of_a_config_keep_their_types(command):
     fields = ("depth=20", "rate=1", "name=3", "sides=1,2,3", "flip=true")
     ran = command(*CONF, *(f"--config.model.{field}" for field in fields))

@@ -52,7 +52,7 @@ def run(main: Main, define_flags: Callable[[], None]) -> NoReturn:
     try:
         with ending.listening():
             _cache_compiled_programs()
-            code = call(main, define_flags, sys.argv[1:], pinned=True)
+            code = call(main, define_flags, sys.argv[1:], pin=True)
     except KeyboardInterrupt:  # amid the end
         code = ending.INTERRUPTED
     except Exception as error:
@@ -68,18 +68,18 @@ def call(
     define_flags: Callable[[], None],
     argv: Sequence[str] = (),
     *,
-    pinned: bool = False,
+    pin: bool = False,
 ) -> int:
     """Runs a command inside this process with the flags `argv`; returns its exit code.
 
     Its flags exist only meanwhile, so that commands can run one after another. Ends like `run`,
-    which has settings of jax `pinned` for the whole process.
+    which has it `pin` settings of jax for the whole process.
     """
     args, code, message = flags.FLAGS, 0, ""
     before, was_parsed = set(args), args.is_parsed()
     ending.process.log = None
     try:
-        if pinned:
+        if pin:
             pin_settings()
         define_flags()
         if any(re.match(r"--?h(elp|$)", word) for word in argv):
@@ -181,8 +181,8 @@ def explain(error: Exception, argv: Sequence[str] = ()) -> tuple[int, str]:
         return FAILED, _disk_full(found[0])
     if sentence := _memory_full(error, text):
         return FAILED, sentence
-    if sentence := _no_device(error):
-        return (BAD_INPUT if "known" in sentence else FAILED), sentence
+    if found := _no_device(error):
+        return found
     if ending.process.end_all and re.search("Gloo|by peer|heartbeat|coordination", text):
         return FAILED, "another host is lost; the same command goes on from the newest checkpoint"
     if isinstance(error, Failure):
@@ -214,13 +214,16 @@ def _memory_full(error: Exception, text: str) -> str:
     return f"memory is full (it takes {size}); a smaller batch size needs less"
 
 
-def _no_device(error: Exception) -> str:
+def _no_device(error: Exception) -> tuple[int, str] | None:
+    """2 for a platform that this jax does not know, 1 where one it knows could not start."""
     frames = traceback.extract_tb(error.__traceback__)
     if not any(frame.filename.endswith("xla_bridge.py") for frame in frames[-3:]):
-        return ""
+        return None
     wanted = os.environ.get("JAX_PLATFORMS", "")
     why = re.sub(r" \(set JAX_PLATFORMS.*", "", str(error)) or "it is not known to this jax"
-    return f"JAX_PLATFORMS={wanted}: no such device could be started ({why.rstrip('.')})"
+    unknown = "not known to this jax|^Unknown backend|is not in the list of known backends"
+    code = BAD_INPUT if re.search(unknown, why) else FAILED
+    return code, f"JAX_PLATFORMS={wanted}: no such device could be started ({why.rstrip('.')})"
 
 
 def _bad_path(error: OSError, argv: Sequence[str]) -> tuple[int, str]:
