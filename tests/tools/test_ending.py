@@ -14,8 +14,8 @@ SCRIPT = """if True:
     import hashlib, os, sys, threading, time
     from var_jax.tools import ending
 
-    ending.SECONDS = 0.2
-    number, where = int(sys.argv[1]), sys.argv[2]
+    number, where, *others = int(sys.argv[1]), *sys.argv[2:]
+    ending.SECONDS = 5.0 if others else 0.2
     signalled = lambda after: threading.Timer(after, os.kill, (os.getpid(), number)).start()
     # As in a compiler, Python does not run meanwhile: some 100 s.
     compute = lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
@@ -35,6 +35,9 @@ SCRIPT = """if True:
             with ending.unsaved():
                 while not ending.stop_requested():
                     time.sleep(0.01)
+                for other in others:  # amid the save
+                    os.kill(os.getpid(), int(other))
+                time.sleep(0.5)
             print("saved")
         elif where == "twice":
             signalled(1.0)
@@ -59,6 +62,21 @@ def test_a_signal(number, where, ends):
     argv = [sys.executable, "-c", SCRIPT, str(int(number)), where]
     done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout, done.stderr) == ends
+
+
+TERM, HUP, INT = signal.SIGTERM, signal.SIGHUP, signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    "first, second, saved",
+    [(TERM, HUP, True), (HUP, HUP, True), (INT, TERM, True), (TERM, INT, True), (INT, INT, False)],
+)
+def test_two_signals_close_together(first, second, saved):
+    """A terminal that closes, or a batch system, sends several; only Ctrl-C twice is impatience."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-c", SCRIPT, str(int(first)), "step", str(int(second))]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == ((0, "saved\n") if saved else (130, ""))
 
 
 def test_nohup_is_respected():

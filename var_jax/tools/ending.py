@@ -2,7 +2,8 @@
 
 Ctrl-C, SIGTERM and SIGHUP ask for the same. Where a stop would lose work (`unsaved`) the process
 goes on to its next `stop_requested`; elsewhere it ends within seconds, also inside a compiler,
-which runs no Python. A second signal ends it at once.
+which runs no Python. A second Ctrl-C ends it at once, and so does any signal that comes
+`SECONDS` after the first: who stops a process may send several together.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -126,13 +128,17 @@ def _handle(number: int, frame: object) -> None:
 
 def _hear(reader: int) -> None:
     """In a thread of its own: hears a signal at once, whatever the main thread is at."""
-    signals, last = 0, None
+    signals: list[int] = []
+    first, last = 0.0, None
     while byte := os.read(reader, 1):
         if byte[0] not in SIGNALS:
             continue
-        signals += 1
-        if signals > 1:
+        signals.append(byte[0])
+        first = first or time.monotonic()
+        if signals.count(signal.SIGINT) > 1 or time.monotonic() - first > SECONDS:
             end(INTERRUPTED, "interrupted")
+        elif len(signals) > 1:
+            continue
         elif process.stop_all:
             process.stop_all()
         elif process.unsaved:
