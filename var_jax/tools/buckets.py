@@ -26,6 +26,7 @@ from etils import epath
 from fsspec.config import conf
 
 from var_jax import BadInput
+from var_jax.tools import ending
 
 T = TypeVar("T")
 PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds between the tries of `retrying`
@@ -174,8 +175,8 @@ class _Lock:
             with contextlib.suppress(Exception), self._busy:  # out of reach: the next time may do
                 if self._released.is_set() or self._write(self._generation) or self._write("0"):
                     continue
-                print(f"error: another process has taken {self._path}", file=sys.stderr, flush=True)
-                os._exit(1)  # before it writes there again
+                # Before it writes there again, or another host of its run does.
+                ending.end(1, f"error: another process has taken {self._path}")
 
     def release(self) -> None:
         """Gives the lock back."""
