@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -71,12 +71,11 @@ def data_mesh() -> Mesh | None:
     return make_mesh(data=-1, fsdp=1, tensor=1) if jax.device_count() > 1 else None
 
 
-def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def using(mesh: Mesh | None) -> Iterator[None]:
     """`jax.set_mesh(mesh)`, if there is one, and jax's settings as commands have them."""
-    stack = pinned()
-    if mesh is not None:
-        stack.enter_context(jax.set_mesh(mesh))
-    return stack
+    with pinned(), contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        yield
 
 
 def check_hosts(mesh: Mesh) -> None:

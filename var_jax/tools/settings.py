@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import sys
+from collections.abc import Iterator
 
 from var_jax import BadInput
 
@@ -48,16 +49,18 @@ def pin_settings() -> None:
         print(f"not used, as results would be others: {', '.join(unused)}", file=sys.stderr)
 
 
-def pinned() -> contextlib.ExitStack:
+@contextlib.contextmanager
+def pinned() -> Iterator[None]:
     """Pins, inside a `with`, what a program may have set for itself around a call of the library.
 
     A context manager.
     """
     import jax
 
-    stack = contextlib.ExitStack()
-    stack.enter_context(jax.default_prng_impl(OF_JAX["jax_default_prng_impl"]))
-    stack.enter_context(jax.threefry_partitionable(True))
-    stack.enter_context(jax.enable_x64(False))
-    stack.enter_context(jax.default_matmul_precision(None))
-    return stack
+    with (
+        jax.default_prng_impl(OF_JAX["jax_default_prng_impl"]),
+        jax.threefry_partitionable(True),
+        jax.enable_x64(False),
+        jax.default_matmul_precision(None),
+    ):
+        yield
