@@ -91,7 +91,7 @@ class Inception(NamedTuple):
     classes: Float[Array | np.ndarray, "2048 1008"]
 
 
-class Features(NamedTuple):
+class Layers(NamedTuple):
     """What the metrics read of an image."""
 
     pool: Float[Array, "B 2048"]
@@ -153,7 +153,7 @@ def load_inception(path: str | Path) -> Inception:
         return Inception(convs, take(tensors, "fc.weight", 1008, 2048).T)
 
 
-def inception(weights: Inception, image: UInt8[Array, "B H W 3"]) -> Features:
+def inception(weights: Inception, image: UInt8[Array, "B H W 3"]) -> Layers:
     """The features of images of any size. Single-device code."""
     x = (resize_tensorflow(image, SIZE) - 128) / 128
     spatial = x
@@ -162,7 +162,7 @@ def inception(weights: Inception, image: UInt8[Array, "B H W 3"]) -> Features:
         if prefix == "Mixed_6d.":  # branch1x1 comes first in it
             spatial = x[..., :NUM_SPATIAL].reshape(x.shape[0], -1)
     pool = x.mean((1, 2))
-    return Features(pool, spatial, jnp.matmul(pool, weights.classes, precision=HIGHEST))
+    return Layers(pool, spatial, jnp.matmul(pool, weights.classes, precision=HIGHEST))
 
 
 def run_block(convs: dict[str, Conv], prefix: str, block: str, x: Array) -> Array:
