@@ -50,17 +50,16 @@ from var_jax.evaluation.quality import (
     open_reference,
     reference_of,
 )
-from var_jax.evaluation.tokenizer import Reconstructions, tokenizer_figures
+from var_jax.evaluation.tokenizer import Reconstructions
 from var_jax.models.load import mesh_for_sampling
 from var_jax.sampling.autoregressive import Weights, sampler
 from var_jax.sampling.to_disk import Job, check_settings
 from var_jax.sharding import hosts
-from var_jax.sharding.mesh import using
+from var_jax.sharding.mesh import data_mesh, of_first, using
 from var_jax.tools import cli
 from var_jax.tools.files import output_folder, read_json, replacing
 from var_jax.tools.images import curves
 from var_jax.tools.npz import Images
-from var_jax.tools.paths import user_path
 
 MODES = ("likelihood", "classify", "tokenizer")
 HELD_OUT = "held-out images"
@@ -107,32 +106,38 @@ def main(args: flags.FlagValues) -> None:
     hosts.join(args)
     out = output_folder(args.out, locks=jax.process_index() == 0)  # for all hosts
     hosts.check_shared("--out", out)
-    mesh = mesh_for_sampling(args.checkpoint) if args.checkpoint else None
+    mesh = mesh_for_sampling(args.checkpoint) if args.checkpoint else data_mesh()
     model = var_jax.load(args.checkpoint, mesh=mesh) if args.checkpoint else None
     network = load_network(args.features) if args.reference or args.tokenizer else None
     with using(mesh):
         if network is not None and args.reference:
-            found = quality(args, network, model)
+            found = quality(args, network, model, out)
         else:
             assert model is not None
-            found = {"": measure(args, network, model, modes[0])}
+            found = {"": measure(args, network, model, modes[0], out)}
     if jax.process_index() == 0:
         write(out, found, about(args, network, model))
+    sync_global_devices("figures are written")  # hosts that end earlier would take others along
 
 
 def measure(
-    args: flags.FlagValues, network: Network | None, model: var_jax.Model, mode: str
+    args: flags.FlagValues,
+    network: Network | None,
+    model: var_jax.Model,
+    mode: str,
+    out: epath.Path,
 ) -> dict[str, float]:
-    """The figures of a model on the images of --source."""
+    """The figures of a model on the images of --source, all of them on process 0."""
     source = open_source(args.source, args.split or "validation", model.image_size, resize=1.0)
     tokenizer, transformer = model.models.tokenizer, model.models.transformer
     if network is not None:
-        images, size = SourceImages(source), args.batch_size
-        out = user_path(args.out, "--out") / "features"
-        found = tokenizer_figures(tokenizer, images, size)
-        originals = reference_of(extract(network, images, out, size))
-        made = extract(network, Reconstructions(tokenizer, images, size), out, size)
-        return found | {f"r{k}": value for k, value in figures(network, made, originals).items()}
+        images, folder, size = SourceImages(source), out / "features", args.batch_size
+        again = Reconstructions(tokenizer, images, size)
+        originals, made = (extract(network, each, folder, size) for each in (images, again))
+        if jax.process_index() > 0:
+            return {}
+        distances = figures(network, made, reference_of(originals))
+        return again.figures() | {f"r{name}": value for name, value in distances.items()}
     if source.class_names != model.class_names:
         raise BadInput(f"{args.source} has other classes than {args.checkpoint}.")
     run = likelihood_figures if mode == "likelihood" else classification_figures
@@ -140,10 +145,12 @@ def measure(
 
 
 def quality(
-    args: flags.FlagValues, network: Network, model: var_jax.Model | None
+    args: flags.FlagValues, network: Network, model: var_jax.Model | None, out: epath.Path
 ) -> dict[str, dict[str, float]]:
-    """The figures of samples, of each setting of a sweep; with those of held-out images."""
-    out = user_path(args.out, "--out")
+    """The figures of samples, of each setting of a sweep; with those of held-out images.
+
+    Process 0 has them.
+    """
     sets: dict[str, ImageSet] = {}
     if model is None:
         sets[""] = Images(args.samples)
@@ -153,11 +160,11 @@ def quality(
     count, size = next(iter(sets.values())).shape[:2]
     folder, split = out / "features", args.split or "train"
     where = {"size": args.size or size, "split": split}
-    reference = open_reference(args.reference, network, folder, **where)
+    reference = open_reference(args.reference, network, folder, **where, batch_size=args.batch_size)
     if held_out := held_out_images(args.reference, split, count, where["size"]):
         sets[HELD_OUT] = held_out
     found = {name: extract(network, each, folder, args.batch_size) for name, each in sets.items()}
-    if jax.process_index():
+    if reference is None or jax.process_index() > 0:
         return {}
     return {
         name: {"images": features.count} | figures(network, features, reference)
@@ -191,8 +198,9 @@ def draw(
     about = dataclasses.asdict(settings) | {"top_p": settings.listed, "weights": prints}
     about |= {"num": args.num, "seed": args.seed}
     done, path = folder / "settings.json", folder / "samples.npz"
-    if done.exists() and path.exists():
-        check_settings(folder, read_json(done), about)
+    if of_first(lambda: np.array(done.exists() and path.exists()), (), bool):
+        if jax.process_index() == 0:
+            check_settings(folder, read_json(done), about)
         return path
     job = Job(sampler(settings), weights, labels, folder, args.batch_size, args.seed)
     job.begin(about)

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 from etils import epath
-from running import complaint, run
+from evaluation_cases import weights_file
+from running import complaint, run, start_several
 
 from var_jax.evaluation import features
 from var_jax.evaluation.statistics import Moments
@@ -98,6 +99,25 @@ def test_a_checkpoint_on_data(tmp_path, untrained, mean_colours):
     assert run("evaluate", *flags, "--tokenizer")[0] == 0
     found = metrics(tmp_path / "out")
     assert found["psnr"] > 0 and found["rfd_quarters"] > 0 and 1 <= found["perplexity_scale3"] <= 64
+
+
+@pytest.mark.slow
+def test_hosts_measure_together(tmp_path, untrained):
+    write_images(tmp_path / "b.npz", 1, 8)
+    weights = weights_file(tmp_path, "features", "dinov2_224")
+    flags = ("--checkpoint", untrained, "--reference", tmp_path / "b.npz", "--num", 8)
+    flags = (*flags, "--features", weights, "--out")
+    for out, count in (("one", 1), ("hosts", 2), ("hosts", 2)):  # the last one finds all done
+        running = start_several(count, "evaluate", *flags, tmp_path / out, devices=2 // count)
+        said = [process.communicate(timeout=500) for process in running]
+        assert [process.returncode for process in running] == [0] * count, said
+        found = metrics(tmp_path / out)
+        assert found["images"] == 8 and found["fd_dinov2_128"] > 0
+        assert sum("figures are in" in printed for printed, _ in said) == 1
+    alone = metrics(tmp_path / "one")
+    for name in ("fd", "kid", "precision"):
+        name = f"{name}_dinov2_128"
+        np.testing.assert_allclose(found[name], alone[name], rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 from golden_cases import load
@@ -18,6 +19,7 @@ from var_jax.evaluation.scores import (
     ssim,
 )
 from var_jax.evaluation.statistics import Moments
+from var_jax.sharding.mesh import make_mesh
 
 CASE = load("evaluation")
 REFERENCE, SAMPLES = CASE["features_reference"], CASE["features_samples"]
@@ -90,6 +92,21 @@ def test_precision_and_recall_beyond_float16():
     """Where a squared distance is infinite in float16, the tile is float32."""
     large = precision_recall(100 * SAMPLES, 100 * REFERENCE, adm=True)
     assert large == precision_recall(100 * SAMPLES, 100 * REFERENCE)
+
+
+def test_under_a_mesh_one_device_computes(monkeypatch):
+    """A program under the mesh would be one of all processes, and only process 0 is here."""
+    places = []
+
+    def fits_half(x, y):
+        places.append(squared_distances(x[:9], y[:9]).devices())
+        return True
+
+    monkeypatch.setattr(scores, "fits_half", fits_half)
+    with jax.set_mesh(make_mesh(-1, 1, 1)):
+        precision_recall(SAMPLES, REFERENCE, adm=True)
+        assert not jax.sharding.get_mesh().empty
+    assert places and all(place == {jax.local_devices()[0]} for place in places)
 
 
 def adm_precision_recall(samples, reference):

@@ -21,8 +21,9 @@ from var_jax.evaluation.statistics import Moments
 from var_jax.models.features.dino import dinov2, load_dinov2
 from var_jax.models.features.efficientnet import efficientnet, load_efficientnet
 from var_jax.models.features.inception import inception, load_inception
+from var_jax.sharding.mesh import of_first
 from var_jax.sharding.ops import data_parallel
-from var_jax.sharding.rows import in_batches
+from var_jax.sharding.rows import in_batches, put_whole
 from var_jax.tools.logs import progress
 from var_jax.tools.npz import load_npz, save_npz
 
@@ -128,20 +129,21 @@ def extract(
 ) -> Features:
     """The features of all images, on every device of the mesh; those in `folder` are not made anew.
 
-    Files are called by the network, the place and the checksum of their images, so that none is
-    taken for another.
+    Process 0 writes and reads the files. They are called by the network, the place and the checksum
+    of their images, so that none is taken for another.
 
     Raises: BadInput for fewer than two images.
     """
-    count, paths, start = images.shape[0], [], 0
+    count, paths, start, weights = images.shape[0], [], 0, None
     if count < 2:
         raise BadInput(f"{count} image is no set; expected at least 2.")
     with progress(count, 0, "features") as bar:
         for part in images.batches(PART):
             name = f"{network.name}-{network.fingerprint[:8]}-{start:08d}"
             path = folder / f"{name}-{zlib.crc32(part.tobytes()):08x}.npz"
-            if not path.exists():
-                found = in_batches(network.run, network.weights, part, batch_size)
+            if not of_first(lambda path=path: np.array(path.exists()), (), bool):
+                weights = put_whole(network.weights) if weights is None else weights
+                found = in_batches(network.run, weights, part, batch_size)
                 if jax.process_index() == 0:
                     save_npz(path, **found)
             paths.append(path)

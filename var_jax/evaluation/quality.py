@@ -26,7 +26,7 @@ class Reference(NamedTuple):
 
 
 def open_images(spec: str, split: str, size: int, count: int | None = None) -> ImageSet:
-    """The images of an .npz, or the first `count` of a data source at `size` pixels.
+    """The images of an .npz, or `count`, evenly spread, of a data source at `size` pixels.
 
     Raises: BadInput if there are none.
     """
@@ -36,11 +36,11 @@ def open_images(spec: str, split: str, size: int, count: int | None = None) -> I
 
 
 def open_reference(
-    spec: str, network: Network, folder: epath.Path, split: str, size: int
-) -> Reference:
+    spec: str, network: Network, folder: epath.Path, split: str, size: int, batch_size: int = 64
+) -> Reference | None:
     """The reference that `spec` names: statistics saved before, an ADM batch, or any images.
 
-    Statistics of images are saved as reference.npz in `folder`.
+    Statistics of images are saved as reference.npz in `folder`. None on processes above 0.
 
     Raises: BadInput if it holds neither, or features of another network.
     """
@@ -53,7 +53,10 @@ def open_reference(
         if str(given["network"]) != network.fingerprint:
             raise BadInput(f"{spec} holds statistics of another network than {network.name}.")
         return Reference(published(given), given["features"])
-    reference = reference_of(extract(network, open_images(spec, split, size), folder))
+    found = extract(network, open_images(spec, split, size), folder, batch_size)
+    if jax.process_index() > 0:
+        return None
+    reference = reference_of(found)
     if network.name == "inception":
         reference = reference._replace(statistics=reference.statistics | published(given))
     named = {
@@ -61,9 +64,8 @@ def open_reference(
         for kind, arrays in reference.statistics.items()
         for name, array in zip(STATISTICS[kind], arrays, strict=True)
     }
-    if jax.process_index() == 0:
-        about = {"features": reference.pool, "network": np.array(network.fingerprint)}
-        save_npz(folder / "reference.npz", **named, **about)
+    about = {"features": reference.pool, "network": np.array(network.fingerprint)}
+    save_npz(folder / "reference.npz", **named, **about)
     return reference
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, UInt8
 
 from var_jax import BadInput
 from var_jax.evaluation.statistics import check
+from var_jax.sharding.mesh import alone
 
 TILE = 10_000  # images a side, as the ADM evaluator's, which decides on float16 tile by tile
 ROWS = 1_000  # of a tile at a time
@@ -63,6 +64,7 @@ def kernel_distance(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M E"]) ->
     return within(a) + within(b) - 2 * total(a, b) / (len(a) * len(b))
 
 
+@alone()
 def precision_recall(
     samples: Float[np.ndarray, "N D"], reference: Float[np.ndarray, "M E"], adm: bool = False
 ) -> tuple[float, float]:
@@ -177,6 +179,7 @@ def _ssim(a: Float[Array, "N H W 3"], b: Float[Array, "N H W 3"]) -> Float[Array
     return (top / bottom).mean((1, 2, 3))
 
 
+@alone()
 def ssim(
     a: UInt8[np.ndarray, "N H W 3"], b: UInt8[np.ndarray, "M h w 3"]
 ) -> Float[np.ndarray, " N"]:

@@ -1,6 +1,5 @@
 """What a tokenizer keeps of images, and how it uses its codes."""
 
-import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,13 +12,11 @@ from var_jax.schedule import slices
 from var_jax.sharding.rows import in_batches
 
 
-@dataclasses.dataclass(frozen=True)
 class Reconstructions:
-    """A set of images as a tokenizer gives them back."""
+    """A set of images as a tokenizer gives them back; what is lost adds up as they are read."""
 
-    tokenizer: Tokenizer
-    images: ImageSet
-    batch_size: int = 64
+    def __init__(self, tokenizer: Tokenizer, images: ImageSet, batch_size: int = 64):
+        self.tokenizer, self.images, self.batch_size = tokenizer, images, batch_size
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -27,33 +24,30 @@ class Reconstructions:
 
     def batches(self, size: int) -> Iterator[UInt8[np.ndarray, "b H W 3"]]:
         """All images, `size` at a time."""
+        config = self.tokenizer.config
+        self._psnr = self._ssim = 0.0
+        self._hits = np.zeros((len(config.patch_nums), config.vocab_size))
         for batch in self.images.batches(size):
             tokens = in_batches(encode_images, self.tokenizer, batch, self.batch_size)
-            yield in_batches(decode_tokens, self.tokenizer, tokens, self.batch_size)
+            made = in_batches(decode_tokens, self.tokenizer, tokens, self.batch_size)
+            self._psnr += psnr(batch, made).sum()
+            self._ssim += ssim(batch, made).sum(dtype=np.float64)
+            self._hits += histograms(tokens, config.patch_nums, config.vocab_size)
+            yield made
 
+    def figures(self) -> dict[str, float]:
+        """Once all are read: PSNR in dB and SSIM, means over images; use of the codes by scale.
 
-def tokenizer_figures(
-    tokenizer: Tokenizer, images: ImageSet, batch_size: int = 64
-) -> dict[str, float]:
-    """PSNR in dB and SSIM, means over images; use of the codes by scale.
-
-    `used_scale1` is the share of all codes that some image has there; `perplexity_scale1` the
-    exponential of the entropy of their frequencies, at most the number of codes.
-    """
-    config, quality, count = tokenizer.config, np.zeros(2), 0
-    hits = np.zeros((len(config.patch_nums), config.vocab_size))
-    for batch in images.batches(1024):
-        tokens = in_batches(encode_images, tokenizer, batch, batch_size)
-        made = in_batches(decode_tokens, tokenizer, tokens, batch_size)
-        quality += psnr(batch, made).sum(), ssim(batch, made).sum(dtype=np.float64)
-        hits += histograms(tokens, config.patch_nums, config.vocab_size)
-        count += len(batch)
-    figures = {"psnr": quality[0] / count, "ssim": quality[1] / count}
-    figures["used"] = (hits.sum(0) > 0).mean()
-    for k, row in enumerate(hits):
-        figures[f"used_scale{k + 1}"] = (row > 0).mean()
-        figures[f"perplexity_scale{k + 1}"] = perplexity(row)
-    return {name: float(value) for name, value in figures.items()}
+        `used_scale1` is the share of all codes that some image has there; `perplexity_scale1` the
+        exponential of the entropy of their frequencies, at most the number of codes.
+        """
+        hits, count = self._hits, self.shape[0]
+        figures = {"psnr": self._psnr / count, "ssim": self._ssim / count}
+        figures["used"] = (hits.sum(0) > 0).mean()
+        for k, row in enumerate(hits):
+            figures[f"used_scale{k + 1}"] = (row > 0).mean()
+            figures[f"perplexity_scale{k + 1}"] = perplexity(row)
+        return {name: float(value) for name, value in figures.items()}
 
 
 def histograms(

@@ -78,6 +78,17 @@ def using(mesh: Mesh | None) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Outside of any mesh, on a device of this process: for what one process does by itself.
+
+    A program under a mesh is one of all its processes.
+    """
+    no_mesh = Mesh(np.empty((), object), ())
+    with jax.set_mesh(no_mesh), jax.default_device(jax.local_devices()[0]):
+        yield
+
+
 def check_hosts(mesh: Mesh) -> None:
     """Raises BadInput if the devices of one image's 'tensor' group are on several hosts."""
     for group in mesh.devices.reshape(-1, mesh.shape["tensor"]):

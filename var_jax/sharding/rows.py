@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from var_jax import BadInput
 from var_jax.sharding.mesh import local_rows, put_global_batch
@@ -16,6 +18,15 @@ from var_jax.sharding.ops import on_mesh, round_up
 def put(array: np.ndarray) -> jax.Array:
     """Rows that every process holds, onto the mesh if there is one."""
     return put_global_batch(array, jax.sharding.get_mesh()) if on_mesh() else jnp.asarray(array)
+
+
+def put_whole(tree: Any) -> Any:
+    """Arrays that every process holds, whole onto each device of the mesh, or the only device."""
+    if not on_mesh():
+        return jax.device_put(tree)
+    sharding = NamedSharding(jax.sharding.get_mesh(), P())
+    put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return jax.tree.map(put, tree)
 
 
 def gather_rows(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
