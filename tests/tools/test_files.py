@@ -1,11 +1,13 @@
 """Files appear whole, and what failed leaves nothing; one process at a time has a lock."""
 
+import fcntl
+import os
 import subprocess
 import sys
 
 import pytest
 
-from var_jax.tools.files import acquire_lock, replacing
+from var_jax.tools.files import acquire_lock, release_locks, replacing
 
 
 def test_a_file_is_whole_or_as_before(tmp_path):
@@ -32,3 +34,19 @@ def test_a_lock_lasts_until_its_process_ends(tmp_path):
         other.kill()
     assert acquire_lock(path) and acquire_lock(path)  # again in the same process
     assert subprocess.run(ask, input=b"", capture_output=True).stdout == b"False\n"
+
+
+def test_a_lock_is_of_the_file_that_others_see(tmp_path, monkeypatch):
+    """Its owner gives it back, and removes the file, between our opening and our locking it."""
+    path, lockf, looks = tmp_path / ".lock", fcntl.lockf, []
+
+    def late(file, how):
+        if not looks:
+            path.unlink()
+        looks.append(os.fstat(file).st_ino)
+        lockf(file, how)
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    assert acquire_lock(path) and looks[1:] == [path.stat().st_ino]
+    release_locks()
+    assert not path.exists()

@@ -118,18 +118,22 @@ def acquire_lock(path: str | PurePath) -> bool:
 def _lock_file(path: epath.Path) -> Callable[[], None] | None:
     """Locks a local file; returns what gives it back, or None if another process has it."""
     made = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        import fcntl
+    for _ in range(9):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            import fcntl
 
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        os.close(file)
-        return None
-    except (ImportError, OSError):  # a system or a file system without locks
-        pass
-    return functools.partial(_release, path, file, made)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            os.close(file)
+            return None
+        except (ImportError, OSError):  # a system or a file system without locks
+            pass
+        if _is_at(path, file):
+            return functools.partial(_release, path, file, made)
+        os.close(file)  # removed by its owner ahead of our lock: others lock the file that is there
+    return None
 
 
 def release_locks() -> None:
@@ -138,9 +142,16 @@ def release_locks() -> None:
         _held.popitem()[1]()
 
 
+def _is_at(path: epath.Path, file: int) -> bool:
+    """Whether an open file is the one that lies at `path`."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    return False
+
+
 def _release(path: epath.Path, file: int, made: bool) -> None:
     with contextlib.suppress(OSError):
-        if os.path.samestat(os.fstat(file), os.stat(path)):  # else the folder was replaced
+        if _is_at(path, file):  # else the folder was replaced
             os.unlink(path)
         if made:
             os.rmdir(path.parent)  # where nothing was written: a refusal leaves no folder
