@@ -107,7 +107,7 @@ def write_token_cache(args: flags.FlagValues) -> None:
             about={"source": args.images, "size": size, "resize": args.resize},
         )  # fmt: skip
     parts = {split: records_of(manifest, str(out), split) for split in sources}
-    size = sum(path.stat().length for path in out.iterdir())
+    size = sum(p.path(i).stat().length for p in parts.values() for i in range(p.shards))
     crops, images = sum(map(len, parts.values())), sum(map(len, sources.values()))
     print(f"codes of {crops} crops of {images} images, {size / 1e6:.1f} MB, are in {out}")
     skipped = sum(len(s.skipped) for s in sources.values() if isinstance(s, ImageSource))

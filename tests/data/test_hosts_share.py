@@ -70,6 +70,22 @@ def test_hosts_share_and_one_that_stands_still_holds_up_nobody(tmp_path):
     check_whole(tmp_path)
 
 
+def test_hosts_that_finish_together(tmp_path, monkeypatch):
+    """One tidies up while the other is about to rename its manifest."""
+    rename = type(tmp_path).replace
+
+    def late(path, target):
+        if target.name == MANIFEST:
+            monkeypatch.undo()
+            write(tmp_path, 1, 2)
+        return rename(path, target)
+
+    monkeypatch.setattr(type(tmp_path), "replace", late)
+    (tmp_path / ".a.array_record.0.partial").touch()  # of a stopped command
+    write(tmp_path, 0, 2)
+    check_whole(tmp_path)
+
+
 def test_a_host_that_fails_goes_on_where_it_was(tmp_path):
     def failing(split, rows, bar):
         if rows.start:

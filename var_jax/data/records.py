@@ -240,7 +240,7 @@ def finish(folder: epath.Path, manifest: dict[str, Any]) -> None:
     """Declares the folder complete, and removes what stopped commands left half-written."""
     _write_json(folder / MANIFEST, manifest)
     (folder / UNFINISHED).unlink(missing_ok=True)
-    for path in folder.glob(".*.partial"):
+    for path in folder.glob(".*.array_record.*.partial"):  # no manifest of a host that ends too
         path.unlink(missing_ok=True)
 
 
