@@ -32,10 +32,11 @@ def complaint(name, *flags):
     return err
 
 
-def start(name, *flags, devices=1, **kwargs):
+def start(name, *flags, devices=1, patient=True, **kwargs):
     """A command as a process of its own, on so many virtual devices."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices)}
-    argv = [sys.executable, "-m", f"var_jax.{name}", *map(str, flags)]
+    program = ["-m", f"var_jax.{name}"] if patient else [TINY.with_name("impatient.py"), name]
+    argv = [sys.executable, *program, *map(str, flags)]
     return subprocess.Popen(
         argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
     )

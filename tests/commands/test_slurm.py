@@ -18,7 +18,8 @@ def nodes(monkeypatch):
         for i in range(2):
             for variable, value in (job | {"SLURM_PROCID": str(i)}).items():
                 monkeypatch.setenv(variable, value)
-            running.append(start(name, *flags, "--distributed", "--out", out[i], devices=2))
+            place = ("--distributed", "--out", out[i])
+            running.append(start(name, *flags, *place, devices=2, patient=False))
         return running
 
     return begin

@@ -29,7 +29,7 @@ def launch(processes, command, *flags, each=None):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    argv = [sys.executable, "-m", f"var_jax.{command}", *flags]
+    argv = [sys.executable, TINY.with_name("impatient.py"), command, *flags]
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(4 // processes)}
     several = lambda i: (
         ["--coordinator", address, "--num_processes", processes, "--process_id", i]

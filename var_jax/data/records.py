@@ -21,10 +21,9 @@ from etils import epath
 
 from var_jax import BadInput
 from var_jax.tools.buckets import upload
-from var_jax.tools.files import in_bucket, read_json
+from var_jax.tools.files import PATIENCE, in_bucket, read_json
 from var_jax.tools.logs import progress
 
-PATIENCE = 60.0  # seconds that hosts may start apart
 MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
 
 

@@ -21,13 +21,12 @@ from var_jax.sampling.generate import Sampler, generate
 from var_jax.sampling.reject import best, candidates
 from var_jax.sharding.mesh import of_first
 from var_jax.sharding.ops import round_up
-from var_jax.tools.files import read_json, replacing
+from var_jax.tools.files import PATIENCE, read_json, replacing
 from var_jax.tools.logs import progress
 from var_jax.tools.npz import join_npz, load_npz, save_npz
 
 Score = Callable[[np.ndarray, np.ndarray], Float[np.ndarray, " N"]]
 LEFTOVER = re.compile(r"settings\.json|\.(settings\.json|(scores-)?[\d-]+\.npz)\.partial")
-PATIENCE = 90.0  # seconds: network file systems keep the names in a folder for up to a minute
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,9 @@ from jax.experimental.multihost_utils import (
 
 from var_jax import BadInput, Failure
 from var_jax.tools import ending
+from var_jax.tools.files import PATIENCE
 
 SECONDS = 0.5  # between looks at what other hosts say
-PATIENCE = 10.0  # seconds for a file of one host to appear on another
 _left = threading.Event()  # set once this process no longer listens to the others
 
 
@@ -102,10 +102,11 @@ def check_shared(flag: str, folder: str | PurePath) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         marker.write_text("Each host looks for this file.\n")
     sync_global_devices(f"{name} is written")
-    end = time.monotonic() + PATIENCE
-    while not (seen := marker.exists()) and time.monotonic() < end:
-        time.sleep(SECONDS)
-    blind = np.flatnonzero(~process_allgather(np.asarray(seen)))
+    left, blind = PATIENCE, np.arange(jax.process_count())
+    while blind.size and left > 0:  # together: a host that waits alone is soon held for lost
+        blind = np.flatnonzero(~process_allgather(np.asarray(marker.exists())))
+        time.sleep(SECONDS * (blind.size > 0))
+        left -= SECONDS
     if first:
         marker.unlink()
         if blind.size and not was_there:

@@ -18,6 +18,7 @@ from var_jax.tools.paths import user_path
 
 OF_FILES = (".npz", ".npy", ".png", ".jpg", ".pth", ".pt", ".safetensors", ".json")
 MAX_JSON = 2**26  # bytes
+PATIENCE = 90.0  # seconds: network file systems keep the names in a folder for up to a minute
 _held: dict[str, Callable[[], None]] = {}  # how each lock of this process is given back
 
 
