@@ -109,12 +109,26 @@ def toy_task(bad, steps=60):
     return Task("toy", config, init, train_step, lambda *_: {}, replicated)
 
 
+def stop_at(call):
+    """A function that ends the loop at this call, as a full disk would."""
+    calls = iter(range(1, call + 1))
+
+    def count(self):
+        if next(calls) == call:
+            raise OSError
+        return {}
+
+    return count
+
+
 @pytest.mark.parametrize("stopped", [False, True])
-def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, capsys, stopped):
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, capsys, stopped, monkeypatch):
     bad = (3, 4, *range(10, 29))  # of the second kind 19: one less than too many
     if stopped:
+        monkeypatch.setattr(loop.Speed, "since_last", stop_at(27))
         with pytest.raises(OSError):
-            train(tmp_path / "a", CONFIG, task=toy_task((*bad, 99)), until=28)
+            train(tmp_path / "a", CONFIG, task=toy_task((*bad, 99)))
+        monkeypatch.undo()
     state = train(tmp_path / "a", CONFIG, task=toy_task((*bad, 99)))
     same = train(tmp_path / "b", CONFIG, task=toy_task((99,), steps=60 - len(bad)))
     assert (state.step, same.step) == (60, 39)
@@ -124,6 +138,8 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, capsys, sto
     skipped = {r["step"]: r["skipped"] for r in records if "skipped" in r}
     assert [skipped[step] for step in (2, 3, 4, 9, 28, 60)] == [0, 1, 2, 2, 21, 21]
     assert "toy: skipped, as not finite: 2 steps up to 4\n" in capsys.readouterr().err
+    hooks = [r["step"] for r in records if r.get("hook") == "often"]
+    assert hooks == [8, *range(32, 61, 4)]  # only after steps that are saved
 
 
 def test_a_training_that_does_not_recover_ends_with_the_checkpoint_before_it(tmp_path):

@@ -105,9 +105,11 @@ def run(
                     metrics.write(task.name, step, file="speed.jsonl", **pace)
             if step % every.save == 0 or last or stop or due:
                 log.flush()
-                if stop or last or not int(skipped):  # else what is kept may be the cause
+                if stop or last or not int(skipped):
                     wait = bool(last or stop or due)  # a stop during hooks loses nothing
                     checkpoints.save(step, state, batches.get_state(), wait=wait)
+                else:
+                    due = []  # what is kept may be the cause, and no hook runs unsaved
                 stop = stop or ending.stop_requested()
             if due and not stop:  # else the next start runs them
                 with speed.excluding():
