@@ -19,6 +19,7 @@ from var_jax.config import (
 from var_jax.models.blocks import drop_path
 from var_jax.sharding.mesh import make_mesh, put_batch, shard
 from var_jax.training.autoregressive import autoregressive_task, token_noise
+from var_jax.training.optimizer import learning_rate
 from var_jax.training.tokenizer import tokenizer_task
 
 SIZES = dict(patch_nums=(1, 2, 4), vocab_size=64, latent_dim=16)
@@ -71,6 +72,17 @@ def test_both_tasks_learn(alone):
     assert tokenizer_losses[-1] < 0.7 * tokenizer_losses[0]
     assert transformer_losses[-1] < transformer_losses[0] - 0.05
     assert transformer_losses[0] == pytest.approx(np.log(64), rel=0.01)  # uniform at the start
+
+
+def test_the_rate_that_is_logged_is_the_optimizers(alone):
+    """It counts no skipped steps: here five were made of nine."""
+    pairs = (TOKENIZER_TASK, alone[1], {}), (TRANSFORMER_TASK, alone[3], {"tokenizer": alone[1]})
+    for task, state, frozen in pairs:
+        frozen = {name: jax.tree.map(jnp.asarray, f.autoencoder.best) for name, f in frozen.items()}
+        state = jax.tree.map(jnp.asarray, state)._replace(step=jnp.int32(9))
+        _, metrics = jax.jit(task.train_step)(state, data(), frozen, jax.random.key(0))
+        rate = learning_rate(task.config)
+        assert metrics["learning_rate"] == pytest.approx(rate(5)) != pytest.approx(rate(9))
 
 
 def test_a_step_keeps_types(alone):

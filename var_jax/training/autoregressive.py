@@ -26,7 +26,7 @@ from var_jax.training.state import (
     start_learner,
     update_ema,
 )
-from var_jax.training.task import Frozen, Metrics, Task
+from var_jax.training.task import Frozen, Metrics, Task, updates
 
 
 class TransformerState(NamedTuple):
@@ -73,7 +73,7 @@ def autoregressive_task(model_config: TransformerConfig, config: TrainTransforme
         )  # fmt: skip
         learner = apply_gradients(state.transformer, gradients, optimizer)
         learner = update_ema(learner, state.step, config.ema_decay)
-        norm, rate = optax.tree.norm(gradients), schedule(state.step)
+        norm, rate = optax.tree.norm(gradients), schedule(updates(state))
         metrics = {"loss": loss, **metrics, "grad_norm": norm, "learning_rate": rate}
         return TransformerState(state.step + 1, learner), metrics
 

@@ -18,7 +18,7 @@ from var_jax.training.codebook import CodebookStats, codes_by_scale, init_stats,
 from var_jax.training.losses import psnr, squared_error
 from var_jax.training.optimizer import learning_rate, make_optimizer, rate_factor
 from var_jax.training.state import Batch, Learner, apply_gradients, start_learner, update_ema
-from var_jax.training.task import Frozen, Metrics, Task
+from var_jax.training.task import Frozen, Metrics, Task, updates
 
 
 class TokenizerState(NamedTuple):
@@ -78,7 +78,7 @@ def tokenizer_task(model_config: TokenizerConfig, config: TrainTokenizerConfig) 
             "codes_restarted": dead.sum(),
             **{f"codes_scale{k + 1}": used[k] for k in range(len(model_config.patch_nums))},
             "grad_norm": optax.tree.norm(gradients),
-            "learning_rate": schedule(state.step),
+            "learning_rate": schedule(updates(state)),
         }
 
     def eval_step(state: TokenizerState, batch: Batch, frozen: Frozen) -> Metrics:
