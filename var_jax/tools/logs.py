@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, SupportsFloat
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from var_jax.tools.buckets import Mirror
 from var_jax.tools.files import in_bucket, replacing
+from var_jax.tools.images import going_on_without
 
 if TYPE_CHECKING:
     from var_jax.tools.tensorboard import Board
@@ -35,6 +36,7 @@ class Metrics:
         self._folder, self._mirror = epath.Path(workdir), None
         self._writes = jax.process_index() == 0
         self._boards: dict[str, Board] = {}
+        self._shows = True  # TensorBoard, which is only to be looked at
         if self._writes and in_bucket(workdir):
             self._mirror = Mirror(self._folder, ("metrics.jsonl", "speed.jsonl"))
             self._folder = self._mirror.local
@@ -57,14 +59,12 @@ class Metrics:
         with (self._folder / file).open("a") as out:
             out.write(json.dumps({"stage": stage, "step": int(step), **numbers}) + "\n")
         shown = {f"{stage}/{name}": x for name, x in numbers.items() if not isinstance(x, str)}
-        self._board(stage).scalars(step, shown)
-        self._copy_later()
+        self._show(stage, lambda board: board.scalars(step, shown))
 
     def image(self, stage: str, step: int, name: str, image: UInt8[np.ndarray, "H W 3"]) -> None:
         """Shows an image in TensorBoard."""
         if self._writes:
-            self._board(stage).image(step, f"{stage}/{name}", image)
-            self._copy_later()
+            self._show(stage, lambda board: board.image(step, f"{stage}/{name}", image))
 
     def records(self) -> list[dict]:
         """What metrics.jsonl holds so far."""
@@ -83,8 +83,7 @@ class Metrics:
             with replacing(path) as beside:
                 beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._close_boards()
-        self._board(stage).hide_from(step + 1)
-        self._copy_later()
+        self._show(stage, lambda board: board.hide_from(step + 1))
 
     def flush(self) -> None:
         """Waits until a bucket has what was written; ahead of a checkpoint, which resumes there."""
@@ -99,9 +98,16 @@ class Metrics:
     def _close_boards(self) -> None:
         boards, self._boards = self._boards, {}
         for board in boards.values():
-            board.close()
+            with going_on_without("TensorBoard"):
+                board.close()
 
-    def _copy_later(self) -> None:
+    def _show(self, stage: str, draw: Callable[["Board"], None]) -> None:
+        """Draws in TensorBoard until its first error; copies later what has been written."""
+        shows, self._shows = self._shows, False
+        if shows:
+            with going_on_without("TensorBoard"):
+                draw(self._board(stage))
+                self._shows = True
         if self._mirror:
             self._mirror.schedule()
 
