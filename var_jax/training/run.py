@@ -25,7 +25,7 @@ from var_jax.sampling.generate import reconstruct_images
 from var_jax.sharding.mesh import check_batch, check_hosts, check_model, make_mesh
 from var_jax.tools.files import replacing
 from var_jax.tools.images import curves, going_on_without, save_png
-from var_jax.tools.logs import Metrics, read_metrics
+from var_jax.tools.logs import Metrics
 from var_jax.tools.paths import user_path
 from var_jax.tools.plugins import find_function
 from var_jax.tools.trees import path_name
@@ -52,7 +52,9 @@ def train(config: Config, workdir: epath.Path, *, profile: int = 0) -> dict[str,
         if config.train_transformer.steps:
             parts["transformer"] = run.transformer(tokenizer)
         save_models(workdir / "checkpoint", parts, run.train.class_names, run.config)
-        summary = last_validation(workdir)
+        # Not from a bucket: what lies there may not be the newest yet.
+        records = run.metrics.records() if jax.process_index() == 0 else []
+        summary = last_validation(records)
         if "transformer" in parts:
             exported = as_exported(parts, config.export_dtype)
             models = Models(**exported, class_names=run.train.class_names, sampling=config.sampling)
@@ -63,7 +65,7 @@ def train(config: Config, workdir: epath.Path, *, profile: int = 0) -> dict[str,
                     save_png(workdir / "samples.png", image)
     if jax.process_index() == 0:
         with going_on_without("curves.png"):
-            plot(workdir)
+            plot(records, workdir)
         summary["minutes, this start"] = (time.monotonic() - started) / 60
         with replacing(workdir / "summary.json") as beside:
             beside.write_text(json.dumps(summary, indent=2) + "\n")
@@ -271,14 +273,14 @@ def check_start(config: Config) -> None:
                 )
 
 
-def last_validation(workdir: epath.Path) -> dict[str, float]:
+def last_validation(records: list[dict]) -> dict[str, float]:
     """The newest validation figures of both trainings."""
     shown = {
         "tokenizer": ("val_psnr", "validation PSNR (dB)"),
         "transformer": ("val_loss", "validation loss (nats a token)"),
     }
     found = {}
-    for record in read_metrics(workdir):
+    for record in records:
         figure, name = shown[record["stage"]]
         if record.get("hook") == "validation":  # which lacks a figure that was not finite
             found.pop(name, None)
@@ -287,9 +289,8 @@ def last_validation(workdir: epath.Path) -> dict[str, float]:
     return found
 
 
-def plot(workdir: epath.Path) -> None:
-    """curves.png from metrics.jsonl."""
-    records = read_metrics(workdir)
+def plot(records: list[dict], workdir: epath.Path) -> None:
+    """curves.png from the records of metrics.jsonl."""
 
     def line(stage: str, name: str):
         points = [(r["step"], r[name]) for r in records if r["stage"] == stage and name in r]
