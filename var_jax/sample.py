@@ -9,7 +9,7 @@ folder samples and writes its part.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -63,7 +63,8 @@ def define_flags() -> None:
         "scorer",
         None,
         "MODULE:FUNCTION that takes images (uint8 N,H,W,3) and labels (N) and returns N scores,"
-        " higher is better. Default, for the emoji only: a classifier fitted on them.",
+        " higher is better. Default: log p(tokens | class) - log p(tokens) by the model itself; for"
+        " the emoji a classifier fitted on them.",
     )
     flags.DEFINE_integer("seed", 0, "Same seed, same images.", 0, MAX_SEED)
     flags.DEFINE_integer("batch_size", 64, "Images at a time, of all devices together.", 1)
@@ -165,15 +166,29 @@ def counted(entry: str, names: Sequence[str]) -> tuple[int, int | None]:
 
 
 def load_scorer(args: flags.FlagValues, model: var_jax.Model) -> Score:
-    """What --scorer names. Raises: BadInput if there is no such function."""
-    if args.scorer is not None:
-        return find_function("--scorer", args.scorer, 2)
-    emoji = open_source("emoji", "train", min(model.image_size, 64))
-    if model.class_names != emoji.class_names:
-        raise BadInput("--reject needs --scorer for this checkpoint; only the emoji have one.")
-    from var_jax.evaluation.pixel_report import scorer as fit_scorer  # scikit-learn takes seconds
+    """What --scorer names, or else a classifier of the emoji or the model itself.
 
-    return fit_scorer(emoji)
+    Raises: BadInput if there is no such function, or the model would need tokens that are not here.
+    """
+    if args.scorer is not None:
+        return of_images(find_function("--scorer", args.scorer, 2))
+    emoji = open_source("emoji", "train", min(model.image_size, 64))
+    if model.class_names == emoji.class_names:
+        from var_jax.evaluation.pixel_report import scorer  # scikit-learn takes seconds
+
+        return of_images(scorer(emoji))
+    if args.smooth or jax.process_count() > 1:
+        why = "--smooth has none" if args.smooth else "each host has a part of them"
+        raise BadInput(f"--reject needs --scorer here: the model scores tokens, and {why}.")
+    from var_jax.evaluation.likelihood import class_scores
+
+    parts = model.models.tokenizer.quantizer, model.models.transformer
+    return lambda _, labels, tokens: class_scores(*parts, tokens, labels, args.batch_size)
+
+
+def of_images(score: Callable[[np.ndarray, np.ndarray], Any]) -> Score:
+    """A score of images and labels, whatever the tokens."""
+    return lambda images, labels, _: score(images, labels)
 
 
 def settings_of(args: flags.FlagValues, model: var_jax.Model, settings: Any) -> dict[str, Any]:

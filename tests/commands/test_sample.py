@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 from running import complaint, run, start, start_several, wait_for
 
+import var_jax
 from var_jax import BadInput
 from var_jax.checkpoints.export import fingerprint
+from var_jax.evaluation.likelihood import class_scores
 from var_jax.models.load import load_models
 from var_jax.sample import counted
 from var_jax.sharding.mesh import make_mesh
@@ -47,6 +49,23 @@ def test_rejection_keeps_the_best_samples(untrained, tmp_path, monkeypatch):
     )  # fmt: skip
     last = np.asarray(Image.open(tmp_path / "all" / "scales.png"))[: 16 * scale, -16 * scale :]
     np.testing.assert_allclose(last[::scale, ::scale].astype(int), every["arr_0"][0], atol=1)
+
+
+def test_rejection_by_the_model_itself(untrained, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(untrained, other)
+    about = json.loads((other / "config.json").read_text())
+    about.pop("checksum", None)
+    (other / "config.json").write_text(json.dumps(about | {"class_names": list("abcdefghi")}))
+    every = sample(other, tmp_path / "all", "--labels", "d:4,d:4")
+    flags = ("--labels", "d:4", "--reject", 0.5)
+    kept = sample(other, tmp_path / "kept", *flags)
+    models = var_jax.load(other).models
+    parts = models.tokenizer.quantizer, models.transformer
+    order = np.argsort(-class_scores(*parts, every["tokens"], every["labels"]))[:4]
+    np.testing.assert_array_equal(kept["tokens"], every["tokens"][sorted(order)])
+    flags = ("--checkpoint", other, *flags, "--smooth", "--out", tmp_path / "smooth")
+    assert "--reject needs --scorer here" in complaint("sample", *flags)
 
 
 def test_bad_input(untrained, tmp_path):

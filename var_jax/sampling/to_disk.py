@@ -25,7 +25,7 @@ from var_jax.tools.files import PATIENCE, read_json, replacing
 from var_jax.tools.logs import progress
 from var_jax.tools.npz import join_npz, load_npz, save_npz
 
-Score = Callable[[np.ndarray, np.ndarray], Float[np.ndarray, " N"]]
+Score = Callable[[np.ndarray, np.ndarray, Any], Float[np.ndarray, " N"]]  # images, labels, tokens
 LEFTOVER = re.compile(r"settings\.json|\.(settings\.json|(scores-)?[\d-]+\.npz)\.partial")
 
 
@@ -71,7 +71,7 @@ class Job:
         wanted = self.labels[index % len(self.labels)]
 
         def scored(rows: slice, images: np.ndarray, tokens: Any) -> dict[str, np.ndarray]:
-            scores = np.asarray(score(images, wanted[rows]), np.float64)
+            scores = np.asarray(score(images, wanted[rows], tokens), np.float64)
             if (wrong := scores.shape != (len(images),)) or not np.isfinite(scores).all():
                 what = f"shape {scores.shape}" if wrong else "numbers that are not finite"
                 raise BadInput(f"--scorer returned {what}; expected one score for each image.")
