@@ -52,6 +52,18 @@ def test_samples_beside_a_reference(tmp_path, mean_colours):
     assert code == 0 and abs(metrics(tmp_path / "out")["fd_quarters"]) < 1e-6
 
 
+def test_a_reference_is_a_path_of_the_user(tmp_path, mean_colours, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_images(tmp_path / "a.npz", 0)
+    flags = ("--samples", "~/a.npz", "--out", tmp_path / "out", "--reference")
+    for path in ("~/a.npz", f"file://{tmp_path}/a.npz"):
+        code, _, err = run("evaluate", *flags, path)
+        assert code == 0, err
+    monkeypatch.setattr("var_jax.tools.npz.BOMB_BYTES", 2**10)
+    np.savez_compressed(tmp_path / "bomb.npz", mu=np.zeros(10**6), features=np.zeros(10**6))
+    assert "decompression bomb" in complaint("evaluate", *flags, "~/bomb.npz")
+
+
 def test_features_are_kept_and_belong_to_their_images(tmp_path, mean_colours, monkeypatch):
     monkeypatch.setattr(features, "PART", 16)
     images = write_images(tmp_path / "a.npz", 0)

@@ -12,7 +12,7 @@ from var_jax.data.sources import SPLITS, open_source
 from var_jax.evaluation.features import Features, ImageSet, Network, SourceImages, extract
 from var_jax.evaluation.frechet import frechet
 from var_jax.evaluation.scores import inception_score, kernel_distance, precision_recall
-from var_jax.tools.npz import Images, load_npz, npz_names, reading, save_npz
+from var_jax.tools.npz import Images, load_npz, load_others, save_npz
 
 MOST_NEIGHBOURS = 10_000  # images of a reference that precision and recall compare with, as ADM's
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # names of ADM's arrays
@@ -44,11 +44,7 @@ def open_reference(
 
     Raises: BadInput if it holds neither, or features of another network.
     """
-    given: dict[str, np.ndarray] = {}
-    if spec.endswith(".npz"):
-        with reading(spec):
-            names = [name for name in npz_names(spec) if name != "arr_0"]
-            given = load_npz(spec, *names) if names else {}
+    given = load_others(spec) if spec.endswith(".npz") else {}
     if "features" in given:
         if str(given["network"]) != network.fingerprint:
             raise BadInput(f"{spec} holds statistics of another network than {network.name}.")

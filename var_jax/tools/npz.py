@@ -133,10 +133,16 @@ def join_npz(
                     member.write(np.ascontiguousarray(array).data)
 
 
-def npz_names(path: str | PurePath) -> list[str]:
-    """The names of the arrays of an npz, none of which is read."""
-    with epath.Path(path).open("rb") as file, zipfile.ZipFile(file) as archive:
-        return [name.removesuffix(".npy") for name in archive.namelist()]
+def load_others(path: str | PurePath) -> dict[str, np.ndarray]:
+    """The arrays of a user's npz other than its images, `arr_0`.
+
+    Raises: BadInput if there is no such file, or it is damaged or a bomb.
+    """
+    path = user_path(path)
+    with reading(path), path.open("rb") as file:
+        check_unpacked_size(path, file)
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays if name != "arr_0"}
 
 
 def load_npz(path: str | PurePath, *names: str) -> dict[str, np.ndarray]:
