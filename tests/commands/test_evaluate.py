@@ -3,11 +3,13 @@
 import json
 
 import numpy as np
+import PIL.Image
 import pytest
 from etils import epath
 from evaluation_cases import weights_file
 from running import complaint, run, start_several
 
+from var_jax.data.sources import open_source
 from var_jax.evaluation import features
 from var_jax.evaluation.statistics import Moments
 
@@ -62,6 +64,42 @@ def test_a_reference_is_a_path_of_the_user(tmp_path, mean_colours, monkeypatch):
     monkeypatch.setattr("var_jax.tools.npz.BOMB_BYTES", 2**10)
     np.savez_compressed(tmp_path / "bomb.npz", mu=np.zeros(10**6), features=np.zeros(10**6))
     assert "decompression bomb" in complaint("evaluate", *flags, "~/bomb.npz")
+
+
+def write_source(folder, seed, count=70):
+    """Folders of classes; a tenth of the images is held out."""
+    for i, image in enumerate(np.random.default_rng(seed).integers(0, 256, (count, 16, 16, 3))):
+        (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(image.astype(np.uint8)).save(folder / "ab"[i % 2] / f"{i:03}.png")
+
+
+def test_a_reference_is_found_again_and_is_of_its_images(tmp_path, mean_colours):
+    write_source(tmp_path / "data", 0)
+    write_images(tmp_path / "a.npz", 0)
+    flags = ("--samples", tmp_path / "a.npz", "--reference", tmp_path / "data")
+    flags = (*flags, "--out", tmp_path / "out")
+    saved = tmp_path / "out" / "features" / "reference.npz"
+    found, times = [], []
+    for more in ((), (), ("--split", "validation"), (), "new"):
+        if more == "new":  # other images of the same names
+            write_source(tmp_path / "data", 1)
+            more = ()
+        code, _, err = run("evaluate", *flags, *more)
+        assert code == 0, err
+        found.append(metrics(tmp_path / "out")["fd_quarters"])
+        times.append(saved.stat().st_mtime_ns)
+    assert found[0] == found[1] == found[3] and len({*found}) == 3
+    assert times[0] == times[1] and len({*times}) == 4
+
+
+def test_sets_of_a_source_are_spread_and_in_order(tmp_path):
+    source = open_source("emoji", "validation", 16)
+    images = features.SourceImages(source, 70)
+    read = [*images.batches(24)]
+    assert [len(part) for part in read] == [24, 24, 22] and images.shape == (70, 16, 16, 3)
+    wanted = np.linspace(0, len(source) - 1, 70).round().astype(int)
+    expected = np.stack([source[int(i)]["image"] for i in wanted])
+    np.testing.assert_array_equal(np.concatenate(read), expected)
 
 
 def test_features_are_kept_and_belong_to_their_images(tmp_path, mean_colours, monkeypatch):

@@ -67,7 +67,7 @@ def epoch(
     *,
     process_index: int = 0,
     process_count: int = 1,
-    rows: range | None = None,
+    rows: Sequence[int] | None = None,
     seed: int | None = None,
     augment: Augment | None = None,
 ) -> Iterator[Batch]:

@@ -5,6 +5,8 @@ They are kept on disk part by part: a stopped run goes on, and a sweep computes 
 
 import dataclasses
 import hashlib
+import itertools
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -16,6 +18,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from var_jax import BadInput
 from var_jax.checkpoints.torch.convert import open_tensors
+from var_jax.data.pipeline import epoch
 from var_jax.data.sources import Source
 from var_jax.evaluation.statistics import Moments
 from var_jax.models.features.dino import dinov2, load_dinov2
@@ -28,6 +31,7 @@ from var_jax.tools.logs import progress
 from var_jax.tools.npz import load_npz, save_npz
 
 PART = 1024  # images of a file of features
+READ = 64  # that a thread reads in a row
 EFFICIENTNET = "efficientnet"  # the one that needs no download
 
 
@@ -94,13 +98,20 @@ class SourceImages:
     @property
     def rows(self) -> Int[np.ndarray, " N"]:
         """Which images."""
-        most = len(self.source)
-        return np.linspace(0, most - 1, min(self.count or most, most)).round().astype(int)
+        return spread(len(self.source), self.count)
 
     def batches(self, size: int) -> Iterator[UInt8[np.ndarray, "b H W 3"]]:
-        """Read one after another."""
-        for rows in np.split(self.rows, range(size, len(self.rows), size)):
-            yield np.stack([self.source[int(row)]["image"] for row in rows])
+        """All images in order, read by threads some way ahead."""
+        at_once = math.gcd(size, READ)
+        read = epoch(self.source, at_once, rows=self.rows.tolist())
+        images = (batch["image"][batch["mask"]] for batch in read)
+        while parts := [*itertools.islice(images, size // at_once)]:
+            yield np.concatenate(parts)
+
+
+def spread(most: int, count: int | None) -> Int[np.ndarray, " N"]:
+    """Numbers below `most`: all, or `count` that are evenly spread."""
+    return np.linspace(0, most - 1, min(count or most, most)).round().astype(int)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +125,14 @@ class Features:
         """One kind of features, file by file."""
         return (load_npz(path, name)[name] for path in self.paths)
 
-    def rows(self, name: str) -> Float[np.ndarray, "N D"]:
-        """All of them in memory."""
-        return np.concatenate([*self.parts(name)])
+    def rows(self, name: str, count: int | None = None) -> Float[np.ndarray, "N D"]:
+        """All of them in memory, or `count` evenly spread."""
+        wanted, start, found = spread(self.count, count), 0, []
+        for part in self.parts(name):
+            here = (wanted >= start) & (wanted < start + len(part))
+            found.append(part[wanted[here] - start])
+            start += len(part)
+        return np.concatenate(found)
 
     def moments(self, name: str) -> Moments:
         """Their mean and covariance, with one file in memory."""

@@ -1,5 +1,8 @@
 """The figures of a set of images beside a reference, under the names that papers use."""
 
+import dataclasses
+import json
+import zlib
 from typing import NamedTuple
 
 import jax
@@ -9,9 +12,10 @@ from jaxtyping import Float
 
 from var_jax import BadInput
 from var_jax.data.sources import SPLITS, open_source
-from var_jax.evaluation.features import Features, ImageSet, Network, SourceImages, extract
+from var_jax.evaluation.features import READ, Features, ImageSet, Network, SourceImages, extract
 from var_jax.evaluation.frechet import frechet
 from var_jax.evaluation.scores import inception_score, kernel_distance, precision_recall
+from var_jax.sharding.mesh import of_first
 from var_jax.tools.npz import Images, load_npz, load_others, save_npz
 
 MOST_NEIGHBOURS = 10_000  # images of a reference that precision and recall compare with, as ADM's
@@ -40,7 +44,8 @@ def open_reference(
 ) -> Reference | None:
     """The reference that `spec` names: statistics saved before, an ADM batch, or any images.
 
-    Statistics of images are saved as reference.npz in `folder`. None on processes above 0.
+    Statistics of images are saved as reference.npz in `folder`, where those of the same data source
+    are found again. None on processes above 0.
 
     Raises: BadInput if it holds neither, or features of another network.
     """
@@ -49,7 +54,13 @@ def open_reference(
         if str(given["network"]) != network.fingerprint:
             raise BadInput(f"{spec} holds statistics of another network than {network.name}.")
         return Reference(published(given), given["features"])
-    found = extract(network, open_images(spec, split, size), folder, batch_size)
+    images, path, of = open_images(spec, split, size), folder / "reference.npz", ""
+    if isinstance(images, SourceImages):
+        of = identity(network, spec, split, images)
+        saved = saved_reference(path, of) if jax.process_index() == 0 else None
+        if of_first(lambda: np.array(saved is not None), (), bool):
+            return saved
+    found = extract(network, images, folder, batch_size)
     if jax.process_index() > 0:
         return None
     reference = reference_of(found)
@@ -60,9 +71,22 @@ def open_reference(
         for kind, arrays in reference.statistics.items()
         for name, array in zip(STATISTICS[kind], arrays, strict=True)
     }
-    about = {"features": reference.pool, "network": np.array(network.fingerprint)}
-    save_npz(folder / "reference.npz", **named, **about)
+    about = {"network": np.array(network.fingerprint), "of": np.array(of)}
+    save_npz(path, **named, **about, features=reference.pool)
     return reference
+
+
+def identity(network: Network, spec: str, split: str, images: SourceImages) -> str:
+    """What tells the statistics of a data source from others: its name, and some of its images."""
+    some = next(dataclasses.replace(images, count=READ).batches(READ))
+    about = network.fingerprint, spec, split, *images.shape, zlib.crc32(some.tobytes())
+    return json.dumps(about)
+
+
+def saved_reference(path: epath.Path, of: str) -> Reference | None:
+    """The statistics at `path`, if they are of this identity."""
+    saved = load_others(path) if path.exists() else {}
+    return Reference(published(saved), saved["features"]) if str(saved.get("of")) == of else None
 
 
 def reference_of(found: Features) -> Reference:
@@ -71,8 +95,7 @@ def reference_of(found: Features) -> Reference:
     for kind in STATISTICS.keys() & load_npz(found.paths[0]).keys():
         moments = found.moments(kind)
         statistics[kind] = moments.mean, moments.covariance
-    rows = np.linspace(0, found.count - 1, min(found.count, MOST_NEIGHBOURS)).round().astype(int)
-    return Reference(statistics, found.rows("pool")[rows])
+    return Reference(statistics, found.rows("pool", MOST_NEIGHBOURS))
 
 
 def held_out_images(spec: str, split: str, count: int, size: int) -> ImageSet | None:
