@@ -98,3 +98,11 @@ def test_a_fingerprint_is_read_or_computed_alike(tmp_path, monkeypatch):
 def test_the_export_in_the_package():
     assert export.load_config("emoji")["class_names"][0] == "Smileys & Emotion"
     assert export.find_export("emoji") == export.find_export(str(export.find_export("emoji")))
+
+
+def test_a_folder_that_is_no_export_hides_none_of_the_package(tmp_path, monkeypatch):
+    (tmp_path / "emoji").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert export.load_config("emoji")
+    with pytest.raises(BadInput, match="is not a checkpoint"):
+        export.load_config(".")

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Mapping
 from importlib import resources
 from itertools import islice
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -85,9 +85,9 @@ def check_replaceable(target: epath.Path) -> None:
 
 def find_export(directory: str | PurePath) -> epath.Path:
     """The folder of an export, given by its path or as the name of one in the package."""
-    bundled = resources.files("var_jax") / "assets" / str(directory)
-    if "/" not in str(directory) and not Path(directory).exists() and bundled.is_dir():
-        return epath.Path(str(bundled))
+    bundled = epath.Path(str(resources.files("var_jax") / "assets" / str(directory)))
+    if "/" not in str(directory) and is_export(bundled) and not is_export(epath.Path(directory)):
+        return bundled
     return storage.resolve(directory)
 
 
