@@ -347,7 +347,7 @@ class Config:
     # A checkpoint whose tokenizer is taken; none is trained then.
     pretrained_tokenizer: str = field(default="", metadata=SET)
     # A checkpoint whose transformer the training starts from (fine-tuning).
-    init_from: str = field(default="", metadata=FREE)
+    init_from: str = field(default="", metadata=SET)
     # MODULE:FUNCTION whose figures join summary.json at the end of a run.
     report: str = field(default="", metadata=FREE)
     seed: int = 0

@@ -53,7 +53,6 @@ FREE = {
     "transformer__attention": "masked",
     "train_transformer__accumulate": 4,
     "sampling__cfg": 3.0,
-    "init_from": "/moved/checkpoint",
     "report": "module:function",
     "export_dtype": "bfloat16",
 }
@@ -87,6 +86,7 @@ def test_what_numbers_do_not_depend_on_may_change_and_is_recorded(tmp_path, caps
         (AMID, {"data__flip": True}, "data.flip is False, not True"),
         (AMID, {"data__tokens": "cache"}, "data.tokens is , not cache"),
         (AMID, {"pretrained_tokenizer": "emoji"}, "pretrained_tokenizer is , not emoji"),
+        (DONE, {"init_from": "emoji"}, "init_from is , not emoji"),
         (AMID, {"seed": 1, "data__shift": 3}, "config.data.shift is 0, not 3; config.seed is 0, n"),
         (AMID, {"train_transformer__steps": 7}, "train_transformer.steps is 12, not 7"),
         (AMID, {"train_tokenizer__steps": 20}, "train_tokenizer.steps is 12, not 20"),
