@@ -20,7 +20,7 @@ from var_jax.config import SamplingConfig
 from var_jax.data.sources.imagenet import class_names
 from var_jax.models.load import build, load_parts, save_parts
 from var_jax.tools import cli
-from var_jax.tools.files import output_folder
+from var_jax.tools.files import local_path, output_folder
 
 FROM_TORCH = ("tokenizer", "transformer", "patch_nums", "num_heads", "codebook_znorm", "out")
 TO_TORCH = ("checkpoint", "to_torch", "format")
@@ -82,6 +82,7 @@ def patch_nums(given: list[str] | None) -> tuple[int, ...] | None:
 
 def to_torch(args: flags.FlagValues) -> None:
     """Checkpoint → PyTorch files that the release loads strictly."""
+    local_path(args.to_torch, "--to_torch")
     out = output_folder(args.to_torch, "--to_torch")
     models, usage = load_parts(args.checkpoint)
     paths, left_out = write_models(models, usage, out, args.format)

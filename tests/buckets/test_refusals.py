@@ -1,5 +1,6 @@
 """What a user is told who names a bucket that is not there, or not theirs."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -38,6 +39,30 @@ def fresh(tmp_path, monkeypatch):
 def test_a_bucket_that_is_not_there_is_named(server, flags):
     err = complaint(*(str(flag).format("gs://nobucket") for flag in flags))
     assert err == "error: gs://nobucket: there is no such bucket.\n"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["convert", "--checkpoint", "emoji", "--to_torch", "gs://bucket/torch"],
+        ["convert", "--tokenizer", "gs://bucket/vae.pth", "--out", "new"],
+        [
+            "evaluate",
+            "--checkpoint=emoji",
+            "--tokenizer",
+            "--source=emoji",
+            "--features=gs://bucket/i.pth",
+        ],
+        ["prepare", "--source", "gs://bucket/tars", "--out", "packed"],
+    ],
+)
+def test_what_needs_a_disk_is_refused_in_a_bucket(server, flags):
+    server.store("bucket", "tars/ILSVRC2012_img_train.tar", b"tar")
+    err = complaint(*flags)
+    assert re.search(
+        r"gs://bucket/\S+ is in a bucket; files of this kind must be on a local disk", err
+    ), err
+    assert [*server.buckets["bucket"]] == ["tars/ILSVRC2012_img_train.tar"]
 
 
 @pytest.mark.parametrize(("fault", "says"), [(401, "no valid credentials"), (403, "no permission")])

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from etils import epath
@@ -59,6 +59,15 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 def in_bucket(path: str | PurePath) -> bool:
     """Returns whether a path is an address such as gs://..."""
     return "://" in str(path)
+
+
+def local_path(text: str | PurePath, name: str = "") -> Path:
+    """`user_path`, of what is read or written in pieces. Raises: BadInput for one in a bucket."""
+    path = user_path(text, name)
+    if in_bucket(path):
+        where = f"{name}={path}" if name else path
+        raise BadInput(f"{where} is in a bucket; files of this kind must be on a local disk.")
+    return Path(path)
 
 
 def output_path(text: str | PurePath, name: str = "--out") -> epath.Path:

@@ -27,7 +27,7 @@ from var_jax.checkpoints.torch.safetensors import read_safetensors, write_safete
 from var_jax.checkpoints.torch.sizes import MARKS, tokenizer_config, transformer_config
 from var_jax.checkpoints.torch.state_dict import file_and_key, find_state_dict
 from var_jax.config import TokenizerConfig, TransformerConfig
-from var_jax.tools.files import replacing
+from var_jax.tools.files import local_path, replacing
 from var_jax.tools.logs import progress
 
 ModelConfig = TokenizerConfig | TransformerConfig
@@ -138,7 +138,7 @@ def write_models(
 
     Raises: BadInput if no model can be written.
     """
-    folder, states, left_out = Path(folder), {}, {}
+    folder, states, left_out = local_path(folder), {}, {}
     for name, model in models.items():
         if reason := no_counterpart(model.config):
             left_out[name] = f"the {name} cannot be written: {reason}."

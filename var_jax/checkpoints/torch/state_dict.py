@@ -10,7 +10,7 @@ from typing import Any
 
 from var_jax import BadInput
 from var_jax.checkpoints.torch.names import Tensors
-from var_jax.tools.paths import user_path
+from var_jax.tools.files import local_path
 
 WRAPPERS = ("module", "_orig_mod")  # parts of a name that only say how the module was run
 MAX_LISTED = 8
@@ -18,7 +18,7 @@ MAX_LISTED = 8
 
 def file_and_key(text: str | Path) -> tuple[Path, str]:
     """A file, and the key of FILE:KEY where there is no file of that whole name."""
-    path = Path(user_path(text))
+    path = local_path(text)
     name, _, key = str(path).rpartition(":")
     return (Path(name), key) if name and not path.exists() else (path, "")
 

@@ -1,7 +1,5 @@
 """Labelled images from the embedded emoji, .npz and IDX files, folders and tensorflow-datasets."""
 
-from pathlib import Path
-
 from var_jax import BadInput
 from var_jax.data.records import MANIFEST, UNFINISHED
 from var_jax.data.sources.base import SPLITS, ArraySource, EncodedImages, ImageSource, Source
@@ -12,6 +10,7 @@ from var_jax.data.sources.npz import open_npz
 from var_jax.data.sources.packed import open_packed
 from var_jax.data.sources.tars import TARS, open_tars
 from var_jax.data.sources.tfds import open_tfds
+from var_jax.tools.files import local_path
 from var_jax.tools.paths import user_path
 
 __all__ = [
@@ -70,5 +69,5 @@ def open_encoded(spec: str, split: str) -> EncodedImages:
     if (folder / MANIFEST).exists() or (folder / UNFINISHED).exists():
         return open_packed(folder, split)
     if any((folder / name).exists() for name in TARS.values()):
-        return open_tars(Path(folder), split)
+        return open_tars(local_path(folder, "data.source"), split)
     return open_folders(folder, split)
