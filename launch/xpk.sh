@@ -18,4 +18,5 @@ run xpk workload create --cluster "$CLUSTER" --workload "$NAME" "${where[@]}" \
   --tpu-type "$ACCELERATOR" --num-slices "$SLICES" --max-restarts 100 \
   --base-docker-image google/cloud-sdk:slim \
   --command "gcloud storage cat '$code' | tar xz && pip install --break-system-packages -q -e '.[tpu,gcs]' \
-    && JAX_COMPILATION_CACHE_DIR=$BUCKET/compiled $(printf '%q ' "${command[@]/#python/python3}" --distributed)"
+    && { JAX_COMPILATION_CACHE_DIR=$BUCKET/compiled $(printf '%q ' "${command[@]/#python/python3}" --distributed) \
+    || [ \$? -eq 2 ]; }" # what is refused would be refused at each restart
