@@ -153,10 +153,10 @@ def test_a_checkpoint_on_data(tmp_path, untrained, mean_colours):
 
 @pytest.mark.slow
 def test_hosts_measure_together(tmp_path, untrained):
-    write_images(tmp_path / "b.npz", 1, 8)
+    write_source(tmp_path / "data", 1, 80)
     weights = weights_file(tmp_path, "features", "dinov2_224")
-    flags = ("--checkpoint", untrained, "--reference", tmp_path / "b.npz", "--num", 8)
-    flags = (*flags, "--features", weights, "--out")
+    flags = ("--checkpoint", untrained, "--reference", tmp_path / "data", "--num", 8)
+    flags = (*flags, "--features", weights, "--batch_size", 8, "--out")
     for out, count in (("one", 1), ("hosts", 2), ("hosts", 2)):  # the last one finds all done
         running = start_several(count, "evaluate", *flags, tmp_path / out, devices=2 // count)
         said = [process.communicate(timeout=500) for process in running]

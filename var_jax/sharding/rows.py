@@ -57,7 +57,8 @@ def in_batches(f: Callable[[Any, Any], Any], weights: Any, rows: Any, batch_size
 
 
 def fetch(values: jax.Array, count: int) -> np.ndarray:
-    """The first `count` rows of a batch on the mesh, on every process."""
+    """The first `count` rows of a batch on the mesh, or all if it has fewer, on every process."""
+    count = min(count, values.shape[0])
     here, mine = local_rows(values)
     kept = here < count
     return gather_rows(here[kept], mine[kept], count)
