@@ -4,15 +4,6 @@ import numpy as np
 from jaxtyping import Float
 
 from var_jax import BadInput
-from var_jax.evaluation.statistics import Moments
-
-
-def frechet_distance(a: Moments, b: Moments) -> float:
-    """The distance of the normal distributions of two sets of features.
-
-    Raises: BadInput if a set has fewer than two images, or they are of two networks.
-    """
-    return frechet(a.mean, a.covariance, b.mean, b.covariance)
 
 
 def frechet(
