@@ -24,6 +24,7 @@ from var_jax.tools import ending
 from var_jax.tools.files import PATIENCE
 
 SECONDS = 0.5  # between looks at what other hosts say
+STOPPING = 60.0  # seconds for all hosts to say where they are
 _left = threading.Event()  # set once this process no longer listens to the others
 
 
@@ -81,7 +82,7 @@ def join(args: flags.FlagValues) -> None:
             f"--distributed: there is no connection to the other hosts ({why})"
         ) from error
     if jax.process_count() > 1:
-        _end_together()
+        _Together().start()
 
 
 def leave() -> None:
@@ -118,55 +119,77 @@ def check_shared(flag: str, folder: str | PurePath) -> None:
         )
 
 
-def _end_together() -> None:
+class _Together:
     """Lets this process end with the others: they write to the key-value store of process 0."""
-    from jax._src.distributed import global_state  # jax shows its client nowhere else
 
-    client: Any = global_state.client
-    me, count = jax.process_index(), jax.process_count()
+    def __init__(self):
+        from jax._src.distributed import global_state  # jax shows its client nowhere else
 
-    def say(key: str, value: str) -> None:
-        with contextlib.suppress(RuntimeError):  # another host was first, or process 0 is gone
-            client.key_value_set(f"var_jax/{key}", value)
+        self._client: Any = global_state.client
+        self._me, self._count = jax.process_index(), jax.process_count()
 
-    def heard(key: str) -> str:
+    def start(self) -> None:
+        """Listens from now on, in a thread."""
+        ending.process.stop_all = lambda: self._say("stop", "1")
+        ending.process.end_all = lambda code, sentence: self._say(
+            "end", json.dumps([code, f"{sentence} (process {self._me} of {self._count})"])
+        )
+        thread = threading.Thread(target=self.listen, daemon=True)
+        thread.start()
+        # Ahead of jax's own end, which would make a look fail.
+        atexit.register(lambda: (_left.set(), thread.join(4 * SECONDS)))
+
+    def listen(self) -> None:
+        """Until this process leaves the others. Should it fail, the process ends: it is deaf."""
+        agreed = False
         try:
-            return client.key_value_try_get(f"var_jax/{key}")
-        except RuntimeError:
-            return ""
+            while not _left.wait(SECONDS):
+                self._heed_end()
+                if not agreed and self._heard("stop"):
+                    agreed = True
+                    self._agree()
+        except Exception as error:
+            self._leave(1, f"error: {error}")
 
-    def leave(code: int, sentence: str) -> None:
-        time.sleep(4 * SECONDS * (me == 0))  # the others hear of it through process 0
-        ending.leave(code, sentence)
-
-    def agree() -> None:
+    def _agree(self) -> None:
         """Finds the point that no host has reached, unless there is one with nothing to lose."""
         with ending.process.lock:
             mine = ending.process.points if ending.process.unsaved else -1
-            say(f"point/{me}", str(mine))
-            wait = 60_000  # ms
-            get = client.blocking_key_value_get
-            points = [int(get(f"var_jax/point/{i}", wait)) for i in range(count)]
+            self._say(f"point/{self._me}", str(mine))
+            end = time.monotonic() + STOPPING
+            points = [self._point(i, mine, end) for i in range(self._count)]
             if min(points) < 0:
-                leave(ending.INTERRUPTED, "interrupted")
+                self._leave(ending.INTERRUPTED, "interrupted")
             ending.process.stop_at = max(points) + 1
-        if me == 0:
+        if self._me == 0:
             os.write(2, b"stopping: this step ends, then it saves\n")
 
-    def listen() -> None:
-        agreed = False
-        while not _left.wait(SECONDS):
-            if said := heard("end"):
-                leave(*json.loads(said))
-            if not agreed and heard("stop"):
-                agreed = True
-                agree()
+    def _point(self, host: int, mine: int, end: float) -> int:
+        """Where a host is, asked again where a connection fails. Raises: Failure if it is lost."""
+        while True:
+            if found := self._heard(f"point/{host}"):
+                return int(found)
+            if time.monotonic() > end:
+                raise Failure(ending.LOST)
+            self._heed_end()
+            time.sleep(SECONDS / 5)
+            self._say(f"point/{self._me}", str(mine))  # once more, should it have got lost
 
-    ending.process.stop_all = lambda: say("stop", "1")
-    ending.process.end_all = lambda code, sentence: say(
-        "end", json.dumps([code, f"{sentence} (process {me} of {count})"])
-    )
-    thread = threading.Thread(target=listen, daemon=True)
-    thread.start()
-    # Ahead of jax's own end, which would make a look fail.
-    atexit.register(lambda: (_left.set(), thread.join(4 * SECONDS)))
+    def _heed_end(self) -> None:
+        if said := self._heard("end"):
+            self._leave(*json.loads(said))
+
+    def _say(self, key: str, value: str) -> None:
+        with contextlib.suppress(RuntimeError):  # another host was first, or process 0 is gone
+            self._client.key_value_set(f"var_jax/{key}", value)
+
+    def _heard(self, key: str) -> str:
+        try:
+            return self._client.key_value_try_get(f"var_jax/{key}")
+        except RuntimeError:
+            return ""
+
+    def _leave(self, code: int, sentence: str) -> None:
+        if not _left.is_set():  # then nothing of the others concerns this process
+            time.sleep(4 * SECONDS * (self._me == 0))  # the others hear of it through process 0
+            ending.leave(code, sentence)

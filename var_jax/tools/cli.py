@@ -184,7 +184,7 @@ def explain(error: Exception, argv: Sequence[str] = ()) -> tuple[int, str]:
     if found := _no_device(error):
         return found
     if ending.process.end_all and re.search("Gloo|by peer|heartbeat|coordination", text):
-        return FAILED, "another host is lost; the same command goes on from the newest checkpoint"
+        return FAILED, ending.LOST
     if isinstance(error, Failure):
         return FAILED, str(error)
     if type(error).__module__.startswith(("gcsfs", "aiohttp", "google")):  # a bucket in trouble

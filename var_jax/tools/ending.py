@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it, whichever signal it was
 SIGNALS = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+LOST = "another host is lost; the same command goes on from the newest checkpoint"
 SECONDS = 5.0  # that a process has to end by itself
 
 
