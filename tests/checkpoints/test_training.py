@@ -118,7 +118,14 @@ def _largest(folder, pattern):
 
 
 def _damage(path, how):
-    path.unlink() if how == "deleted" else os.truncate(path, path.stat().st_size // 2)
+    content = bytearray(path.read_bytes())
+    if how == "deleted":
+        path.unlink()
+    elif how == "flipped":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        os.truncate(path, len(content) // 2)
 
 
 @pytest.mark.parametrize("how", ["deleted", "cut"])
