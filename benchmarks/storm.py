@@ -154,9 +154,9 @@ class Storm:
                     continue
                 self.counts["full disks"] += 1
                 self.counts[f"exit code {code}"] += 1
-                told = re.search(r"^error: .*is full", command.errors(), re.MULTILINE)
-                self.counts["told in a sentence"] += bool(told)
-                if not told:
+                message = re.search(r"^error: .*is full", command.errors(), re.MULTILINE)
+                self.counts["reported in one sentence"] += bool(message)
+                if not message:
                     print(self._name, code, command.errors()[-3000:], flush=True)
             command = Command(self._name, self._folder / "run", self._processes)
             assert command.wait() == 0, command.errors()

@@ -1,4 +1,4 @@
-"""What a user is told who names a bucket that is not there, or not theirs."""
+"""The error for a bucket that does not exist, or that the user may not access."""
 
 import re
 import sys

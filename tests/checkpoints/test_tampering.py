@@ -1,4 +1,4 @@
-"""Every file of a checkpoint, changed in every way, one at a time: told, and nothing is lost."""
+"""Every file of a checkpoint, changed in every way, one at a time: reported, nothing lost."""
 
 import os
 import shutil

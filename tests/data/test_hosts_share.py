@@ -43,7 +43,7 @@ def test_a_host_does_the_work_of_one_that_never_comes(tmp_path):
     check_whole(tmp_path)
 
 
-def test_hosts_share_and_one_that_stands_still_holds_up_nobody(tmp_path):
+def test_hosts_share_and_one_that_stands_still_delays_no_other(tmp_path):
     begun, go_on, made = threading.Event(), threading.Event(), {0: [], 1: []}
 
     def make(host):

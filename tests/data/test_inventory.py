@@ -1,4 +1,4 @@
-"""What data are: no image moves between splits when others come or go, and changes are told."""
+"""The record of a run's images: adding or removing one moves no other, and changes are reported."""
 
 import json
 import os
@@ -139,7 +139,7 @@ def test_file_names_of_any_bytes(tmp_path):
         ]
 
 
-def told(capsys, path, spec, begun=True):
+def warnings(capsys, path, spec, begun=True):
     remember(path, splits(spec), begun=begun)
     return capsys.readouterr().err
 
@@ -148,34 +148,34 @@ def test_a_later_start_tells_what_changed(tmp_path, capsys):
     for name in ("cat", "dog"):
         write_images(tmp_path / "pets" / name, range(100))
     path = epath.Path(tmp_path / "run" / "data.json")
-    assert told(capsys, path, tmp_path / "pets", begun=False) == ""
+    assert warnings(capsys, path, tmp_path / "pets", begun=False) == ""
     (tmp_path / "pets").rename(tmp_path / "moved")
-    assert told(capsys, path, tmp_path / "moved") == ""
+    assert warnings(capsys, path, tmp_path / "moved") == ""
     assert len(json.loads(path.read_text())) == 1
     write_images(tmp_path / "moved" / "dog", [300])
-    line = told(capsys, path, tmp_path / "moved")
+    line = warnings(capsys, path, tmp_path / "moved")
     number = json.loads(path.read_text())[1]["train"]["images"]
     assert f"has other train images than before ({number - 1} then, {number} now): its" in line
     assert len(line.splitlines()) == 1 and "of a run never stopped" in line
-    assert told(capsys, path, tmp_path / "moved") == ""
+    assert warnings(capsys, path, tmp_path / "moved") == ""
     Image.new("RGB", (99, 99)).save(tmp_path / "moved" / "dog" / "0050.png")  # not renamed
-    assert f"({number} then, {number} now)" in told(capsys, path, tmp_path / "moved")
+    assert f"({number} then, {number} now)" in warnings(capsys, path, tmp_path / "moved")
     (tmp_path / "moved" / "dog").rename(tmp_path / "moved" / "wolf")
     before = path.read_bytes()
     with pytest.raises(BadInput, match=r"on 2 classes, .* have 2, with 'wolf' for 'dog'; name"):
-        told(capsys, path, tmp_path / "moved")
+        warnings(capsys, path, tmp_path / "moved")
     assert path.read_bytes() == before
     for damaged in ("{", "[1]", "[{}]"):
         path.write_text(damaged)
         with pytest.raises(BadInput, match=r"data\.json is damaged"):
-            told(capsys, path, tmp_path / "moved")
+            warnings(capsys, path, tmp_path / "moved")
 
 
 def test_runs_of_older_versions_are_told_apart(tmp_path, capsys):
     write_images(tmp_path / "pets" / "cat", range(12))
     path = epath.Path(tmp_path / "run" / "data.json")
-    assert "begun by an older version" in told(capsys, path, tmp_path / "pets")
-    assert told(capsys, epath.Path(tmp_path / "data.json"), "emoji") == ""
+    assert "begun by an older version" in warnings(capsys, path, tmp_path / "pets")
+    assert warnings(capsys, epath.Path(tmp_path / "data.json"), "emoji") == ""
 
 
 def test_arrays_have_a_checksum_too():

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
-INNER = ("common.sh", "host.sh")  # which nobody calls by hand
+INNER = ("common.sh", "host.sh")  # called by the others
 SCRIPTS = sorted(p.name for p in LAUNCH.glob("*.sh") if p.name not in INNER)
 
 

@@ -1,4 +1,4 @@
-"""What nobody reads, or a terminal cannot show, ends no command."""
+"""A closed or broken stream, or a terminal of few characters, ends no command."""
 
 import os
 import re
