@@ -232,7 +232,7 @@ class Model:
         if np.shape(repaint) == (size, size):
             where = pool_mask(as_mask(np.asarray(repaint)), cells)
         elif np.shape(repaint) == (4,):
-            y0, x0, y1, x1 = numbers("repaint", repaint)
+            y0, x0, y1, x1 = to_numbers("repaint", repaint)
             if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
                 raise BadInput(f"box {repaint}; expected 0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1.")
             where = box_mask((y0, x0, y1, x1), cells)
@@ -283,7 +283,7 @@ class Model:
         """
         given: dict[str, Any] = {}
         if cfg is not None:
-            given["cfg"], *more = numbers("cfg", cfg)
+            given["cfg"], *more = to_numbers("cfg", cfg)
             if more:
                 raise BadInput(f"cfg={cfg!r}; expected one number.")
         if top_k is not None:
@@ -292,7 +292,7 @@ class Model:
             codes = self.models.tokenizer.config.vocab_size
             given["top_k"] = int(top_k) if top_k < codes else 0  # one program for all of them
         if top_p is not None:
-            given["top_p"] = numbers("top_p", top_p)
+            given["top_p"] = to_numbers("top_p", top_p)
         settings = dataclasses.replace(self.models.sampling, **given)
         settings.check(self.patch_nums)
         return settings
@@ -368,7 +368,7 @@ def is_whole(value: Any, least: int) -> bool:
     return whole and int(value) >= least
 
 
-def numbers(name: str, value: Any) -> tuple[float, ...]:
+def to_numbers(name: str, value: Any) -> tuple[float, ...]:
     """One number or a sequence of them. Raises: BadInput for anything else."""
     try:
         array = np.atleast_1d(np.asarray(value, np.float64))

@@ -43,11 +43,6 @@ class Metrics:
         elif self._writes:
             self._folder.mkdir(parents=True, exist_ok=True)
 
-    @property
-    def folder(self) -> epath.Path:
-        """Where files are written, on local disk at once if there is one."""
-        return self._folder
-
     def write(self, stage: str, step: int, *, file: str = "metrics.jsonl", **scalars) -> None:
         """One record {"stage", "step", scalars…}: numbers, arrays of one number, or text.
 
