@@ -214,7 +214,10 @@ def test_damage_in_a_bucket_is_found_by_one_listing(server, tmp_path):
     storage.record_files(folder)
     assert [method for method, _ in server.log if method == "GET"] == ["GET"]
     server.log.clear()
-    assert storage.damage(folder) == "" and len(server.log) < 8
+    assert storage.damage(folder) == ""
+    # How often gcsfs asks for an object's metadata depends on timing; these two do not.
+    assert sum("/download/" in path for _, path in server.log) == 1
+    assert sum("delimiter=&" in path for _, path in server.log) == 1
     for path in ("a", "d/b", "d/c", "files.json"):  # a copy on disk is known by the same sums
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes((folder / path).read_bytes())

@@ -117,11 +117,12 @@ def damage(directory: epath.Path) -> str:
     """
     path = directory / RECORD
     try:
-        if not path.exists():
+        recorded = path.exists()
+        if not recorded:
             if next(_files(directory), None) is None:
                 return "it holds no files"
             print(f"{path} is missing: no damage to the checkpoint can be seen", file=sys.stderr)
-        record = json.loads(path.read_text()) if path.exists() else {}
+        record = json.loads(path.read_text()) if recorded else {}
         objects = checksums(directory) if record and in_bucket(directory) else {}
         for name, (size, crc) in record.items():
             path = directory / name
