@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from var_jax.config import TokenizerConfig, TransformerConfig
-from var_jax.models.load import build, in_bfloat16
 from var_jax.sampling.autoregressive import Weights, sample
+from var_jax.sampling.exports import build, in_bfloat16
 from var_jax.sampling.generate import image_keys
 
 

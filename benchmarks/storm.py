@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from var_jax.models.load import load_models
+from var_jax.sampling.exports import load_models
 from var_jax.tools import cli
 
 ROOT = Path(__file__).parents[1]

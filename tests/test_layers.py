@@ -29,3 +29,9 @@ def test_a_room_imports_only_what_lies_below(room):
     }
     below = ROOMS[ROOMS.index(room) :]
     assert found <= {*below, "config"}
+
+
+def test_networks_know_no_checkpoint_of_ours():
+    files = (PACKAGE / "models").rglob("*.py")
+    found = re.findall(r"var_jax\.checkpoints\.\w+", "".join(file.read_text() for file in files))
+    assert set(found) == {"var_jax.checkpoints.torch"}  # of which features/ reads weights

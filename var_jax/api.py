@@ -21,9 +21,9 @@ from var_jax import BadInput
 from var_jax.config import MAX_SEED, SamplingConfig
 from var_jax.data.classes import Label, class_index
 from var_jax.data.decoding import Unreadable, crop, decode
-from var_jax.models.load import Models, describe, load_models
 from var_jax.models.tokenizer import decode_tokens, encode_images
 from var_jax.sampling.autoregressive import KnownTokens, Weights, sampler
+from var_jax.sampling.exports import Models, describe, load_models
 from var_jax.sampling.generate import (
     Generated,
     coarse_to_fine,

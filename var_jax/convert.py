@@ -18,7 +18,7 @@ from var_jax.checkpoints.storage import resolve
 from var_jax.checkpoints.torch.convert import constructor, read_models, summary, write_models
 from var_jax.config import SamplingConfig
 from var_jax.data.sources.imagenet import class_names
-from var_jax.models.load import build, load_parts, save_parts
+from var_jax.sampling.exports import build, load_parts, save_parts
 from var_jax.tools import cli
 from var_jax.tools.files import local_path, output_folder
 

@@ -24,8 +24,8 @@ from var_jax.config import MAX_SEED
 from var_jax.data.inventory import count
 from var_jax.data.sources import ImageSource, open_source
 from var_jax.data.token_cache import records_of, write_cache
-from var_jax.models.load import load_tokenizer
 from var_jax.models.tokenizer import encode_images
+from var_jax.sampling.exports import load_tokenizer
 from var_jax.sharding import hosts
 from var_jax.sharding.mesh import check_batch, data_mesh, make_mesh, using
 from var_jax.sharding.rows import in_batches

@@ -51,8 +51,8 @@ from var_jax.evaluation.quality import (
     reference_of,
 )
 from var_jax.evaluation.tokenizer import Reconstructions
-from var_jax.models.load import mesh_for_sampling
 from var_jax.sampling.autoregressive import Weights, sampler
+from var_jax.sampling.exports import mesh_for_sampling
 from var_jax.sampling.to_disk import Job, check_settings
 from var_jax.sharding import hosts
 from var_jax.sharding.mesh import data_mesh, of_first, using

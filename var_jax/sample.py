@@ -24,8 +24,8 @@ from var_jax.checkpoints.export import load_fingerprint
 from var_jax.config import MAX_SEED
 from var_jax.data.classes import class_index, meanings
 from var_jax.data.sources import open_source
-from var_jax.models.load import mesh_for_sampling
 from var_jax.sampling.autoregressive import Weights, sampler
+from var_jax.sampling.exports import mesh_for_sampling
 from var_jax.sampling.to_disk import Job, Score
 from var_jax.schedule import num_tokens
 from var_jax.sharding import hosts

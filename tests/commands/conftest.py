@@ -7,7 +7,7 @@ from tiny import get_config
 
 from var_jax.config import Config, from_dict
 from var_jax.data.sources import open_source
-from var_jax.models.load import build, save_models
+from var_jax.sampling.exports import build, save_models
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ from var_jax.checkpoints.torch.convert import open_tensors
 from var_jax.checkpoints.torch.names import buffers
 from var_jax.checkpoints.torch.pth import write_pth
 from var_jax.checkpoints.torch.safetensors import write_safetensors
-from var_jax.models.load import load_models
 from var_jax.models.tokenizer import Tokenizer, to_float
+from var_jax.sampling.exports import load_models
 from var_jax.sharding.mesh import make_mesh
 from var_jax.tools import cli
 

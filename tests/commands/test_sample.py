@@ -15,8 +15,8 @@ import var_jax
 from var_jax import BadInput
 from var_jax.checkpoints.export import fingerprint
 from var_jax.evaluation.likelihood import class_scores
-from var_jax.models.load import load_models
 from var_jax.sample import counted
+from var_jax.sampling.exports import load_models
 from var_jax.sharding.mesh import make_mesh
 from var_jax.tools.npz import load_npz, save_npz
 

@@ -7,7 +7,7 @@ import pytest
 
 from var_jax.data.sources import open_source
 from var_jax.evaluation.pixel_report import arrays, psnr, report
-from var_jax.models.load import load_models
+from var_jax.sampling.exports import load_models
 from var_jax.sampling.generate import reconstruct_images
 from var_jax.sharding.mesh import make_mesh
 from var_jax.training.hooks import draw_samples

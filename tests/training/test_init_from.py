@@ -10,9 +10,9 @@ from test_tasks import TOKENIZER, TRANSFORMER
 
 from var_jax import BadInput
 from var_jax.config import Config, DataConfig, SamplingConfig, TrainTransformerConfig
-from var_jax.models.load import save_parts
 from var_jax.models.patch_codec import make_tokenizer
 from var_jax.models.var import Transformer, layout
+from var_jax.sampling.exports import save_parts
 from var_jax.sharding.mesh import make_mesh, shard
 from var_jax.training.init_from import transformer_from
 from var_jax.training.run import check_start

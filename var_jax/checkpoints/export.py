@@ -1,7 +1,7 @@
 """The export, or inference checkpoint: what training leaves and every command loads.
 
-A folder with `config.json`, which says all that is needed to build the models, and `weights/`. This
-module knows no models; `models/load.py` does. "emoji" names the export that ships in the package.
+A folder with `config.json`, which says all that is needed to build the models, and `weights/`.
+`sampling/exports.py` builds them. "emoji" names the export that ships in the package.
 """
 
 import dataclasses

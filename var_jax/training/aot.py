@@ -22,8 +22,8 @@ from var_jax.config import Config
 from var_jax.models import backend
 from var_jax.models.attention import Pattern
 from var_jax.models.attention_tpu import padded_flops
-from var_jax.models.load import build, placed
 from var_jax.sampling.autoregressive import Weights, sampler
+from var_jax.sampling.exports import build, placed
 from var_jax.sharding.mesh import BATCH, check_batch, check_hosts, check_model, shard
 from var_jax.tools import tpu_cost
 from var_jax.tools.flops import matmul_flops, transformer_flops

@@ -8,9 +8,9 @@ from etils import epath
 from jaxtyping import UInt8
 
 from var_jax.data.sources import Source
-from var_jax.models.load import Models
 from var_jax.models.tokenizer import Tokenizer, encode_images
 from var_jax.sampling import autoregressive
+from var_jax.sampling.exports import Models
 from var_jax.sampling.generate import coarse_to_fine, collect, generate
 from var_jax.sharding.rows import in_batches
 from var_jax.tools.images import going_on_without, grid, labelled_rows, save_png

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from var_jax import BadInput
 from var_jax.checkpoints.export import load_config
 from var_jax.config import TransformerConfig
-from var_jax.models.load import describe, load_parts
 from var_jax.models.resize import bicubic_matrix
 from var_jax.models.var import Transformer
+from var_jax.sampling.exports import describe, load_parts
 from var_jax.schedule import slices
 from var_jax.sharding.mesh import to_host
 from var_jax.tools.trees import path_name

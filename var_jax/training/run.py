@@ -18,9 +18,16 @@ from var_jax.data.pipeline import batches
 from var_jax.data.records import read_manifest
 from var_jax.data.sources import Source, open_source
 from var_jax.data.token_cache import KIND, TokenCache, open_tokens
-from var_jax.models.load import Models, as_exported, build, describe, load_tokenizer, save_models
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.var import Transformer
+from var_jax.sampling.exports import (
+    Models,
+    as_exported,
+    build,
+    describe,
+    load_tokenizer,
+    save_models,
+)
 from var_jax.sampling.generate import reconstruct_images
 from var_jax.sharding.mesh import check_batch, check_hosts, check_model, make_mesh
 from var_jax.tools.files import replacing
