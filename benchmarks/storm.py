@@ -129,6 +129,7 @@ class Storm:
                 command.kill(self._rng.randrange(self._processes))
                 self.counts["kills"] += 1
                 self.counts["kills amid a write"] += amid_write(self._folder)
+                print(self._name, dict(self.counts), file=sys.stderr, flush=True)
             else:
                 self._ended(command, code)
         self._finish()
@@ -156,6 +157,7 @@ class Storm:
                 self.counts[f"exit code {code}"] += 1
                 message = re.search(r"^error: .*is full", command.errors(), re.MULTILINE)
                 self.counts["reported in one sentence"] += bool(message)
+                print(self._name, dict(self.counts), file=sys.stderr, flush=True)
                 if not message:
                     print(self._name, code, command.errors()[-3000:], flush=True)
             command = Command(self._name, self._folder / "run", self._processes)
