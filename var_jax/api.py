@@ -23,7 +23,7 @@ from var_jax.data.classes import Label, class_index
 from var_jax.data.decoding import Unreadable, crop, decode
 from var_jax.models.tokenizer import decode_tokens, encode_images
 from var_jax.sampling.autoregressive import KnownTokens, Weights, sampler
-from var_jax.sampling.exports import Models, describe, load_models
+from var_jax.sampling.exports import Models, abstract_models, load_models
 from var_jax.sampling.generate import (
     Generated,
     coarse_to_fine,
@@ -73,7 +73,7 @@ def load(
     current = jax.sharding.get_mesh()
     mesh = mesh or (None if current.empty else current)
     if mesh is not None:
-        check_mesh(mesh, describe(checkpoint)[2].get("transformer"))
+        check_mesh(mesh, abstract_models(checkpoint)[2].get("transformer"))
     with pinned():
         return Model(load_models(checkpoint, mesh, dtype), mesh)
 

@@ -21,7 +21,7 @@ from absl import flags
 
 from var_jax import BadInput
 from var_jax.config import MAX_SEED
-from var_jax.data.inventory import count
+from var_jax.data.inventory import summarize
 from var_jax.data.sources import ImageSource, open_source
 from var_jax.data.token_cache import records_of, write_cache
 from var_jax.models.tokenizer import encode_images
@@ -32,7 +32,7 @@ from var_jax.sharding.rows import in_batches
 from var_jax.tools import cli
 from var_jax.tools.files import output_folder
 from var_jax.tools.logs import progress
-from var_jax.tools.npz import Images, save_npz
+from var_jax.tools.npz import NpzImages, save_npz
 
 OF_CACHE = ("copies", "resize", "flip", "shift", "seed")
 
@@ -66,7 +66,7 @@ def main(args: flags.FlagValues) -> None:
 
 def encode_npz(args: flags.FlagValues) -> None:
     """Writes the codes of an npz of images."""
-    images, mesh, out = Images(args.images), data_mesh(), output_folder(args.out)
+    images, mesh, out = NpzImages(args.images), data_mesh(), output_folder(args.out)
     with using(mesh), progress(images.shape[0], 0, "encoding") as bar:
         tokenizer = load_tokenizer(args.checkpoint, mesh)
         side, parts = tokenizer.config.image_size, []
@@ -100,7 +100,7 @@ def write_token_cache(args: flags.FlagValues) -> None:
             split: open_source(args.images, split, size, args.resize)
             for split in ("train", "validation")
         }
-        print(count(args.images, sources), flush=True)
+        print(summarize(args.images, sources), flush=True)
         manifest = write_cache(
             tokenizer, sources, out, mesh=mesh, batch_size=args.batch_size, copies=args.copies,
             seed=args.seed, flip=args.flip, shift=args.shift, host=host, hosts=count_of_hosts,

@@ -59,7 +59,7 @@ from var_jax.sharding.mesh import data_mesh, of_first, using
 from var_jax.tools import cli
 from var_jax.tools.files import output_folder, read_json, replacing
 from var_jax.tools.images import curves
-from var_jax.tools.npz import Images
+from var_jax.tools.npz import NpzImages
 
 MODES = ("likelihood", "classify", "tokenizer")
 HELD_OUT = "held-out images"
@@ -153,10 +153,10 @@ def quality(
     """
     sets: dict[str, ImageSet] = {}
     if model is None:
-        sets[""] = Images(args.samples)
+        sets[""] = NpzImages(args.samples)
     else:
         for name, settings in sweep(args, model).items():
-            sets[name] = Images(draw(args, model, settings, out / (name or "samples")))
+            sets[name] = NpzImages(draw(args, model, settings, out / (name or "samples")))
     count, size = next(iter(sets.values())).shape[:2]
     folder, split = out / "features", args.split or "train"
     where = {"size": args.size or size, "split": split}

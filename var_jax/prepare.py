@@ -11,7 +11,7 @@ command continues where it was.
 from absl import flags
 
 from var_jax import BadInput
-from var_jax.data.inventory import count
+from var_jax.data.inventory import summarize
 from var_jax.data.sources import SPLITS, open_encoded
 from var_jax.data.sources.packed import pack
 from var_jax.tools import cli
@@ -29,7 +29,7 @@ def main(args: flags.FlagValues) -> None:
         raise BadInput(f"--source={args.source} needs no packing; it is a data.source as it is.")
     out = output_folder(args.out)
     splits = {split: open_encoded(args.source, split) for split in SPLITS}
-    print(count(args.source, splits), flush=True)
+    print(summarize(args.source, splits), flush=True)
     pack(splits, out)
     counts = " and ".join(f"{len(images)} {split}" for split, images in splits.items())
     print(f"{counts} images of {len(splits['train'].class_names)} classes are in {args.out}")

@@ -21,7 +21,7 @@ HOLD = """if True:
     from etils import epath
     from var_jax.tools import buckets
     buckets.REFRESHED = 0.1
-    print(bool(buckets.acquire_lock(epath.Path(sys.argv[1]))), flush=True)
+    print(bool(buckets.lock_object(epath.Path(sys.argv[1]))), flush=True)
     time.sleep(float(sys.argv[2]))
 """
 
@@ -48,11 +48,11 @@ def test_a_lock_in_a_bucket_has_one_owner_at_a_time(server, quick):
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", HOLD, LOCK, "60"], stdout=pipe) as other:
         assert other.stdout.readline() == b"True\n"
-        assert buckets.acquire_lock(LOCK) is None  # it is refreshed
+        assert buckets.lock_object(LOCK) is None  # it is refreshed
         other.kill()
         other.wait()
     started = time.monotonic()
-    release = buckets.acquire_lock(LOCK)  # of this machine, and ended
+    release = buckets.lock_object(LOCK)  # of this machine, and ended
     assert release and time.monotonic() - started < buckets.DEAD
     release()
     assert not server.buckets["bucket"]
@@ -60,7 +60,7 @@ def test_a_lock_in_a_bucket_has_one_owner_at_a_time(server, quick):
 
 def test_a_lock_of_another_machine_dies_with_its_owner(server, quick, capsys):
     server.store("bucket", "run/.lock", others())
-    release = buckets.acquire_lock(LOCK)
+    release = buckets.lock_object(LOCK)
     assert release and "held by" in capsys.readouterr().err
     release()
 
@@ -68,7 +68,7 @@ def test_a_lock_of_another_machine_dies_with_its_owner(server, quick, capsys):
 def test_of_two_that_find_a_dead_lock_one_gets_it(server, quick):
     server.store("bucket", "run/.lock", others())
     found = []
-    ask = [threading.Thread(target=lambda: found.append(buckets.acquire_lock(LOCK))) for _ in "ab"]
+    ask = [threading.Thread(target=lambda: found.append(buckets.lock_object(LOCK))) for _ in "ab"]
     for thread in ask:
         thread.start()
     for thread in ask:
@@ -89,13 +89,13 @@ def test_who_has_lost_its_lock_ends(server):
 @pytest.mark.parametrize("kind", [503, 429, RESET, LOST])
 def test_a_lock_outlives_a_fault(server, kind):
     at_once(server, kind, ".lock")
-    release = buckets.acquire_lock(LOCK)
+    release = buckets.lock_object(LOCK)
     assert release
     release()
 
 
 def test_a_lock_that_was_removed_by_hand_comes_back(server, quick):
-    release = buckets.acquire_lock(LOCK)
+    release = buckets.lock_object(LOCK)
     server.buckets["bucket"].clear()
     time.sleep(0.5)
     assert "run/.lock" in server.buckets["bucket"]
@@ -176,7 +176,7 @@ def test_a_bucket_that_is_not_ours_is_refused(server, fault, says):
 def test_a_folder_that_may_not_be_written_is_refused(server):
     server.fault = lambda method, path: None if method == "GET" else 403
     with pytest.raises(BadInput, match="gs://bucket/run cannot be written"):
-        buckets.acquire_lock(LOCK)
+        buckets.lock_object(LOCK)
 
 
 def test_what_may_pass_is_tried_again(monkeypatch):

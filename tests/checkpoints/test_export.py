@@ -27,7 +27,7 @@ def test_weights_are_small_and_bit_exact(tmp_path, monkeypatch, small):
     files = [p for p in (tmp_path / "model").rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) < 11e6 and len(files) < 15
     _assert_same(export.load_weights(tmp_path / "model", _abstract(tree)), tree)
-    assert export.load_config(tmp_path / "model")["depth"] == 2
+    assert export.export_config(tmp_path / "model")["depth"] == 2
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
@@ -44,7 +44,7 @@ def test_weights_load_into_another_dtype_and_mesh(tmp_path):
 def test_weights_replace_an_older_checkpoint_and_nothing_else(tmp_path):
     for depth in (1, 2):
         export.save_export(tmp_path / "model", _weights(), {"depth": depth})
-    assert export.load_config(tmp_path / "model")["depth"] == 2
+    assert export.export_config(tmp_path / "model")["depth"] == 2
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(BadInput, match=r"holds '(model|thesis\.tex)'; expected a new directory"):
         export.save_export(tmp_path, _weights(), {})
@@ -65,7 +65,7 @@ def test_weights_that_cannot_be_loaded_say_why(tmp_path):
             export.load_weights(tmp_path / "model", abstract)
     (tmp_path / "model" / "config.json").unlink()
     with pytest.raises(BadInput, match="it has no config"):
-        export.load_config(tmp_path / "model")
+        export.export_config(tmp_path / "model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def test_a_fingerprint_is_read_or_computed_alike(tmp_path, monkeypatch):
     expected = export.fingerprint(loaded)
     assert expected != export.fingerprint(Model(jnp.float32))
     export.save_export(folder, {"net": stored, "other": {"x": jnp.zeros(3)}}, {"width": 4})
-    config = export.load_config(folder)
+    config = export.export_config(folder)
     assert config == {"width": 4, "fingerprints": {"net": expected}}
     with monkeypatch.context() as patch:
         patch.delattr(export, "fingerprint")
@@ -96,13 +96,13 @@ def test_a_fingerprint_is_read_or_computed_alike(tmp_path, monkeypatch):
 
 
 def test_the_export_in_the_package():
-    assert export.load_config("emoji")["class_names"][0] == "Smileys & Emotion"
+    assert export.export_config("emoji")["class_names"][0] == "Smileys & Emotion"
     assert export.find_export("emoji") == export.find_export(str(export.find_export("emoji")))
 
 
 def test_a_folder_that_is_no_export_hides_none_of_the_package(tmp_path, monkeypatch):
     (tmp_path / "emoji").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert export.load_config("emoji")
+    assert export.export_config("emoji")
     with pytest.raises(BadInput, match="is not a checkpoint"):
-        export.load_config(".")
+        export.export_config(".")

@@ -9,7 +9,7 @@ from etils import epath
 from PIL import Image
 
 from var_jax import BadInput
-from var_jax.data.inventory import count, remember
+from var_jax.data.inventory import remember, summarize
 from var_jax.data.sources import Emoji, folders, open_encoded, open_source
 from var_jax.data.sources.base import split_indices
 from var_jax.data.sources.packed import pack
@@ -85,7 +85,7 @@ def test_images_are_found_by_content_and_the_rest_is_counted(tmp_path):
     (tmp_path / "__MACOSX").mkdir()
     found = splits(tmp_path)
     assert sum(map(len, found.values())) == 24 and found["train"].class_names == ("cat", "dog")
-    line = count("pets", found)
+    line = summarize("pets", found)
     assert line.startswith(f"pets: {len(found['train'])} train and {len(found['validation'])} vali")
     for part in (
         "validation images of 2 classes; left out: ", "2 of no known format ('dog/notes.txt', ...)",
@@ -102,7 +102,7 @@ def test_large_trees_are_read_by_name(tmp_path, monkeypatch):
     (cat / "0000.png").rename(cat / "no suffix")
     monkeypatch.setattr(folders, "OPENED", 5)
     found = splits(tmp_path)
-    assert sum(map(len, found.values())) == 13 and "left out" not in count("pets", found)
+    assert sum(map(len, found.values())) == 13 and "left out" not in summarize("pets", found)
     assert not found["train"].encoded.sizes
 
 
@@ -179,6 +179,6 @@ def test_runs_of_older_versions_are_told_apart(tmp_path, capsys):
 
 
 def test_arrays_have_a_checksum_too():
-    assert count("emoji", {"train": Emoji("train"), "validation": Emoji("validation")}) == (
+    assert summarize("emoji", {"train": Emoji("train"), "validation": Emoji("validation")}) == (
         "emoji: 1,712 train and 194 validation images of 9 classes"
     )

@@ -37,13 +37,13 @@ def listen(monkeypatch, store, unsaved=True):
     """How listening ends: exit code and sentence, or the point to stop at."""
     process = ending.Process(unsaved=unsaved, points=7)
 
-    def leave(code, sentence):
+    def exit_at_once(code, sentence):
         process.log = code, sentence
         raise Left
 
     monkeypatch.setattr(ending, "process", process)
-    monkeypatch.setattr(ending, "leave", leave)
-    monkeypatch.setattr(hosts, "SECONDS", 0.01)
+    monkeypatch.setattr(ending, "exit_at_once", exit_at_once)
+    monkeypatch.setattr(hosts, "PERIOD", 0.01)
     monkeypatch.setattr(hosts, "STOPPING", 0.2)
     left = threading.Event()
     monkeypatch.setattr(hosts, "_left", left)

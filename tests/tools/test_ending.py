@@ -15,7 +15,7 @@ SCRIPT = """if True:
     from var_jax.tools import ending
 
     number, where, *others = int(sys.argv[1]), *sys.argv[2:]
-    ending.SECONDS = 5.0 if others else 0.2
+    ending.GRACE = 5.0 if others else 0.2
     signalled = lambda after: threading.Timer(after, os.kill, (os.getpid(), number)).start()
     # As in a compiler, Python does not run meanwhile: some 100 s.
     compute = lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)

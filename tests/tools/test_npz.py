@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from var_jax import BadInput
-from var_jax.tools.npz import Images, join_npz, load_npz, save_npz
+from var_jax.tools.npz import NpzImages, join_npz, load_npz, save_npz
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
 
@@ -13,7 +13,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
 def test_batches(tmp_path, save):
     path = tmp_path / "a.npz"
     save(path, labels=np.arange(5), arr_0=IMAGES)
-    images = Images(path)
+    images = NpzImages(path)
     assert images.shape == (5, 4, 6, 3)
     batches = list(images.batches(2))
     assert [len(batch) for batch in batches] == [2, 2, 1]
@@ -34,21 +34,21 @@ def test_batches(tmp_path, save):
 def test_other_arrays(tmp_path, arrays, sentence):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(BadInput, match=sentence):
-        Images(tmp_path / "a.npz")
+        NpzImages(tmp_path / "a.npz")
 
 
 def test_damaged_files(tmp_path):
     path = tmp_path / "a.npz"
     with pytest.raises(BadInput, match="cannot be read: No such file"):
-        Images(path)
+        NpzImages(path)
     path.write_bytes(b"<html>")
     with pytest.raises(BadInput, match="is no npz file"):
-        Images(path)
+        NpzImages(path)
     np.savez(path, arr_0=IMAGES)
     whole = path.read_bytes()
     path.write_bytes(whole.replace(IMAGES[3].tobytes(), bytes(72)))
     with pytest.raises(BadInput, match="or a damaged one"):
-        list(Images(path).batches(2))
+        list(NpzImages(path).batches(2))
 
 
 def test_joined_parts_are_the_whole(tmp_path):

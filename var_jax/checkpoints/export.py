@@ -91,7 +91,7 @@ def find_export(directory: str | PurePath) -> epath.Path:
     return storage.resolve(directory)
 
 
-def load_config(directory: str | PurePath) -> dict:
+def export_config(directory: str | PurePath) -> dict:
     """The config inside an export.
 
     Raises: BadInput if `directory` is no export, or its config.json is damaged.
@@ -154,7 +154,7 @@ def load_weights(directory: str | PurePath, abstract: PyTree, *, as_stored: bool
     Raises: BadInput if `directory` is no export, its weights are damaged, or a tensor's name, shape
         or kind (float, integer) differs.
     """
-    load_config(directory)
+    export_config(directory)
     path, wanted = find_export(directory) / "weights", storage.with_shardings(abstract)
     if reason := storage.damage(path):
         raise BadInput(f"{path} is damaged: {reason}.")
@@ -178,7 +178,7 @@ def load_weights(directory: str | PurePath, abstract: PyTree, *, as_stored: bool
 
 def load_fingerprint(directory: str | PurePath, part: str, model: Any) -> str:
     """The `fingerprint` of a part that was loaded from an export, read if the export holds it."""
-    return load_config(directory).get("fingerprints", {}).get(part) or fingerprint(model)
+    return export_config(directory).get("fingerprints", {}).get(part) or fingerprint(model)
 
 
 def fingerprint(model: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from var_jax import BadInput
-from var_jax.data.records import checksum, sound
+from var_jax.data.records import images_checksum, sound
 from var_jax.data.sources import ArraySource, Emoji, EncodedImages, ImageSource, Source
 from var_jax.tools.files import replacing
 
@@ -32,12 +32,12 @@ def describe_data(source: Source) -> dict[str, Any]:
 def checksum_of(source: Source) -> str:
     """The checksum of a source's images as they are stored, whatever their size later."""
     if isinstance(source, ImageSource):
-        return checksum(len(source), source.encoded.load)
+        return images_checksum(len(source), source.encoded.load)
     assert isinstance(source, ArraySource)
-    return checksum(len(source), lambda i: (source.images[i].tobytes(), source.labels[i]))
+    return images_checksum(len(source), lambda i: (source.images[i].tobytes(), source.labels[i]))
 
 
-def count(name: str, splits: Mapping[str, Source | EncodedImages]) -> str:
+def summarize(name: str, splits: Mapping[str, Source | EncodedImages]) -> str:
     """A line that says how many images and classes there are, and what was left out and why."""
     counts = " and ".join(f"{len(source):,} {split}" for split, source in splits.items())
     classes = len(next(iter(splits.values())).class_names)

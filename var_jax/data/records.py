@@ -143,7 +143,7 @@ def write_shard(path: epath.Path, records: Iterable[bytes]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def checksum(count: int, read: Callable[[int], tuple]) -> str:
+def images_checksum(count: int, read: Callable[[int], tuple]) -> str:
     """8 hex digits that tell `count` images from others, of 64 that are spread evenly.
 
     `read` maps an index to (bytes, label, ...).

@@ -26,7 +26,7 @@ from var_jax.models.features.efficientnet import efficientnet, load_efficientnet
 from var_jax.models.features.inception import inception, load_inception
 from var_jax.sharding.mesh import of_first
 from var_jax.sharding.ops import data_parallel
-from var_jax.sharding.rows import in_batches, put_whole
+from var_jax.sharding.rows import in_batches, replicate
 from var_jax.tools.logs import progress
 from var_jax.tools.npz import load_npz, save_npz
 
@@ -158,7 +158,7 @@ def extract(
             name = f"{network.name}-{network.fingerprint[:8]}-{start:08d}"
             path = folder / f"{name}-{zlib.crc32(part.tobytes()):08x}.npz"
             if not of_first(lambda path=path: np.array(path.exists()), (), bool):
-                weights = put_whole(network.weights) if weights is None else weights
+                weights = replicate(network.weights) if weights is None else weights
                 found = in_batches(network.run, weights, part, batch_size)
                 if jax.process_index() == 0:
                     save_npz(path, **found)

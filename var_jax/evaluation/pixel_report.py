@@ -16,6 +16,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.svm import SVC
 
 from var_jax.data.sources import Source
+from var_jax.evaluation.scores import psnr
 
 NEAR_COPY = 0.03  # a distance: 8 of 255 levels, half of the error of the emoji's tokenizer
 
@@ -102,7 +103,8 @@ def report(
         name: np.minimum(*(nearest_distance(images, among) for among in references))
         for name, images in (("validation", reconstructed), ("samples", samples))
     }
-    found = {"validation PSNR (dB)": psnr(held_out, reconstructed)}
+    decibels = np.minimum(psnr(held_out, reconstructed), 100)  # infinite for equal images
+    found = {"validation PSNR (dB)": float(decibels.mean())}
     if len(set(training_labels.tolist())) > 1:
         classifier = fit(training, training_labels)
         found |= agreement(classifier, held_out, held_out_labels, "validation", ())
@@ -116,12 +118,6 @@ def report(
         found["distance within a class, validation"] = variety(held_out, held_out_labels, several)
         found["distance within a class, samples"] = variety(samples, labels, several)
     return found
-
-
-def psnr(images: UInt8[np.ndarray, "N H W 3"], others: UInt8[np.ndarray, "N H W 3"]) -> float:
-    """Mean over pairs, in dB."""
-    squared = ((features(images) - features(others)) ** 2).mean(1)
-    return float(-10 * np.log10(np.maximum(squared, 1e-10)).mean())
 
 
 def agreement(

@@ -16,7 +16,7 @@ from var_jax.evaluation.features import READ, Features, ImageSet, Network, Sourc
 from var_jax.evaluation.frechet import frechet
 from var_jax.evaluation.scores import inception_score, kernel_distance, precision_recall
 from var_jax.sharding.mesh import of_first
-from var_jax.tools.npz import Images, load_npz, load_others, save_npz
+from var_jax.tools.npz import NpzImages, load_npz, load_others, save_npz
 
 MOST_NEIGHBOURS = 10_000  # images of a reference that precision and recall compare with, as ADM's
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # names of ADM's arrays
@@ -35,7 +35,7 @@ def open_images(spec: str, split: str, size: int, count: int | None = None) -> I
     Raises: BadInput if there are none.
     """
     if spec.endswith(".npz"):
-        return Images(spec)
+        return NpzImages(spec)
     return SourceImages(open_source(spec, split, size, resize=1.0), count)
 
 

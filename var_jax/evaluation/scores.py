@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from var_jax import BadInput
-from var_jax.evaluation.statistics import check
+from var_jax.evaluation.statistics import check_features
 from var_jax.sharding.mesh import alone
 
 TILE = 10_000  # images a side, as the ADM evaluator's, which decides on float16 tile by tile
@@ -30,7 +30,7 @@ def inception_score(
 
     Raises: BadInput if there are fewer images than parts, or a value is not finite.
     """
-    x = check(logits, "logits", at_least=max(splits or 2, 2)).astype(np.float64)
+    x = check_features(logits, "logits", at_least=max(splits or 2, 2)).astype(np.float64)
     N = len(x)
     cuts = range(0, N, block) if splits is None else [i * N // splits for i in range(splits)]
     x = x - x.max(1, keepdims=True)
@@ -138,7 +138,7 @@ def pair_of_sets(
     a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M E"], at_least: int = 2
 ) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "M E"]]:
     """Two sets of features in float32. Raises: BadInput if they cannot be compared."""
-    a, b = check(a, "samples", at_least), check(b, "reference", at_least)
+    a, b = check_features(a, "samples", at_least), check_features(b, "reference", at_least)
     if a.shape[1:] != b.shape[1:]:
         raise BadInput(
             f"samples have {a.shape[1]} features, the reference {b.shape[1]}; expected those of"

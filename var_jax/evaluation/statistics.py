@@ -25,7 +25,7 @@ class Moments(NamedTuple):
 
         Raises: BadInput if it holds NaN or infinity.
         """
-        features = check(features, "features", at_least=0).astype(np.float64)
+        features = check_features(features, "features", at_least=0).astype(np.float64)
         D = features.shape[1]
         mean = features.mean(0) if len(features) else np.zeros(D)
         centred = features - mean
@@ -53,7 +53,7 @@ class Moments(NamedTuple):
         return self.scatter / (self.count - 1)
 
 
-def check(
+def check_features(
     features: Float[np.ndarray, "N D"], what: str, at_least: int = 2
 ) -> Float[np.ndarray, "N D"]:
     """Features as an array. Raises: BadInput if there are too few, or one is not finite."""

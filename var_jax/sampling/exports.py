@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from var_jax import BadInput
-from var_jax.checkpoints.export import find_export, load_config, load_weights, save_export
+from var_jax.checkpoints.export import export_config, find_export, load_weights, save_export
 from var_jax.config import (
     Config,
     MeshConfig,
@@ -96,7 +96,7 @@ def load_models(directory: str | PurePath, mesh: Mesh | None = None, dtype: str 
 
     Raises: BadInput if there is none, it is damaged, or holds a tokenizer only.
     """
-    folder, about, abstract = describe(directory, dtype)
+    folder, about, abstract = abstract_models(directory, dtype)
     if "transformer" not in abstract:
         raise BadInput(
             f"{folder} holds a tokenizer but no transformer; convert it with --transformer too."
@@ -124,7 +124,7 @@ def mesh_for_sampling(directory: str | PurePath, fsdp: int | None = None) -> Mes
 
     None for a single device, which needs no mesh. Raises: BadInput if there is no export.
     """
-    folder, about, _ = describe(directory)
+    folder, about, _ = abstract_models(directory)
     if jax.device_count() == 1:
         return None
     trained = about.get("trained")
@@ -147,7 +147,7 @@ def load_tokenizer(directory: str | PurePath, mesh: Mesh | None = None) -> Token
 
     Raises: BadInput if there is none, or it is damaged.
     """
-    folder, _, abstract = describe(directory)
+    folder, _, abstract = abstract_models(directory)
     tokenizer = abstract["tokenizer"]
     tokenizer = tokenizer if mesh is None else shard(tokenizer, mesh)
     return load_weights(folder, {"tokenizer": tokenizer})["tokenizer"]
@@ -158,14 +158,14 @@ def load_parts(directory: str | PurePath) -> tuple[dict[str, Any], dict[str, np.
 
     Raises: BadInput if there is no export, or it is damaged.
     """
-    folder, about, abstract = describe(directory)
+    folder, about, abstract = abstract_models(directory)
     buffers = about.get("torch_buffers", {})
     kept = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in buffers.items()}
     parts = load_weights(folder, {**abstract, "torch_buffers": kept}, as_stored=True)
     return parts, parts.pop("torch_buffers")
 
 
-def describe(
+def abstract_models(
     directory: str | PurePath, dtype: str = "auto"
 ) -> tuple[epath.Path, dict, dict[str, Any]]:
     """The folder, its config.json, and its models with abstract weights.
@@ -174,7 +174,7 @@ def describe(
 
     Raises: BadInput if it is no export.
     """
-    folder, about = find_export(directory), load_config(directory)
+    folder, about = find_export(directory), export_config(directory)
     if not isinstance(about.get("tokenizer"), dict) or "class_names" not in about:
         raise BadInput(f"{folder}/config.json describes no tokenizer; expected a checkpoint.")
     names = about["class_names"]

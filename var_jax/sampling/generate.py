@@ -58,13 +58,13 @@ def generate(
         keys = image_keys(seed, put(index[np.resize(rows, size)]))
         made = sampler(weights, batch[0], keys, batch[1])
         if waiting:
-            yield fetch(*waiting)
+            yield fetch_local(*waiting)
         waiting = rows, *made
     if waiting:
-        yield fetch(*waiting)
+        yield fetch_local(*waiting)
 
 
-def fetch(rows: np.ndarray, images: Array, tokens: Array | None) -> Generated:
+def fetch_local(rows: np.ndarray, images: Array, tokens: Array | None) -> Generated:
     """This process's part of a batch, without the padding."""
     here, mine = local_rows(images)
     kept = here < len(rows)

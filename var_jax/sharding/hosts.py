@@ -23,7 +23,7 @@ from var_jax import BadInput, Failure
 from var_jax.tools import ending
 from var_jax.tools.files import PATIENCE
 
-SECONDS = 0.5  # between looks at what other hosts say
+PERIOD = 0.5  # between looks at what other hosts say
 STOPPING = 60.0  # seconds for all hosts to say where they are
 _left = threading.Event()  # set once this process no longer listens to the others
 
@@ -106,8 +106,8 @@ def check_shared(flag: str, folder: str | PurePath) -> None:
     left, blind = PATIENCE, np.arange(jax.process_count())
     while blind.size and left > 0:  # together: a host that waits alone is soon held for lost
         blind = np.flatnonzero(~process_allgather(np.asarray(marker.exists())))
-        time.sleep(SECONDS * (blind.size > 0))
-        left -= SECONDS
+        time.sleep(PERIOD * (blind.size > 0))
+        left -= PERIOD
     if first:
         marker.unlink()
         if blind.size and not was_there:
@@ -137,13 +137,13 @@ class _Together:
         thread = threading.Thread(target=self.listen, daemon=True)
         thread.start()
         # Ahead of jax's own end, which would make a look fail.
-        atexit.register(lambda: (_left.set(), thread.join(4 * SECONDS)))
+        atexit.register(lambda: (_left.set(), thread.join(4 * PERIOD)))
 
     def listen(self) -> None:
         """Until this process leaves the others. Should it fail, the process ends: it is deaf."""
         agreed = False
         try:
-            while not _left.wait(SECONDS):
+            while not _left.wait(PERIOD):
                 self._heed_end()
                 if not agreed and self._heard("stop"):
                     agreed = True
@@ -172,7 +172,7 @@ class _Together:
             if time.monotonic() > end:
                 raise Failure(ending.LOST)
             self._heed_end()
-            time.sleep(SECONDS / 5)
+            time.sleep(PERIOD / 5)
             self._say(f"point/{self._me}", str(mine))  # once more, should it have got lost
 
     def _heed_end(self) -> None:
@@ -191,5 +191,5 @@ class _Together:
 
     def _leave(self, code: int, sentence: str) -> None:
         if not _left.is_set():  # then nothing of the others concerns this process
-            time.sleep(4 * SECONDS * (self._me == 0))  # the others hear of it through process 0
-            ending.leave(code, sentence)
+            time.sleep(4 * PERIOD * (self._me == 0))  # the others hear of it through process 0
+            ending.exit_at_once(code, sentence)

@@ -20,7 +20,7 @@ def put(array: np.ndarray) -> jax.Array:
     return put_global_batch(array, jax.sharding.get_mesh()) if on_mesh() else jnp.asarray(array)
 
 
-def put_whole(tree: Any) -> Any:
+def replicate(tree: Any) -> Any:
     """Arrays that every process holds, whole onto each device of the mesh, or the only device."""
     if not on_mesh():
         return jax.device_put(tree)

@@ -123,7 +123,7 @@ def checksums(folder: PurePath) -> dict[str, list]:
     return {n.removeprefix(root): [about["size"], about["crc32c"]] for n, about in found.items()}
 
 
-def acquire_lock(path: PurePath) -> Callable[[], None] | None:
+def lock_object(path: PurePath) -> Callable[[], None] | None:
     """Locks by an object that this process refreshes; returns what gives it back.
 
     None if another process has it. One that did not refresh it for two minutes is dead, and so is

@@ -3,7 +3,7 @@
 Ctrl-C, SIGTERM and SIGHUP ask for the same. Where a stop would lose work (`unsaved`) the process
 goes on to its next `stop_requested`; elsewhere it ends within seconds, also inside a compiler,
 which runs no Python. A second Ctrl-C ends it at once, and so does any signal that comes
-`SECONDS` after the first: who stops a process may send several together.
+`GRACE` after the first: who stops a process may send several together.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it, whichever signal it was
 SIGNALS = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
 LOST = "another host is lost; the same command goes on from the newest checkpoint"
-SECONDS = 5.0  # that a process has to end by itself
+GRACE = 5.0  # that a process has to end by itself
 
 
 @dataclasses.dataclass
@@ -65,11 +65,11 @@ def end(code: int, sentence: str) -> NoReturn:
     """Ends this process and the other hosts of its run, whatever they are at."""
     if process.end_all:
         process.end_all(code, sentence)
-        threading.Event().wait(4 * SECONDS)  # it ends as the others do, when it hears of it
-    leave(code, sentence)
+        threading.Event().wait(4 * GRACE)  # it ends as the others do, when it hears of it
+    exit_at_once(code, sentence)
 
 
-def leave(code: int, sentence: str = "") -> NoReturn:
+def exit_at_once(code: int, sentence: str = "") -> NoReturn:
     """Ends this process without waiting for its threads."""
     if "multiprocessing" in sys.modules:
         for child in sys.modules["multiprocessing"].active_children():
@@ -120,7 +120,7 @@ def listen_from_the_start() -> None:
 def _handle(number: int, frame: object) -> None:
     """In the main thread, once it runs Python again."""
     if process.starting:
-        leave(INTERRUPTED, "interrupted")
+        exit_at_once(INTERRUPTED, "interrupted")
     if process.stop_all is None:
         if not process.unsaved:
             raise KeyboardInterrupt
@@ -136,7 +136,7 @@ def _hear(reader: int) -> None:
             continue
         signals.append(byte[0])
         first = first or time.monotonic()
-        if signals.count(signal.SIGINT) > 1 or time.monotonic() - first > SECONDS:
+        if signals.count(signal.SIGINT) > 1 or time.monotonic() - first > GRACE:
             end(INTERRUPTED, "interrupted")
         elif len(signals) > 1:
             continue
@@ -145,7 +145,7 @@ def _hear(reader: int) -> None:
         elif process.unsaved:
             os.write(2, b"stopping: this step ends, then it saves\n")
         else:
-            last = threading.Timer(SECONDS, leave, (INTERRUPTED, "interrupted"))
+            last = threading.Timer(GRACE, exit_at_once, (INTERRUPTED, "interrupted"))
             last.daemon = True
             last.start()
     if last:

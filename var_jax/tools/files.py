@@ -12,8 +12,7 @@ from typing import Any
 from etils import epath
 
 from var_jax import BadInput
-from var_jax.tools.buckets import acquire_lock as lock_in_bucket
-from var_jax.tools.buckets import upload
+from var_jax.tools.buckets import lock_object, upload
 from var_jax.tools.paths import user_path
 
 OF_FILES = (".npz", ".npy", ".png", ".jpg", ".pth", ".pt", ".safetensors", ".json")
@@ -119,7 +118,7 @@ def acquire_lock(path: str | PurePath) -> bool:
     path = epath.Path(path if in_bucket(path) else os.path.realpath(path))
     if str(path) in _held:
         return True
-    release = lock_in_bucket(path) if in_bucket(path) else _lock_file(path)
+    release = lock_object(path) if in_bucket(path) else _lock_file(path)
     if release:
         _held[str(path)] = release
     return release is not None

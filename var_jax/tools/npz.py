@@ -58,7 +58,7 @@ def check_unpacked_size(path: str | PurePath, file: IO[bytes]) -> None:
     file.seek(0)
 
 
-class Images:
+class NpzImages:
     """`arr_0` of an npz, uint8 (N,H,W,3), of which only one batch is in memory.
 
     Raises: BadInput if the file cannot be read or holds something else.

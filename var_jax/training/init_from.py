@@ -7,11 +7,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from var_jax import BadInput
-from var_jax.checkpoints.export import load_config
+from var_jax.checkpoints.export import export_config
 from var_jax.config import TransformerConfig
 from var_jax.models.resize import bicubic_matrix
 from var_jax.models.var import Transformer
-from var_jax.sampling.exports import describe, load_parts
+from var_jax.sampling.exports import abstract_models, load_parts
 from var_jax.schedule import slices
 from var_jax.sharding.mesh import to_host
 from var_jax.tools.trees import path_name
@@ -36,7 +36,7 @@ def transformer_from(
     """
     check_source(directory, fresh.config)
     old: Transformer = load_parts(directory)[0]["transformer"]
-    old_names = tuple(load_config(directory)["class_names"])
+    old_names = tuple(export_config(directory)["class_names"])
     if jax.process_index() == 0:
         known = sum(name in old_names for name in class_names)
         print(f"{directory} knows {known} of the {len(class_names)} classes", flush=True)
@@ -62,7 +62,7 @@ def transformer_from(
 
 def check_source(directory: str, wanted: TransformerConfig) -> None:
     """Raises BadInput if an export holds no transformer, or one of another depth, width or kind."""
-    found = describe(directory)[2].get("transformer")
+    found = abstract_models(directory)[2].get("transformer")
     if found is None:
         raise BadInput(f"init_from={directory} holds no transformer to start from.")
     for name in SAME:

@@ -12,7 +12,7 @@ def squared_error(a: Float[Array, "B H W 3"], b: Float[Array, "B H W 3"]) -> Flo
     return jnp.mean((a - b) ** 2, axis=(1, 2, 3))
 
 
-def psnr(error: Float[Array, " B"]) -> Float[Array, " B"]:
+def psnr_of_error(error: Float[Array, " B"]) -> Float[Array, " B"]:
     """Peak signal-to-noise ratio in dB; the range is 2, so the peak squared is 4."""
     return 10 * jnp.log10(4 / jnp.maximum(error, 1e-8))
 

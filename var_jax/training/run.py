@@ -13,7 +13,7 @@ from var_jax import BadInput
 from var_jax.checkpoints.export import load_fingerprint
 from var_jax.config import Config, TrainConfig, parse_lr_scale
 from var_jax.data.augmentation import augment_items
-from var_jax.data.inventory import count
+from var_jax.data.inventory import summarize
 from var_jax.data.pipeline import batches
 from var_jax.data.records import read_manifest
 from var_jax.data.sources import Source, open_source
@@ -22,9 +22,9 @@ from var_jax.models.tokenizer import Tokenizer
 from var_jax.models.var import Transformer
 from var_jax.sampling.exports import (
     Models,
+    abstract_models,
     as_exported,
     build,
-    describe,
     load_tokenizer,
     save_models,
 )
@@ -117,7 +117,7 @@ class Run:
         splits = {"train": self.train, "validation": self.validation}
         occupy(workdir, config, inputs, splits)
         if jax.process_index() == 0:
-            print(count(data.source, splits), flush=True)
+            print(summarize(data.source, splits), flush=True)
         self.metrics = Metrics(workdir)
 
     def batches(self, source: Source, batch_size: int, augmented: bool = True):
@@ -237,7 +237,7 @@ def check_batches(name: str, config: TrainConfig, parts: int, mesh: jax.sharding
 def check_tokenizer(config: Config) -> None:
     """Raises BadInput if there would be no trained tokenizer, or another than the config's."""
     if config.pretrained_tokenizer:
-        _, _, parts = describe(config.pretrained_tokenizer)
+        _, _, parts = abstract_models(config.pretrained_tokenizer)
         wanted, found = map(dataclasses.asdict, (config.tokenizer, parts["tokenizer"].config))
         for name in wanted:
             if found[name] != wanted[name]:

@@ -15,7 +15,7 @@ from var_jax.sharding.mesh import replicated
 from var_jax.sharding.ops import data_parallel
 from var_jax.tools.trees import path_name
 from var_jax.training.codebook import CodebookStats, codes_by_scale, init_stats, update_codebook
-from var_jax.training.losses import psnr, squared_error
+from var_jax.training.losses import psnr_of_error, squared_error
 from var_jax.training.optimizer import learning_rate, make_optimizer, rate_factor
 from var_jax.training.state import Batch, Learner, apply_gradients, start_learner, update_ema
 from var_jax.training.task import Frozen, Metrics, Task, updates
@@ -72,7 +72,7 @@ def tokenizer_task(model_config: TokenizerConfig, config: TrainTokenizerConfig) 
         used = codes_by_scale(code.idx, len(codebook), model_config.patch_nums)
         return TokenizerState(state.step + 1, learner, stats), {
             "loss": loss,
-            "psnr": jnp.mean(psnr(error)),
+            "psnr": jnp.mean(psnr_of_error(error)),
             "vq_loss": jnp.mean(code.loss),
             "codebook_perplexity": jnp.exp(-jnp.sum(share * jnp.log(share + 1e-12))),
             "codes_restarted": dead.sum(),
@@ -97,7 +97,7 @@ def reconstruction_error(tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"]):
 def reconstruction_psnr(tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"]) -> Float[Array, " B"]:
     """PSNR in dB of each image, by way of its codes."""
     target = to_float(image)
-    return psnr(squared_error(tokenizer.decode(tokenizer.encode(target)), target))
+    return psnr_of_error(squared_error(tokenizer.decode(tokenizer.encode(target)), target))
 
 
 def with_codebook(tokenizer: Tokenizer, codebook: Float[Array, "V C"]) -> Tokenizer:

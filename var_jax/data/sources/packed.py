@@ -13,7 +13,7 @@ from var_jax import BadInput
 from var_jax.data.records import (
     MANIFEST,
     Records,
-    checksum,
+    images_checksum,
     read_manifest,
     shard_size,
     sound,
@@ -61,7 +61,9 @@ def pack(splits: Mapping[str, EncodedImages], out: epath.Path) -> None:
     manifest = {
         "kind": KIND,
         "counts": counts,
-        "checksum": {split: checksum(len(images), images.load) for split, images in splits.items()},
+        "checksum": {
+            split: images_checksum(len(images), images.load) for split, images in splits.items()
+        },
         "shard_size": shard_size(max(counts.values())),
         "class_names": list(splits["train"].class_names),
     }
