@@ -57,18 +57,18 @@ MAX_CFG = 1000.0  # far beyond use, and logits stay finite
 class TokenizerConfig:
     """The multi-scale VQ-VAE (VAR §3.1): a CNN around a residual quantizer."""
 
-    patch_nums: tuple[int, ...] = PATCH_NUMS_256
-    vocab_size: int = 4096
-    latent_dim: int = 32
-    channels: int = 160
-    channel_mults: tuple[int, ...] = (1, 1, 2, 2, 4)
-    num_res_blocks: int = 2
-    norm_groups: int = 32
+    patch_nums: tuple[int, ...] = PATCH_NUMS_256  # sides of the scales in tokens, coarse to fine
+    vocab_size: int = 4096  # codes in the codebook
+    latent_dim: int = 32  # width of a code vector
+    channels: int = 160  # of the CNN at full resolution
+    channel_mults: tuple[int, ...] = (1, 1, 2, 2, 4)  # of each level; a level halves the sides
+    num_res_blocks: int = 2  # of each level
+    norm_groups: int = 32  # of GroupNorm
     patch_size: int = (
         1  # above 1: patches of pixels, with a linear map beside the CNN (patch_codec)
     )
     num_phi: int = 4  # 0: one for each scale
-    phi_ratio: float = 0.5
+    phi_ratio: float = 0.5  # share of the 3×3 convolution in phi, beside the identity
     codebook_znorm: bool = False  # nearest code by cosine instead of Euclidean distance
     beta: float = 0.25  # weight of the commitment term
 
@@ -116,12 +116,12 @@ class TokenizerConfig:
 class BlocksConfig:
     """A stack of AdaLN blocks, whatever network they are of."""
 
-    depth: int = 16
-    width: int = 1024
-    num_heads: int = 16
-    mlp_ratio: float = 4.0
-    qk_norm: bool = True
-    shared_adaln: bool = False
+    depth: int = 16  # layers
+    width: int = 1024  # of the residual stream
+    num_heads: int = 16  # of attention, each width / num_heads wide
+    mlp_ratio: float = 4.0  # width of the MLP, in widths
+    qk_norm: bool = True  # queries and keys of unit length, with a temperature for each head
+    shared_adaln: bool = False  # one AdaLN map for all layers instead of one each
     drop_path: float = 0.1 * 16 / 24  # rate of the last layer; rises linearly from 0
     gamma_std: float = 1e-5  # of AdaLN's gates at the start, times (3·width)^-0.5
     dtype: str = "auto"  # of activations: bfloat16 on accelerators, float32 on CPU
@@ -159,7 +159,7 @@ class BlocksConfig:
 class TransformerConfig(BlocksConfig):
     """The next-scale transformer (VAR §3.2). `from_depth` gives the paper's family d16 ... d36."""
 
-    patch_nums: tuple[int, ...] = PATCH_NUMS_256
+    patch_nums: tuple[int, ...] = PATCH_NUMS_256  # these three are the tokenizer's
     vocab_size: int = 4096
     latent_dim: int = 32
     num_classes: int = 1000  # of an experiment, 0: as many as its data have
@@ -185,16 +185,16 @@ class TransformerConfig(BlocksConfig):
 class TrainConfig:
     """How a network is trained, whichever it is; the defaults are the transformer's (VAR §4.1)."""
 
-    steps: int = 0
+    steps: int = 0  # 0 leaves the training out; a later start may raise it
     batch_size: int = 768  # of all devices together
     learning_rate: float = 1e-4  # for 256 images: scaled by batch_size / 256
     schedule: str = "lin0"  # or cos: see training/optimizer.py
-    warmup_steps: int = 0
-    final_lr_ratio: float = 0.1
-    weight_decay: float = 0.05
+    warmup_steps: int = 0  # in which the learning rate rises from 0.005 of its value
+    final_lr_ratio: float = 0.1  # the last learning rate over the highest
+    weight_decay: float = 0.05  # at the start; none on biases, positions, 1-D tensors
     final_weight_decay: float = 0.05  # reached along half a cosine
-    b1: float = 0.9
-    b2: float = 0.95
+    b1: float = 0.9  # decay of AdamW's first moment
+    b2: float = 0.95  # decay of AdamW's second moment
     clip_norm: float = 2.0  # 0: gradients are not clipped
     lr_scale: str = ""  # REGEX=FACTOR,...: a factor on the rate of weights by path; 0 freezes them
     ema_decay: float = 0.0  # of the averaged weights; 0: none are kept
@@ -245,7 +245,7 @@ class TrainTransformerConfig(TrainConfig):
     # Parts a batch is taken in, one after another: another number of them draws other dropout.
     accumulate: int = field(default=1, metadata=FREE)
     label_dropout: float = 0.1  # how often the class is withheld, for guidance
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.0  # of the cross-entropy
     token_noise: float = 0.0  # the largest share of input tokens that are replaced at random
 
     def __post_init__(self):
@@ -323,9 +323,9 @@ class SamplingConfig:
 class MeshConfig:
     """Devices by axis; one of them may be -1, "what is left"."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # copies of the weights, each with its share of the batch
+    fsdp: int = 1  # parts of weights, moments and batch; weights are gathered layer by layer
+    tensor: int = 1  # parts of heads, MLP and vocabulary
 
 
 # What the two models must agree on is said once, in the tokenizer's section.
@@ -350,7 +350,7 @@ class Config:
     init_from: str = field(default="", metadata=SET)
     # MODULE:FUNCTION whose figures join summary.json at the end of a run.
     report: str = field(default="", metadata=FREE)
-    seed: int = 0
+    seed: int = 0  # of initialization, order and crops of images, dropout and samples
     # Of the checkpoint that the run leaves; 16 bits halve it.
     export_dtype: str = field(default="float32", metadata=FREE)
 
