@@ -90,11 +90,12 @@ def report(
 ) -> dict[str, float]:
     """Figures of what `draw` makes of labels, two for the class of each validation image.
 
+    Large sets are thinned out evenly, to 2,700 validation and 21,800 training images of 32x32.
     Distances are root-mean-square, of pixels in [0, 1]. `reconstruct` is the tokenizer, there and
     back.
     """
     training, training_labels = arrays(train)
-    held_out, held_out_labels = arrays(validation)
+    held_out, held_out_labels = arrays(validation, most=2**23)
     labels = np.repeat(held_out_labels, 2)
     samples, reconstructed = draw(labels), reconstruct(held_out)
     several = np.flatnonzero(np.bincount(held_out_labels) > 1).astype(np.int32)
