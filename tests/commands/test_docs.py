@@ -1,0 +1,209 @@
+"""What README and the documentation say is so: commands, fields, messages, the lock file."""
+
+import ast
+import contextlib
+import dataclasses
+import importlib
+import io
+import re
+import runpy
+import shlex
+import sys
+
+import jax
+import numpy as np
+import pytest
+import setuptools
+from packaging.requirements import Requirement
+from PIL import Image
+from running import ROOT, run, run_alone
+
+from var_jax import config
+from var_jax.checkpoints.torch.convert import write_models
+from var_jax.data.sources import open_source
+from var_jax.sampling.exports import build
+from var_jax.tools import cli
+from var_jax.tools.configs import load_config
+
+sys.path.insert(0, str(ROOT / "docs"))
+import from_code
+
+FOR_USERS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OTHERS = [
+    ROOT / "CONTRIBUTING.md", ROOT / "launch/README.md", *sorted(ROOT.glob("benchmarks/*.md")),
+    *sorted(ROOT.glob("var_jax/*.py")), *sorted(ROOT.glob("configs/*.py")),
+]  # fmt: skip
+OURS = r"(?:python -m var_jax\.[a-z]+|python [a-z]\S*\.py|pip install|var_jax|launch/\w+\.sh)"
+
+
+def commands_in(path):
+    """The commands of this repository in code blocks and in tables; of a line with && each."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        text = ast.get_docstring(ast.parse(text)) or ""
+    joined = re.sub(r"\\+\n\s*", "", text)
+    lines = re.findall(rf"^(?: {{4}}|)((?:[A-Z_]+=\S* )*{OURS}(?: .*)?)$", joined, re.M)
+    lines += re.findall(rf"^\|.*`({OURS} --[^`]*)`", joined, re.M)
+    for line in lines:
+        plain = re.sub(r"\[--[^]]*\]| +# .*", "", line)  # of a docstring's synopsis
+        yield from (part.strip() for part in plain.split("&&") if re.search(OURS, part))
+
+
+def commands_of(paths):
+    """The commands of some files, each once."""
+    return list(dict.fromkeys(command for path in paths for command in commands_in(path)))
+
+
+def accepts(name, argv):
+    """Asserts that a command takes these flags, and that its config is there."""
+    argv = [word.replace("gs://", "").replace("$CONFIG", "imagenet:d16") for word in argv]
+    argv = [re.sub(r"^finetune:.*", "finetune:emoji", word) for word in argv]
+    read = lambda args: load_config(args.config, args.config_field) if "config" in args else None
+    module = importlib.import_module(f"var_jax.{name}")
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        code = cli.call(read, module.define_flags, argv)
+    assert code == 0, err.getvalue()
+
+
+def setup_arguments():
+    """What setup.py hands to setuptools."""
+    with pytest.MonkeyPatch.context() as patch:
+        kept = {}
+        patch.setattr(setuptools, "setup", lambda **arguments: kept.update(arguments))
+        patch.chdir(ROOT)
+        runpy.run_path("setup.py")
+    return kept
+
+
+def test_commands_are_found():
+    assert "python -m var_jax.train --config emoji" in commands_of(FOR_USERS)
+    assert len(commands_of(FOR_USERS)) > 30
+
+
+@pytest.mark.parametrize("command", commands_of([*FOR_USERS, *OTHERS]))
+def test_a_command_has_these_flags(command):
+    words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
+    program, rest = words[0], words[1:]
+    if program == "pip":
+        extras = re.findall(r"[\w]+", "".join(re.findall(r"\[.*?\]", command)))
+        assert {*extras} <= {*setup_arguments()["extras_require"]}
+    elif rest[:1] == ["-m"]:
+        accepts(rest[1].removeprefix("var_jax."), rest[2:])
+    elif program == "var_jax":
+        accepts(rest[0], rest[1:])
+    elif program == "python":
+        text = (ROOT / rest[0]).read_text()
+        assert all(word in text for word in rest[1:] if word.startswith("--"))
+    else:
+        assert (ROOT / program).is_file()
+        if rest and not rest[0].startswith("-"):
+            accepts(rest[0], rest[1:])
+        elif rest:
+            accepts("train", ["--config", "emoji", *rest])
+
+
+# Of what users are told to run, what cannot run here: weights of the release and its reference,
+# TPU compilers (tests/commands/test_aot.py), hours, pip, torch, figures of their own tests.
+NOT_HERE = r"VIRTUAL|aot|imagenet:|emoji:(large|64)|fashion|^pip |benchmarks/speed"
+FEW_STEPS = ["--config.train_transformer.steps=2", "--config.report="]
+FEW_STEPS_OF_BOTH = ["--config.train_tokenizer.steps=2", *FEW_STEPS]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with what the commands read: photographs, and small weights of official shapes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    emoji = open_source("emoji", "train", 32)
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(20):
+            Image.fromarray(emoji[i]["image"]).save(tmp_path / "pets" / name / f"{i}.png")
+    (tmp_path / "DIR").symlink_to(tmp_path / "pets")
+    Image.new("RGB", (300, 260), "teal").save(tmp_path / "photo.jpg")
+    sizes = {"vocab_size": 64, "latent_dim": 8}
+    models = {
+        "tokenizer": build(config.TokenizerConfig(channels=32, num_res_blocks=1, **sizes)),
+        "transformer": build(config.TransformerConfig(depth=1, width=64, num_heads=1, **sizes)),
+    }
+    rng = np.random.default_rng(0)
+    models = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), models)
+    (tmp_path / "official").mkdir()
+    written, _ = write_models(models, {}, tmp_path / "official")
+    written["tokenizer"].rename(tmp_path / "official/vae_ch160v4096z32.pth")
+    written["transformer"].rename(tmp_path / "official/var_d16.pth")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_commands_for_users_run(workplace):
+    commands = [c for c in commands_of(FOR_USERS) if not re.search(NOT_HERE, c)]
+    first = [r"convert --tokenizer", r"train --config emoji(?!.*data\.tokens)"]  # others read these
+    commands.sort(key=lambda c: [bool(re.search(start, c)) for start in first], reverse=True)
+    for command in commands:
+        words = shlex.split(command)
+        devices = int(words.pop(0).partition("=")[2]) if "=" in words[0] else 1
+        name, flags = words[2].removeprefix("var_jax."), words[3:]
+        if name == "train":
+            flags += FEW_STEPS if "finetune:" in command else FEW_STEPS_OF_BOTH
+        code, _, err = (
+            run(name, *flags) if devices == 1 else run_alone(name, *flags, devices=devices)
+        )
+        assert code == 0, (command, err)
+
+
+def fields(cls, name=""):
+    """The names of all fields, as flags have them."""
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.default):
+            yield from fields(type(field.default), f"{name}{field.name}.")
+        else:
+            yield f"{name}{field.name}"
+
+
+def test_every_field_is_in_the_reference():
+    shared = {f"transformer.{name}" for name in config.SHARED}
+    rows = re.findall(r"^\| `(.*?)` \| `(.*?)` \| (.*?) \|", from_code.config_page(), re.M)
+    assert {name for name, *_ in rows} == {*fields(config.Config)} - shared
+    assert not [name for name, _, meaning in rows if not meaning.strip()]
+
+
+def test_every_flag_is_in_the_reference():
+    page = from_code.commands_page()
+    for name in from_code.commands():
+        assert f"\n## {name}\n" in page
+        assert all(f"| `--{flag}` |" in page for flag in from_code.flags_of(name))
+
+
+def literals():
+    """All texts of the package, those of an f-string with … for what is filled in."""
+    part = lambda node: node.value if isinstance(node, ast.Constant) else "…"
+    for path in (ROOT / "var_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(str(part(value)) for value in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_troubleshooting_quotes_our_messages():
+    text = (ROOT / "docs/troubleshooting.md").read_text()
+    quoted = re.findall(r"^### `+ ?(.*?)`+$", text, re.M)
+    assert len(quoted) > 40
+    all_texts = "\n".join(literals())
+    for message in quoted:
+        for words in filter(None, (part.strip(" ;.:(") for part in message.split("…"))):
+            assert words in all_texts, message
+
+
+def test_the_lock_file_satisfies_setup():
+    text = (ROOT / "requirements.lock").read_text()
+    pins = [Requirement(line) for line in text.splitlines() if "==" in line]
+    setup, extras = setup_arguments(), re.findall(r"--extra (\w+)", text)
+    wanted = [*setup["install_requires"], *(r for e in extras for r in setup["extras_require"][e])]
+    normal = lambda name: re.sub(r"[-_.]+", "-", name).lower()
+    for requirement in map(Requirement, wanted):
+        versions = [pin for pin in pins if pin.name == normal(requirement.name)]
+        assert versions, f"{requirement} is not in requirements.lock; see its first lines"
+        for pin in versions:
+            assert requirement.specifier.contains(next(iter(pin.specifier)).version), pin
