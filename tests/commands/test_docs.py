@@ -75,6 +75,10 @@ def setup_arguments():
     return kept
 
 
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200
+
+
 def test_commands_are_found():
     assert "python -m var_jax.train --config emoji" in commands_of(FOR_USERS)
     assert len(commands_of(FOR_USERS)) > 30
