@@ -12,7 +12,10 @@ from PIL import Image
 
 import var_jax
 from var_jax import BadInput
+from var_jax.sampling.autoregressive import sample
 from var_jax.sharding.mesh import AXES, make_mesh
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +32,14 @@ def test_samples_are_images_of_the_seed_and_their_tokens(model):
     tokens = model.sample_tokens(labels, seed=3)
     assert tokens.shape == (3, sum(side**2 for side in model.patch_nums))
     np.testing.assert_array_equal(model.decode(tokens), images)
+
+
+def test_another_number_of_labels_seldom_compiles_another_program(model):
+    images, tokens = model.sample(["Flags"] * 3, seed=3), model.encode(IMAGES[:3])
+    programs = sample._cache_size()
+    np.testing.assert_array_equal(model.sample(["Flags"] * 4, seed=3)[:3], images)
+    np.testing.assert_array_equal(model.encode(IMAGES)[:3], tokens)
+    assert sample._cache_size() == programs
 
 
 @pytest.mark.parametrize(

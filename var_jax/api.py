@@ -33,7 +33,7 @@ from var_jax.sampling.generate import (
 from var_jax.sampling.masks import as_mask, box_mask, known_mask, pool_mask
 from var_jax.schedule import num_tokens
 from var_jax.sharding.mesh import AXES, check_model, using
-from var_jax.sharding.rows import in_batches
+from var_jax.sharding.rows import few_sizes, in_batches
 from var_jax.tools.images import grid
 from var_jax.tools.paths import user_path
 from var_jax.tools.settings import pinned
@@ -344,7 +344,7 @@ class Model:
                 f" 0 to {MAX_SEED}."
             )
         weights = Weights(self.models.tokenizer, self.models.transformer)
-        how = {"batch_size": min(batch_size, len(labels)), "seed": seed, "known": known}
+        how = {"batch_size": few_sizes(len(labels), batch_size), "seed": seed, "known": known}
         with self._using():
             parts = generate(sampler(settings, smooth), weights, labels, **how)
             return collect(parts, len(labels))
