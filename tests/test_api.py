@@ -151,7 +151,7 @@ def test_a_model_without_a_mesh_says_so_where_one_is_set(model):
         (lambda m: var_jax.load("emoji", mesh=make_mesh(1, 1, 8)), "num_heads=4 cannot be split"),
         (
             lambda m: m.edit(np.zeros((32, 32, 3), np.uint8), (0, 0, 1.5, 1)),
-            "expected 0 <= y0 < y1",
+            "expected y0,x0,y1,x1 with 0 <= y0 < y1",
         ),
         (
             lambda m: var_jax.load("emoji", mesh=jax.make_mesh((8,), ("x",))),

@@ -31,7 +31,7 @@ from var_jax.sampling.generate import (
     collect,
     generate,
 )
-from var_jax.sampling.masks import as_mask, box_mask, known_mask, pool_mask
+from var_jax.sampling.masks import as_box, as_mask, box_mask, known_mask, pool_mask
 from var_jax.schedule import num_tokens
 from var_jax.sharding.mesh import AXES, check_model, using
 from var_jax.sharding.rows import few_sizes, in_batches
@@ -258,10 +258,7 @@ class Model:
         if np.shape(repaint) == (size, size):
             where = pool_mask(as_mask(np.asarray(repaint)), cells)
         elif np.shape(repaint) == (4,):
-            y0, x0, y1, x1 = to_numbers("repaint", repaint)
-            if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
-                raise BadInput(f"box {repaint}; expected 0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1.")
-            where = box_mask((y0, x0, y1, x1), cells)
+            where = box_mask(as_box(f"box {repaint}", to_numbers("repaint", repaint)), cells)
         else:
             raise BadInput(
                 f"repaint has shape {np.shape(repaint)}; expected a mask of ({size}, {size}) or a"
