@@ -123,7 +123,7 @@ class Storm:
     def kill(self, times: int) -> None:
         """SIGKILL at random moments."""
         while self.counts["kills"] < times:
-            command, start = Command(self._name, self._folder, self._processes), time.monotonic()
+            command, start = self._start(self._folder)
             code = command.wait(self._rng.uniform(0, self._seconds))
             if code is None:
                 command.kill(self._rng.randrange(self._processes))
@@ -142,7 +142,7 @@ class Storm:
         subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", self._folder], check=True)
         try:
             while self.counts["full disks"] < times:
-                command = Command(self._name, self._folder / "run", self._processes)
+                command, start = self._start(self._folder / "run")
                 code = command.wait(self._rng.uniform(0, self._seconds))
                 if code is None:
                     filler = self._folder / "filler"
@@ -151,6 +151,8 @@ class Storm:
                     filler.unlink()
                     for process in command.running:
                         process.wait()
+                else:
+                    self._seconds = min(self._seconds, time.monotonic() - start)
                 if code == 0:
                     self._compare(self._folder / "run")
                     continue
@@ -166,6 +168,9 @@ class Storm:
             self._compare(self._folder / "run")
         finally:
             subprocess.run(["umount", self._folder], check=True)
+
+    def _start(self, folder: Path) -> tuple[Command, float]:
+        return Command(self._name, folder, self._processes), time.monotonic()
 
     def _finish(self) -> None:
         command = Command(self._name, self._folder, self._processes)
