@@ -64,9 +64,7 @@ class TokenizerConfig:
     channel_mults: tuple[int, ...] = (1, 1, 2, 2, 4)  # of each level; a level halves the sides
     num_res_blocks: int = 2  # of each level
     norm_groups: int = 32  # of GroupNorm
-    patch_size: int = (
-        1  # above 1: patches of pixels, with a linear map beside the CNN (patch_codec)
-    )
+    patch_size: int = 1  # above 1: patches of pixels, a linear map beside the CNN (patch_codec)
     num_phi: int = 4  # 0: one for each scale
     phi_ratio: float = 0.5  # share of the 3×3 convolution in phi, beside the identity
     codebook_znorm: bool = False  # nearest code by cosine instead of Euclidean distance

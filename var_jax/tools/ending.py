@@ -31,9 +31,7 @@ class Process:
     starting: bool = False  # while a command is imported, which holds nothing yet
     log: Any = None  # a path for the traceback of a failure, once there is a work directory
     unsaved: bool = False  # a stop waits for the next point
-    points: int = (
-        0  # passed, at which it could stop: the same number at the same place on every host
-    )
+    points: int = 0  # passed, at which it could stop: as many at the same place on every host
     stop_at: int | None = None  # the first of them to stop at
     stop_all: Callable[[], None] | None = None  # asks every host to stop
     end_all: Callable[[int, str], None] | None = None  # ends every host

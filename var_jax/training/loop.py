@@ -76,7 +76,7 @@ def run(
     if 0 < step < config.steps:
         say(f"{task.name}: going on from step {step}")
     train_step = jax.jit(task.step, donate_argnums=0)
-    log, speed = DelayedLog(task.name, metrics), Speed(task)
+    after = AfterStep(task, checkpoints, batches, metrics, every, hooks)
     compiled, skipped = False, jnp.zeros((), jnp.int32)
     with (
         contextlib.closing(checkpoints),  # whatever happens, a save under way ends
@@ -85,35 +85,18 @@ def run(
         Trace(directory, step + 10, profile) as trace,
         ending.unsaved(),
     ):
-        missed = missed_hooks(hooks, metrics, task.name, step, config.steps)
-        stop = run_hooks(missed, log, step, state) or ending.stop_requested()
+        stop = after.restart(step, state)
         while step < config.steps and not stop:
             step += 1
             trace(step)
             with ending.unsaved(compiled):
-                with speed.waiting():
+                with after.speed.waiting():
                     batch = put_batch(next(batches), mesh)
                 state, skipped, values = train_step(state, skipped, batch, frozen, key)
-                speed.count(values)
+                after.speed.count(values)
             compiled = True
-            bar.update(1, **log.shown)
-            last, stop = step == config.steps, ending.stop_requested()
-            due = [hook for hook in hooks if hook.is_due(step, config.steps)]
-            if step % every.log == 0 or last:
-                log.write(step, values, skipped)
-                if pace := speed.since_last():
-                    metrics.write(task.name, step, file="speed.jsonl", **pace)
-            if step % every.save == 0 or last or stop or due:
-                log.flush()
-                if stop or last or not int(skipped):
-                    wait = bool(last or stop or due)  # a stop during hooks loses nothing
-                    checkpoints.save(step, state, batches.get_state(), wait=wait)
-                else:
-                    due = []  # what is kept may be the cause, and no hook runs unsaved
-                stop = stop or ending.stop_requested()
-            if due and not stop:  # else the next start runs them
-                with speed.excluding():
-                    stop = run_hooks(due, log, step, state)
+            bar.update(1, **after.log.shown)
+            stop = after(step, state, skipped, values)
     if stop or ending.stop_requested():
         say(f"{task.name}: saved; the same command goes on from step {step}")
         raise KeyboardInterrupt
@@ -146,37 +129,78 @@ def restore_or_init(
     return initialize(state) if initialize else state, 0
 
 
-def missed_hooks(
-    hooks: Sequence[Hook], metrics: Metrics, name: str, step: int, last: int
-) -> list[Hook]:
-    """The hooks due after a saved step that the run was stopped before, the same on every host."""
-    records = metrics.records() if jax.process_index() == 0 else []
-    done = {r["hook"] for r in records if (r["stage"], r["step"]) == (name, step) and "hook" in r}
-    missed = [step > 0 and hook.is_due(step, last) and hook.name not in done for hook in hooks]
-    agreed = multihost_utils.broadcast_one_to_all(np.array(missed, bool))
-    return [hook for hook, runs in zip(hooks, agreed, strict=True) if runs]
+class AfterStep:
+    """What follows a step where it is due: records, a checkpoint, and hooks once it is saved."""
 
+    def __init__(
+        self,
+        task: Task,
+        checkpoints: Checkpoints,
+        batches: grain.DatasetIterator,
+        metrics: Metrics,
+        every: EveryConfig,
+        hooks: Sequence[Hook],
+    ):
+        self._name, self._last = task.name, task.config.steps
+        self._checkpoints, self._batches, self._metrics = checkpoints, batches, metrics
+        self._every, self._hooks = every, hooks
+        self.log, self.speed = DelayedLog(task.name, metrics), Speed(task)
 
-def run_hooks(hooks: Sequence[Hook], log: "DelayedLog", step: int, state: Any) -> bool:
-    """Runs hooks after a saved step and records their figures; whether a signal ended them."""
-    log.flush()
-    for hook in hooks:
-        try:
-            with ending.unsaved(False):
-                figures = hook.run(step, state)
-        except KeyboardInterrupt:
-            return True
-        log.metrics.write(log.name, step, hook=hook.name, **finite(figures))
-        for name in figures.keys() - finite(figures):
-            say(f"{log.name}: {name} is {figures[name]} at step {step}")
-    return False
+    def restart(self, step: int, state: Any) -> bool:
+        """Runs hooks that were due at a saved step when the run was stopped; whether to stop."""
+        records = self._metrics.records() if jax.process_index() == 0 else []
+        records = [r for r in records if (r["stage"], r["step"]) == (self._name, step)]
+        done = {record.get("hook") for record in records}
+        missed = [
+            step > 0 and h.is_due(step, self._last) and h.name not in done for h in self._hooks
+        ]
+        missed = multihost_utils.broadcast_one_to_all(np.array(missed, bool))
+        due = [hook for hook, runs in zip(self._hooks, missed, strict=True) if runs]
+        return self._run_hooks(due, step, state) or ending.stop_requested()
+
+    def __call__(
+        self, step: int, state: Any, skipped: Int32[Array, ""], values: dict[str, Any]
+    ) -> bool:
+        """Does what is due after a step; `skipped` in a row were not finite. Whether to stop."""
+        last, stop = step == self._last, ending.stop_requested()
+        due = [hook for hook in self._hooks if hook.is_due(step, self._last)]
+        if step % self._every.log == 0 or last:
+            self.log.write(step, values, skipped)
+            if pace := self.speed.since_last():
+                self._metrics.write(self._name, step, file="speed.jsonl", **pace)
+        if step % self._every.save == 0 or last or stop or due:
+            self.log.flush()
+            if stop or last or not int(skipped):
+                wait = bool(last or stop or due)  # a stop during hooks loses nothing
+                self._checkpoints.save(step, state, self._batches.get_state(), wait=wait)
+            else:
+                due = []  # what is kept may be the cause, and no hook runs unsaved
+            stop = stop or ending.stop_requested()
+        if due and not stop:  # else the next start runs them
+            with self.speed.excluding():
+                stop = self._run_hooks(due, step, state)
+        return stop
+
+    def _run_hooks(self, hooks: Sequence[Hook], step: int, state: Any) -> bool:
+        """Runs hooks and records their figures; whether a signal ended them."""
+        self.log.flush()
+        for hook in hooks:
+            try:
+                with ending.unsaved(False):
+                    figures = hook.run(step, state)
+            except KeyboardInterrupt:
+                return True
+            self._metrics.write(self._name, step, hook=hook.name, **finite(figures))
+            for name in figures.keys() - finite(figures):
+                say(f"{self._name}: {name} is {figures[name]} at step {step}")
+        return False
 
 
 class DelayedLog:
     """Metrics of a step, read from the devices only while a later one runs."""
 
     def __init__(self, name: str, metrics: Metrics):
-        self.name, self.metrics = name, metrics
+        self._name, self._metrics = name, metrics
         self._waiting: tuple[int, dict, Array] | None = None
         self._skipped = 0
 
@@ -197,12 +221,12 @@ class DelayedLog:
         (step, values, in_a_row), self._waiting = self._waiting, None
         values = jax.device_get(values)
         if values["skipped"] > self._skipped:
-            say(f"{self.name}: skipped, as not finite: {values['skipped']} steps up to {step}")
+            say(f"{self._name}: skipped, as not finite: {values['skipped']} steps up to {step}")
         self._skipped = values["skipped"]
-        self.metrics.write(self.name, step, **finite(values))
+        self._metrics.write(self._name, step, **finite(values))
         if in_a_row >= MAX_SKIPPED:
             raise Failure(
-                f"the last {in_a_row} steps of {self.name} up to step {step} were not finite (loss"
+                f"the last {in_a_row} steps of {self._name} up to step {step} were not finite (loss"
                 f" {values['loss']:g}); the checkpoint before them is kept: start anew in another"
                 " --workdir with a lower learning rate."
             )
@@ -229,16 +253,9 @@ def make_evaluation(
         return jax.tree.map(lambda total, value: total + masked_sum(value), total, values)
 
     def evaluate(state: Any) -> dict[str, float]:
-        total, batches = (
-            None,
-            epoch(
-                source,
-                task.config.batch_size // task.parts,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            ),
-        )
-        for batch in batches:
+        total, size = None, task.config.batch_size // task.parts
+        here, count = jax.process_index(), jax.process_count()
+        for batch in epoch(source, size, process_index=here, process_count=count):
             batch = put_batch(batch, mesh)
             mask = batch.pop("mask")
             if total is None:
