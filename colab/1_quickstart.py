@@ -1,0 +1,130 @@
+# %% [markdown]
+# # Quickstart
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/var_jax/blob/main/colab/1_quickstart.ipynb)
+#
+# [VAR](https://arxiv.org/abs/2404.02905) generates an image as a sequence of token maps, from 1×1
+# up to the full resolution: *next-scale prediction*. `var_jax` is VAR in JAX. Here you sample from a
+# checkpoint that comes with the package, edit an image, and train a model of your own.
+# It runs on a CPU, a GPU or a TPU.
+
+# %% {"cellView": "form"}
+# @title Install
+SOURCE = "git+https://github.com/OWNER/var_jax"  # @param {"type": "string"}
+import importlib.util
+import os
+
+if importlib.util.find_spec("var_jax") is None:
+    source = f"file://{os.path.abspath('..')}" if os.path.exists("../setup.py") else SOURCE
+    # !pip freeze | grep -E "^(jax|jaxlib)==" > runtime.txt  # this jax knows the machine: it stays
+    # !pip install -q -c runtime.txt "var_jax @ {source}"
+
+# %% [markdown]
+# ## Sample
+#
+# The checkpoint `emoji` draws 32×32 images of nine classes.
+
+# %%
+import warnings
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")  # enough for it, and the accelerator stays free to train
+warnings.filterwarnings("ignore", "os.fork")  # how a notebook starts commands
+
+# %%
+import var_jax
+
+model = var_jax.load("emoji")
+model.sample(["Flags", "Animals & Nature", "Smileys & Emotion", "Food & Drink"], seed=0)
+
+# %% [markdown]
+# `sample` takes a class for each image and returns a `uint8` array of shape `(N, 32, 32, 3)`. Image
+# $i$ depends on the seed and $i$ alone.
+
+# %%
+CLASS = "Smileys & Emotion"  # @param ["Smileys & Emotion", "People & Body", "Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects", "Symbols", "Flags"]
+SEED = 1  # @param {"type": "integer"}
+model.sample([CLASS] * 20, seed=SEED)
+
+# %% [markdown]
+# ## Coarse to fine
+#
+# Each row is an image after each scale: the model begins with a single token, and every scale adds
+# detail to the sum of all before it. [How VAR works](2_how_var_works.ipynb) explains it.
+
+# %%
+tokens = model.sample_tokens(["Smileys & Emotion", "People & Body", "Flags"], seed=3)
+model.coarse_to_fine(tokens)
+
+# %% [markdown]
+# ## Edit
+#
+# Repaint the lower half of an image, as any class: the tokens outside are kept. The first image is
+# the original.
+
+# %%
+import numpy as np
+
+face = model.sample("Smileys & Emotion", seed=4)[0]
+edited = model.edit(face, (0.5, 0, 1, 1), label="Smileys & Emotion", num=7, seed=2)
+np.stack([face, *edited]).view(var_jax.Images)
+
+# %% [markdown]
+# ## Train
+#
+# First the tokenizer, then the transformer on its tokens, from nothing, on the 1,906 Noto emoji in
+# the package. This takes about 15 minutes on two CPU cores; fewer steps are faster. The same command
+# continues a training that was stopped.
+
+# %%
+TOKENIZER_STEPS = 1000  # @param {"type": "integer"}
+TRANSFORMER_STEPS = 850  # @param {"type": "integer"}
+
+# %%
+# !python -m var_jax.train --config emoji --config.train_tokenizer.steps={TOKENIZER_STEPS} --config.train_transformer.steps={TRANSFORMER_STEPS}
+
+# %% [markdown]
+# ## Look
+#
+# The work directory `runs/emoji` holds the curves, in nats a token. In the end the transformer
+# overfits: 1,712 images are few.
+
+# %%
+from PIL import Image
+
+curves = Image.open("runs/emoji/curves.png")
+curves.resize((900, round(900 * curves.height / curves.width)))
+
+# %% [markdown]
+# Images of the validation set, and below each what the tokenizer makes of it:
+
+# %%
+Image.open("runs/emoji/reconstructions.png")
+
+# %% [markdown]
+# Your model, a row of images for each class:
+
+# %%
+mine = var_jax.load("runs/emoji/checkpoint")
+mine.sample(np.repeat(np.arange(len(mine.class_names)), 10), seed=0)
+
+# %% [markdown]
+# Are they new? Below each sample is the training image that is nearest to it in pixels.
+
+# %%
+from var_jax.data.sources import open_source
+
+samples = mine.sample(["Animals & Nature", "Food & Drink", "Travel & Places"] * 3, seed=5)
+training_set = open_source("emoji", "train", size=32).images
+pixels = lambda images: np.asarray(images, np.float32).reshape(len(images), 1, -1)
+distance = np.linalg.norm(pixels(samples) - pixels(training_set).swapaxes(0, 1), axis=-1)
+np.stack([samples, training_set[distance.argmin(1)]]).view(var_jax.Images)
+
+# %% [markdown]
+# ## Next
+#
+# [How VAR works](2_how_var_works.ipynb) ·
+# [Official weights](3_official_weights.ipynb) ·
+# [Your own images](4_your_own_images.ipynb) ·
+# [TPU](5_tpu.ipynb)

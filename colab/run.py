@@ -1,0 +1,106 @@
+"""Executes the notebooks from their scripts, in a copy of the repository.
+
+    pip install -e '.[notebooks]'
+    python colab/run.py [NAME ...]           # NAME.py -> NAME.ipynb, with outputs
+    python colab/run.py --small [NAME ...]   # few steps; nothing is kept
+
+On the CPU unless JAX_PLATFORMS says otherwise. Official weights are downloaded only if
+VAR_JAX_MODEL names some, like d16.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+import jupytext
+import nbclient
+import nbformat
+
+FOLDER = pathlib.Path(__file__).resolve().parent
+# The values of form fields (`NAME = value  # @param`) in small settings.
+SMALL = {
+    "1_quickstart": {"TOKENIZER_STEPS": 20, "TRANSFORMER_STEPS": 10},
+    "4_your_own_images": {"TOKENIZER_STEPS": 20, "TRANSFORMER_STEPS": 10, "NUM": 32},
+    "5_tpu": {"CONFIG": "emoji", "TOPOLOGY": "v5e:2x2"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--small", action="store_true")
+    args = parser.parse_args()
+    os.environ["PATH"] = os.pathsep.join(
+        [str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]
+    )
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # a busy machine makes XLA complain
+    os.environ.setdefault("VAR_JAX_MODEL", "stand-in")
+    with tempfile.TemporaryDirectory() as work:
+        copy_repository(pathlib.Path(work))
+        for name in args.names or [path.stem for path in sorted(FOLDER.glob("[0-9]*.py"))]:
+            started = time.monotonic()
+            notebook = read(FOLDER / f"{name}.py")
+            execute(notebook, f"{work}/colab", SMALL.get(name, {}) if args.small else {})
+            if not args.small:
+                nbformat.write(notebook, FOLDER / f"{name}.ipynb")
+            print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+
+
+def copy_repository(work: pathlib.Path) -> None:
+    """What git tracks or would; a notebook leaves files beside itself."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=FOLDER.parent, check=True, capture_output=True, text=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        if (source := FOLDER.parent / name).exists():
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, work / name)
+
+
+def read(script: pathlib.Path) -> nbformat.NotebookNode:
+    """The notebook of a script, without outputs; the same script gives the same notebook."""
+    notebook = jupytext.read(script, fmt="py:percent")
+    notebook.metadata = nbformat.from_dict({
+        "colab": {"provenance": [], "toc_visible": True},
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    })  # fmt: skip
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    for i, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{i}"
+    return notebook
+
+
+def execute(notebook: nbformat.NotebookNode, folder: str, values: dict[str, object]) -> None:
+    """Fills in the outputs. Raises: nbclient's CellExecutionError, also if a command fails."""
+    sources = [cell.source for cell in notebook.cells]
+    for name, value in values.items():
+        field = re.compile(rf"^{name} = .*(?=  # @param)", re.MULTILINE)
+        assert any(field.search(source) for source in sources), f"there is no field {name}"
+        for cell in notebook.cells:
+            cell.source = field.sub(f"{name} = {value!r}", cell.source)
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and re.search(r"^\s*!", cell.source, re.MULTILINE):
+            cell.source += '\nassert not globals().get("_exit_code"), "the command failed"'
+    resources = {"metadata": {"path": folder}}
+    nbclient.NotebookClient(
+        notebook,
+        timeout=None,
+        startup_timeout=600,
+        kernel_name="python3",
+        resources=resources,
+        record_timing=False,
+        coalesce_streams=True,
+    ).execute()
+    for cell, source in zip(notebook.cells, sources, strict=True):
+        cell.source = source
+
+
+if __name__ == "__main__":
+    main()
