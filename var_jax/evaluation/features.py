@@ -5,21 +5,18 @@ They are kept on disk part by part: a stopped run goes on, and a sweep computes 
 
 import dataclasses
 import hashlib
-import itertools
-import math
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from var_jax import BadInput
 from var_jax.checkpoints.torch.convert import open_tensors
-from var_jax.data.pipeline import epoch
-from var_jax.data.sources import Source
+from var_jax.evaluation.image_sets import ImageSet, spread
 from var_jax.evaluation.statistics import Moments
 from var_jax.models.features.dino import dinov2, load_dinov2
 from var_jax.models.features.efficientnet import efficientnet, load_efficientnet
@@ -31,7 +28,7 @@ from var_jax.tools.logs import progress
 from var_jax.tools.npz import load_npz, save_npz
 
 PART = 1024  # images of a file of features
-READ = 64  # that a thread reads in a row
+FEWEST = 4  # images of a set
 EFFICIENTNET = "efficientnet"  # the one that needs no download
 
 
@@ -72,48 +69,6 @@ def name_network(name: str, run: Callable[..., dict[str, Array]], weights: Any) 
     return Network(name, jax.jit(data_parallel(run)), weights, digest.hexdigest())
 
 
-@runtime_checkable
-class ImageSet(Protocol):
-    """Images of one size, read in order, a few at a time."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def batches(self, size: int) -> Iterator[UInt8[np.ndarray, "b H W 3"]]:
-        """All images, `size` at a time, the last batch maybe smaller."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceImages:
-    """Images of a data source as evaluation sees them: all, or `count` evenly spread over it."""
-
-    source: Source
-    count: int | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return len(self.rows), *self.source[0]["image"].shape
-
-    @property
-    def rows(self) -> Int[np.ndarray, " N"]:
-        """Which images."""
-        return spread(len(self.source), self.count)
-
-    def batches(self, size: int) -> Iterator[UInt8[np.ndarray, "b H W 3"]]:
-        """All images in order, read by threads some way ahead."""
-        at_once = math.gcd(size, READ)
-        read = epoch(self.source, at_once, rows=self.rows.tolist())
-        images = (batch["image"][batch["mask"]] for batch in read)
-        while parts := [*itertools.islice(images, size // at_once)]:
-            yield np.concatenate(parts)
-
-
-def spread(most: int, count: int | None) -> Int[np.ndarray, " N"]:
-    """Numbers below `most`: all, or `count` that are evenly spread."""
-    return np.linspace(0, most - 1, min(count or most, most)).round().astype(int)
-
-
 @dataclasses.dataclass(frozen=True)
 class Features:
     """The features of a set of images, in files."""
@@ -148,11 +103,11 @@ def extract(
     Process 0 writes and reads the files. They are called by the network, the place and the checksum
     of their images, so that none is taken for another.
 
-    Raises: BadInput for fewer than two images.
+    Raises: BadInput for fewer than four images: precision and recall take third neighbours.
     """
     count, paths, start, weights = images.shape[0], [], 0, None
-    if count < 2:
-        raise BadInput(f"{count} image is no set; expected at least 2.")
+    if count < FEWEST:
+        raise BadInput(f"{count} images are too few; expected at least {FEWEST} in each set.")
     with progress(count, 0, "features") as bar:
         for part in images.batches(PART):
             name = f"{network.name}-{network.fingerprint[:8]}-{start:08d}"

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int, Int32
 
 from var_jax.data.pipeline import epoch
 from var_jax.data.sources import Source
+from var_jax.evaluation.image_sets import spread
 from var_jax.models.quantizer import Quantizer
 from var_jax.models.tokenizer import Tokenizer, encode_images
 from var_jax.models.var import Transformer, score_tokens
@@ -74,16 +75,22 @@ def class_scores(
 
 
 def likelihood_figures(
-    tokenizer: Tokenizer, transformer: Transformer, source: Source, batch_size: int = 64
+    tokenizer: Tokenizer,
+    transformer: Transformer,
+    source: Source,
+    batch_size: int = 64,
+    count: int | None = None,
 ) -> dict[str, float]:
     """What a set costs: nats a token, bits an image and accuracy, of all scales and of each.
 
-    Labels are never dropped; no image counts twice, whatever the batch size.
+    Of all its images, or of `count` that are evenly spread. Labels are never dropped; no image
+    counts twice, whatever the batch size.
     """
     sides = transformer.config.patch_nums
     cost, right = np.zeros(len(sides)), np.zeros(len(sides))
-    with progress(len(source), 0, "likelihood") as bar:
-        for batch in parts(source):
+    rows = spread(len(source), count)
+    with progress(len(rows), 0, "likelihood") as bar:
+        for batch in parts(source, rows):
             tokens = in_batches(encode_images, tokenizer, batch["image"], batch_size)
             rows = {"tokens": tokens, "labels": batch["label"]}
             weights = tokenizer.quantizer, transformer
@@ -91,7 +98,7 @@ def likelihood_figures(
             cost -= found.sum(0, dtype=np.float64)
             right += hits.sum(0, dtype=np.float64)
             bar.update(len(tokens))
-    length, bits = len(source) * np.square(sides), cost / np.log(2) / len(source)
+    length, bits = len(rows) * np.square(sides), cost / np.log(2) / len(rows)
     figures = {"loss": cost.sum() / length.sum(), "accuracy": right.sum() / length.sum()}
     figures["bits_per_image"] = bits.sum()
     for k in range(len(sides)):
@@ -116,9 +123,11 @@ def classification_figures(
     return {f"zero_shot_{name}": float(hits / len(source)) for name, hits in top.items()}
 
 
-def parts(source: Source) -> Iterator[dict[str, np.ndarray]]:
-    """Images and labels of a source, some at a time."""
-    for batch in epoch(source, PART):
+def parts(
+    source: Source, rows: Int[np.ndarray, " N"] | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Images and labels of a source, all or some, a part at a time."""
+    for batch in epoch(source, PART, rows=None if rows is None else rows.tolist()):
         yield {name: batch[name][batch["mask"]] for name in ("image", "label")}
 
 

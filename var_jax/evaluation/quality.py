@@ -11,14 +11,16 @@ from etils import epath
 from jaxtyping import Float
 
 from var_jax import BadInput
-from var_jax.data.sources import SPLITS, open_source
-from var_jax.evaluation.features import READ, Features, ImageSet, Network, SourceImages, extract
+from var_jax.data.sources import SPLITS
+from var_jax.evaluation.features import Features, Network, extract
 from var_jax.evaluation.frechet import frechet
-from var_jax.evaluation.scores import inception_score, kernel_distance, precision_recall
+from var_jax.evaluation.image_sets import READ, ImageSet, SourceImages, flat_folder, open_images
+from var_jax.evaluation.scores import BLOCK, inception_score, kernel_distance, precision_recall
 from var_jax.sharding.mesh import of_first
-from var_jax.tools.npz import NpzImages, load_npz, load_others, save_npz
+from var_jax.tools.npz import load_npz, load_others, save_npz
 
 MOST_NEIGHBOURS = 10_000  # images of a reference that precision and recall compare with, as ADM's
+MOST_SAMPLES = 50_000  # images whose neighbours are looked for, as many as papers sample
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # names of ADM's arrays
 
 
@@ -27,16 +29,6 @@ class Reference(NamedTuple):
 
     statistics: dict[str, tuple[np.ndarray, np.ndarray]]
     pool: Float[np.ndarray, "M D"]
-
-
-def open_images(spec: str, split: str, size: int, count: int | None = None) -> ImageSet:
-    """The images of an .npz, or `count`, evenly spread, of a data source at `size` pixels.
-
-    Raises: BadInput if there are none.
-    """
-    if spec.endswith(".npz"):
-        return NpzImages(spec)
-    return SourceImages(open_source(spec, split, size, resize=1.0), count)
 
 
 def open_reference(
@@ -51,9 +43,7 @@ def open_reference(
     """
     given = load_others(spec) if spec.endswith(".npz") else {}
     if "features" in given:
-        if str(given["network"]) != network.fingerprint:
-            raise BadInput(f"{spec} holds statistics of another network than {network.name}.")
-        return Reference(published(given), given["features"])
+        return saved_by_us(spec, given, network)
     images, path, of = open_images(spec, split, size), folder / "reference.npz", ""
     if isinstance(images, SourceImages):
         of = identity(network, spec, split, images)
@@ -65,7 +55,7 @@ def open_reference(
         return None
     reference = reference_of(found)
     if network.name == "inception":
-        reference = reference._replace(statistics=reference.statistics | published(given))
+        reference = reference._replace(statistics=reference.statistics | published(given, spec))
     named = {
         name: array
         for kind, arrays in reference.statistics.items()
@@ -74,6 +64,22 @@ def open_reference(
     about = {"network": np.array(network.fingerprint), "of": np.array(of)}
     save_npz(path, **named, **about, features=reference.pool)
     return reference
+
+
+def saved_by_us(spec: str, given: dict[str, np.ndarray], network: Network) -> Reference:
+    """The reference that the arrays of an .npz are.
+
+    Raises: BadInput if they are of another network, or one is missing.
+    """
+    if str(given.get("network")) != network.fingerprint:
+        raise BadInput(f"{spec} holds statistics of another network than {network.name}.")
+    kinds = STATISTICS if network.name == "inception" else ("pool",)
+    for name in (name for kind in kinds for name in STATISTICS[kind]):
+        if name not in given:
+            raise BadInput(f"{spec} holds {', '.join(given)}; expected {name!r} as well.")
+    if given["features"].ndim != 2:
+        raise BadInput(f"{spec}: features is of shape {given['features'].shape}; expected (N,D).")
+    return Reference(published(given, spec), given["features"])
 
 
 def identity(network: Network, spec: str, split: str, images: SourceImages) -> str:
@@ -86,7 +92,9 @@ def identity(network: Network, spec: str, split: str, images: SourceImages) -> s
 def saved_reference(path: epath.Path, of: str) -> Reference | None:
     """The statistics at `path`, if they are of this identity."""
     saved = load_others(path) if path.exists() else {}
-    return Reference(published(saved), saved["features"]) if str(saved.get("of")) == of else None
+    if str(saved.get("of")) != of:
+        return None
+    return Reference(published(saved, str(path)), saved["features"])
 
 
 def reference_of(found: Features) -> Reference:
@@ -100,40 +108,68 @@ def reference_of(found: Features) -> Reference:
 
 def held_out_images(spec: str, split: str, count: int, size: int) -> ImageSet | None:
     """As many real images of a data source that are not in the reference: the floor of figures."""
-    if spec.endswith(".npz"):
+    if spec.endswith(".npz") or flat_folder(spec):
         return None
     other = next(name for name in SPLITS if name != split)
     return open_images(spec, other, size, count)
 
 
-def published(arrays: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The means and covariances that an .npz holds."""
-    return {
-        kind: (arrays[mean], arrays[covariance])
-        for kind, (mean, covariance) in STATISTICS.items()
-        if {mean, covariance} <= {*arrays}
-    }
+def published(arrays: dict[str, np.ndarray], path: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The means and covariances that an .npz holds. Raises: BadInput if shapes do not fit."""
+    found = {}
+    for kind, names in STATISTICS.items():
+        if not {*names} <= {*arrays}:
+            continue
+        mean, covariance = (arrays[name] for name in names)
+        if mean.ndim != 1 or covariance.shape != 2 * mean.shape or mean.dtype.kind != "f":
+            shapes = f"{mean.dtype} of shape {mean.shape} and {covariance.shape}"
+            raise BadInput(f"{path}: {' and '.join(names)} are {shapes}; expected (D,) and (D,D).")
+        found[kind] = mean, covariance
+    return found
 
 
-def figures(network: Network, found: Features, reference: Reference) -> dict[str, float]:
-    """FID and its kin of Inception features; of other networks the same, called by their names."""
+def distance_name(network: Network) -> str:
+    """What the Fréchet distance of a network's pooled features is called."""
+    return "fid" if network.name == "inception" else f"fd_{network.name}"
 
-    def distance(kind: str) -> float:
-        moments = found.moments(kind)
-        return frechet(moments.mean, moments.covariance, *reference.statistics[kind])
 
-    pool = found.rows("pool")
+def distance(found: Features, reference: Reference, kind: str = "pool") -> float:
+    """The Fréchet distance of one kind of features."""
+    moments = found.moments(kind)
+    return frechet(moments.mean, moments.covariance, *reference.statistics[kind])
+
+
+def mixed(rows: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
+    """The rows in a random order, always the same."""
+    return np.random.default_rng(0).permutation(rows)
+
+
+def figures(
+    network: Network, found: Features, reference: Reference, by_class: bool = False
+) -> dict[str, float]:
+    """FID and its kin of Inception features; of other networks the same, called by their names.
+
+    The Inception score takes blocks in file order, as the ADM evaluator does. With `by_class`,
+    where those may lack classes, the order is a fixed shuffle, and `inception_score_adm` is that of
+    the file. Of more than 50,000 images KID, precision and recall take so many, evenly spread.
+    """
+    pool = found.rows("pool", MOST_SAMPLES)
     precision, recall = precision_recall(pool, reference.pool)
     kid = kernel_distance(pool, reference.pool)
     if network.name != "inception":
         shared = {"kid": kid, "precision": precision, "recall": recall}
-        return {f"fd_{network.name}": distance("pool")} | {
+        return {distance_name(network): distance(found, reference)} | {
             f"{name}_{network.name}": value for name, value in shared.items()
         }
-    score, deviation = inception_score(found.rows("logits"))
+    logits = found.rows("logits")
+    mixes = by_class and len(logits) > BLOCK
+    in_file = inception_score(logits)
+    score, deviation = inception_score(mixed(logits)) if mixes else in_file
     adm = precision_recall(pool, reference.pool, adm=True)
     return {
-        "fid": distance("pool"), "sfid": distance("spatial"), "inception_score": score,
-        "inception_score_std": deviation, "precision": precision, "recall": recall,
+        "fid": distance(found, reference), "sfid": distance(found, reference, "spatial"),
+        "inception_score": score, "inception_score_std": deviation,
+        **({"inception_score_adm": in_file[0]} if mixes else {}),
+        "precision": precision, "recall": recall,
         "precision_adm": adm[0], "recall_adm": adm[1], "kid": kid,
     }  # fmt: skip

@@ -17,11 +17,12 @@ from var_jax.sharding.mesh import alone
 TILE = 10_000  # images a side, as the ADM evaluator's, which decides on float16 tile by tile
 ROWS = 1_000  # of a tile at a time
 NEIGHBOUR = 3  # whose distance is the radius of an image's ball
+BLOCK = 5_000  # images of one Inception score, as by the ADM evaluator
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def inception_score(
-    logits: Float[np.ndarray, "N C"], splits: int | None = None, block: int = 5_000
+    logits: Float[np.ndarray, "N C"], splits: int | None = None, block: int = BLOCK
 ) -> tuple[float, float]:
     """Mean and deviation, over parts in file order, of exp(mean KL(p(class | image) | p(class))).
 
@@ -30,17 +31,16 @@ def inception_score(
 
     Raises: BadInput if there are fewer images than parts, or a value is not finite.
     """
-    x = check_features(logits, "logits", at_least=max(splits or 2, 2)).astype(np.float64)
-    N = len(x)
+    logits = check_features(logits, "logits", at_least=max(splits or 2, 2))
+    N, scores = len(logits), []
     cuts = range(0, N, block) if splits is None else [i * N // splits for i in range(splits)]
-    x = x - x.max(1, keepdims=True)
-    log_p = x - np.log(np.exp(x).sum(1, keepdims=True))
-    scores = []
-    for part in np.split(log_p, list(cuts)[1:]):
-        p = np.exp(part)
+    for part in np.split(logits, list(cuts)[1:]):
+        part = part.astype(np.float64) - part.max(1, keepdims=True)
+        log_p = part - np.log(np.exp(part).sum(1, keepdims=True))
+        p = np.exp(log_p)
         # A class of probability zero is one of every image: it adds nothing.
         log_mean = np.log(np.maximum(p.mean(0), np.finfo(np.float64).tiny))
-        scores.append(np.exp((p * (part - log_mean)).sum(1).mean()))
+        scores.append(np.exp((p * (log_p - log_mean)).sum(1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
 
 

@@ -52,6 +52,15 @@ def open_folders(folder: epath.Path, split: str) -> EncodedImages:
     return _open_classes(validation, classes, left_out)
 
 
+def flat_images(folder: epath.Path) -> tuple[str, ...]:
+    """The names of the images in a folder, in order; none where it holds folders."""
+    classes, others = _classes(folder)
+    if classes:
+        return ()
+    images, _ = _images(folder, by_name=in_bucket(folder) or len(others) > OPENED)
+    return tuple(name for name, _ in images)
+
+
 def _open_classes(
     folder: epath.Path, classes: Sequence[str], left_out: Mapping[str, str], hold_out: str = ""
 ) -> EncodedImages:

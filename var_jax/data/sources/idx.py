@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 from etils import epath
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 
 from var_jax import BadInput
 from var_jax.data.sources.base import ArraySource
@@ -34,6 +34,20 @@ def open_idx(directory: str, split: str, size: int, resize: float) -> ArraySourc
 
     Raises: BadInput if the files are missing, damaged or do not fit each other.
     """
+    images, labels, names = read_split(directory, split)
+    border = [(max(0, PADDED - n) // 2, max(0, PADDED - n + 1) // 2) for n in images.shape[1:]]
+    padded = np.pad(images, ((0, 0), *border))
+    rgb = np.broadcast_to(padded[..., None], (*padded.shape, 3))  # takes no memory
+    return ArraySource(rgb, labels, names, size, resize)
+
+
+def read_split(
+    directory: str, split: str
+) -> tuple[UInt8[np.ndarray, "N H W"], Int32[np.ndarray, " N"], tuple[str, ...]]:
+    """The upright grey images of a split, their classes, and the names of these.
+
+    Raises: BadInput if the files are missing, damaged or do not fit each other.
+    """
     folder = user_path(directory, "data.source")
     names = class_names(read_idx(find_file(folder, "train", "labels")))
     images = read_idx(image_file := find_file(folder, split, "images"))
@@ -47,11 +61,7 @@ def open_idx(directory: str, split: str, size: int, resize: float) -> ArraySourc
         raise BadInput(f"{folder}: {split} has label {unknown[0]}, of which no training image is.")
     if "emnist" in image_file.name:
         images = images.transpose(0, 2, 1)  # stored by column
-    border = [(max(0, PADDED - n) // 2, max(0, PADDED - n + 1) // 2) for n in images.shape[1:]]
-    padded = np.pad(images, ((0, 0), *border))
-    rgb = np.broadcast_to(padded[..., None], (*padded.shape, 3))  # takes no memory
-    index = np.searchsorted([*names], labels).astype(np.int32)
-    return ArraySource(rgb, index, tuple(names.values()), size, resize)
+    return images, np.searchsorted([*names], labels).astype(np.int32), tuple(names.values())
 
 
 def class_names(labels: UInt8[np.ndarray, " N"]) -> dict[int, str]:

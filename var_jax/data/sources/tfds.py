@@ -1,14 +1,19 @@
 """Sets that tensorflow-datasets prepared as array_record; nothing is downloaded."""
 
+import io
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import UInt8
+from PIL import Image
 
 from var_jax import BadInput
 from var_jax.data.sources.base import EncodedImages
+from var_jax.data.sources.idx import read_split
 from var_jax.data.sources.imagenet import WNID, readable
 
 
@@ -17,10 +22,7 @@ def open_tfds(set_name: str, split: str) -> EncodedImages:
 
     Raises: BadInput if the package or the set is missing, or the set has no images and labels.
     """
-    try:
-        import tensorflow_datasets as tfds  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise BadInput(f"data source 'tfds:{set_name}' needs pip install -e '.[data]'.") from error
+    tfds = _import_tfds(set_name)
     folder = _prepared_folder(set_name)
     builder: Any = tfds.builder_from_directory(folder)
     if builder.info.file_format.value != "array_record":
@@ -55,6 +57,54 @@ def open_tfds(set_name: str, split: str) -> EncodedImages:
         return item[image], int(order[number]), name
 
     return EncodedImages(len(source), read, readable(names))
+
+
+def prepare_idx(set_name: str, directory: str, root: str) -> None:
+    """Writes the four IDX files of a folder as a set that `tfds:set_name` reads, into `root`.
+
+    Like the `mnist` and `fashion_mnist` of tfds it has the splits train and test, of grey PNGs and
+    labels. Their own `tfds build` takes TensorFlow and a download, this neither.
+
+    Raises: BadInput if the package is missing, or the files are, or are damaged.
+    """
+    tfds = _import_tfds(set_name)
+    splits = {"train": read_split(directory, "train"), "test": read_split(directory, "validation")}
+    images, _, names = splits["train"]
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore
+        VERSION = tfds.core.Version("1.0.0")
+        name = set_name
+
+        def _info(self) -> Any:
+            features = {
+                "image": tfds.features.Image(shape=(*images.shape[1:], 1), encoding_format="png"),
+                "label": tfds.features.ClassLabel(names=names),
+            }
+            features = tfds.features.FeaturesDict(features)
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            return {split: self._generate_examples(split) for split in splits}
+
+        def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+            for i, (image, label) in enumerate(zip(*splits[split][:2], strict=True)):
+                yield i, {"image": as_png(image), "label": int(label)}
+
+    Builder(data_dir=root, file_format="array_record").download_and_prepare()
+
+
+def as_png(image: UInt8[np.ndarray, "H W"]) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, "PNG")
+    return data.getvalue()
+
+
+def _import_tfds(set_name: str) -> Any:
+    try:
+        import tensorflow_datasets  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise BadInput(f"data source 'tfds:{set_name}' needs pip install -e '.[data]'.") from error
+    return tensorflow_datasets
 
 
 def _prepared_folder(name: str) -> epath.Path:
