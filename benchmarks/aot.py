@@ -19,7 +19,7 @@ SLICES = [
 ROWS = [
     *((*row, program) for row in SLICES for program in ("transformer", "pixels")),
     ("tokenizer", "v5e:8x8", "tokenizer"), ("d16", "v5e:4x8", "sampler"),
-    ("d30", "v5e:8x16", "sampler"),
+    ("d30", "v5e:8x16", "sampler"), ("d16", "v5e:4x8", "features"),
 ]  # fmt: skip
 HEAD = (
     "config", "topology", "mesh", "batch", "program", "memory a chip, GB", "cycles, M",

@@ -38,13 +38,19 @@ def test_a_step_on_pixels_counts_every_operation_of_the_encoder():
     assert (pixels - tokens) / 1e9 == pytest.approx(215.36, rel=1e-4)
 
 
+def test_inception_has_the_operations_that_are_known_of_it():
+    """At 299 pixels 5.71 billion multiplications, says torchvision, and those that resize."""
+    resizing = 3 * 256 * 299 * (256 + 299)
+    assert model_flops(Config(), "features") == pytest.approx(2 * (5.71e9 + resizing), rel=0.01)
+
+
 def test_the_sampler_is_the_one_that_sample_runs(untrained, tmp_path, monkeypatch):
     """Of a checkpoint that was trained with its weights split over two devices."""
     copy, program = tmp_path / "copy", []
     shutil.copytree(untrained, copy)
     about = json.loads((copy / "config.json").read_text())
     about["trained"]["mesh"]["fsdp"] = 2
-    del about["checksums"]
+    del about["checksum"]
     (copy / "config.json").write_text(json.dumps(about))
 
     def stop(*args, **kwargs):

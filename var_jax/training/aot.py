@@ -22,9 +22,11 @@ from var_jax.config import Config
 from var_jax.models import backend
 from var_jax.models.attention import Pattern
 from var_jax.models.attention_tpu import padded_flops
+from var_jax.models.features.inception import abstract_inception, inception
 from var_jax.sampling.autoregressive import Weights, sampler
 from var_jax.sampling.exports import build, placed
 from var_jax.sharding.mesh import BATCH, check_batch, check_hosts, check_model, shard
+from var_jax.sharding.ops import data_parallel
 from var_jax.tools import tpu_cost
 from var_jax.tools.flops import matmul_flops, transformer_flops
 from var_jax.training.autoregressive import autoregressive_task
@@ -32,7 +34,7 @@ from var_jax.training.state import Learner
 from var_jax.training.task import Task
 from var_jax.training.tokenizer import tokenizer_task
 
-PROGRAMS = ("transformer", "pixels", "tokenizer", "sampler")
+PROGRAMS = ("transformer", "pixels", "tokenizer", "sampler", "features")
 OPERATIONS = 2 * 8192**3  # of the yardstick
 
 
@@ -73,7 +75,7 @@ def tpu_devices(topology: str, slices: int) -> list[Any]:
 
 
 def batch_of(config: Config, program: str) -> int:
-    """The batch size the config sets for a program; a sampler takes the transformer's."""
+    """The batch size the config sets for a program; what does not train takes the transformer's."""
     training = config.train_tokenizer if program == "tokenizer" else config.train_transformer
     return training.batch_size
 
@@ -176,6 +178,10 @@ def lower(config: Config, program: str, mesh: Mesh, batch_size: int):
         keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=label.sharding)
         lowered = draw.func.lower(weights, label, keys, None, **draw.keywords)
         return lowered, {"bytes_parameters": local_bytes(weights)}
+    if program == "features":
+        weights = abstract_inception(NamedSharding(mesh, P()))
+        lowered = jax.jit(data_parallel(inception)).lower(weights, image)
+        return lowered, {"bytes_parameters": local_bytes(weights)}
     batch = {
         "tokenizer": {"image": image},
         "pixels": {"image": image, "label": label},
@@ -205,6 +211,10 @@ def local_bytes(tree: Any) -> int:
 
 def model_flops(config: Config, program: str) -> float:
     """Operations of one image that are the model's, whoever recomputes what."""
+    if program == "features":
+        image = jax.ShapeDtypeStruct((1, config.data.size, config.data.size, 3), jnp.uint8)
+        with backend.assume("tpu"):
+            return matmul_flops(inception, abstract_inception(), image)
     transformer = transformer_flops(config.transformer)
     if program == "transformer":
         return transformer
@@ -243,7 +253,7 @@ def kernel_cycles(
 def fsdp_bytes(config: Config, program: str, mesh: Mesh) -> int:
     """Bytes that sharded weights need: each gathered forward and backward, and its gradient
     reduced, in two bytes."""
-    if program in ("tokenizer", "sampler"):
+    if program in ("tokenizer", "sampler", "features"):
         return 0
     leaves = jax.tree.leaves(build(config.transformer))
     weights = sum(leaf.size for leaf in leaves) // mesh.shape["tensor"]

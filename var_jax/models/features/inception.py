@@ -11,7 +11,7 @@ Szegedy et al., arXiv 1512.00567; Heusel et al., arXiv 1706.08500; sFID: Nash et
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +153,16 @@ def load_inception(path: str | Path) -> Inception:
         return Inception(convs, take(tensors, "fc.weight", 1008, 2048).T)
 
 
+def abstract_inception(sharding: jax.sharding.Sharding | None = None) -> Inception:
+    """The shapes of the weights, to compile without them."""
+
+    def array(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    convs = {name: Conv(array(*shape), array(shape[-1])) for name, shape in shapes().items()}
+    return Inception(convs, array(2048, 1008))
+
+
 def inception(weights: Inception, image: UInt8[Array, "B H W 3"]) -> Layers:
     """The features of images of any size. Single-device code."""
     x = (resize_tensorflow(image, SIZE) - 128) / 128
@@ -166,16 +176,20 @@ def inception(weights: Inception, image: UInt8[Array, "B H W 3"]) -> Layers:
 
 
 def run_block(convs: dict[str, Conv], prefix: str, block: str, x: Array) -> Array:
-    """The joined branches. Steps that two of them share are compiled once."""
+    """The joined branches. Steps that two of them share are made once."""
+    made: dict[tuple[str, ...], Array] = {(): x}
     joined = []
     for branch in branches(block):
-        y = x
+        path: tuple[str, ...] = ()
         for step in branch:
+            y, path = made[path], (*path, step.name)
+            if path in made:
+                continue
             if step.channels:
-                y = jax.nn.relu(apply(convs[prefix + step.name], y, step.stride))
+                made[path] = jax.nn.relu(apply(convs[prefix + step.name], y, step.stride))
             else:
-                y = POOLS[step.name](y, step.stride)
-        joined.append(y)
+                made[path] = POOLS[step.name](y, step.stride)
+        joined.append(made[path])
     return jnp.concatenate(joined, axis=-1)
 
 
