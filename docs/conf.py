@@ -9,7 +9,7 @@ import from_code
 import var_jax
 
 project = "var_jax"
-author = "The var_jax authors"
+author = copyright = "The var_jax authors"
 release = version = var_jax.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
@@ -17,11 +17,14 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # an included README begins with its own heading
 highlight_language = "none"
-autodoc_typehints = "description"
+smartquotes = False  # -- stays -- in the help of a flag
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 88
 autodoc_member_order = "bysource"
 html_theme = "furo"
 html_title = "var_jax"
-html_static_path: list[str] = []
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 
 
 def fill(app, docname: str, source: list[str]) -> None:

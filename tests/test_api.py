@@ -12,7 +12,10 @@ from PIL import Image
 
 import var_jax
 from var_jax import BadInput
+from var_jax.sampling.autoregressive import sample
 from var_jax.sharding.mesh import AXES, make_mesh
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +32,14 @@ def test_samples_are_images_of_the_seed_and_their_tokens(model):
     tokens = model.sample_tokens(labels, seed=3)
     assert tokens.shape == (3, sum(side**2 for side in model.patch_nums))
     np.testing.assert_array_equal(model.decode(tokens), images)
+
+
+def test_another_number_of_labels_seldom_compiles_another_program(model):
+    images, tokens = model.sample(["Flags"] * 3, seed=3), model.encode(IMAGES[:3])
+    programs = sample._cache_size()
+    np.testing.assert_array_equal(model.sample(["Flags"] * 4, seed=3)[:3], images)
+    np.testing.assert_array_equal(model.encode(IMAGES)[:3], tokens)
+    assert sample._cache_size() == programs
 
 
 @pytest.mark.parametrize(
@@ -78,6 +89,19 @@ def test_coarse_to_fine_ends_in_the_image(model):
     steps = model.coarse_to_fine(tokens)
     assert steps.shape == (3, len(model.patch_nums), 32, 32, 3)
     np.testing.assert_array_equal(steps[:, -1], model.decode(tokens))
+    shown = Image.open(io.BytesIO(steps._repr_png_())).size
+    assert shown == (98 * len(model.patch_nums) - 2, 98 * 3 - 2)  # a row for each image
+
+
+def test_samples_are_likelier_under_their_own_class(model):
+    labels = ["Flags", "Smileys & Emotion", 2]
+    images = model.sample(labels, seed=3)
+    given = model.log_likelihood(images, labels)
+    assert given.shape == (3, len(model.patch_nums)) and (given < 0).all()
+    np.testing.assert_array_equal(given, model.log_likelihood(model.encode(images), labels))
+    np.testing.assert_array_equal(given[:1], model.log_likelihood(images, "Flags")[:1])
+    for other in (None, labels[::-1]):
+        assert (given.sum(1) >= model.log_likelihood(images, other).sum(1)).all()
 
 
 def test_an_edit_keeps_what_lies_outside(model):
@@ -117,6 +141,8 @@ def test_a_model_without_a_mesh_says_so_where_one_is_set(model):
         (lambda m: m.sample("Flags", seed=2**32), "0 to 4294967295"),
         (lambda m: m.sample("Flags", cfg=1e9), r"cfg=1000000000\.0; expected 0 to 1000"),
         (lambda m: m.encode(np.zeros((1, 32, 32, 3), np.uint8), batch_size=0), "batch_size=0; ex"),
+        (lambda m: m.log_likelihood(np.zeros((2, 123), int), [0, 1, 2]), "3 labels for 2 images"),
+        (lambda m: m.log_likelihood(np.zeros((2, 7), int)), r"tokens are int64 of shape \(2, 7\)"),
         (lambda m: m.crop(np.zeros((0, 9, 3), np.uint8)), r"image is uint8 of shape \(0, 9, 3\)"),
         (
             lambda m: var_jax.load("emoji", mesh=Mesh(np.reshape(jax.devices(), (8, 1, 1)), AXES)),
@@ -125,7 +151,7 @@ def test_a_model_without_a_mesh_says_so_where_one_is_set(model):
         (lambda m: var_jax.load("emoji", mesh=make_mesh(1, 1, 8)), "num_heads=4 cannot be split"),
         (
             lambda m: m.edit(np.zeros((32, 32, 3), np.uint8), (0, 0, 1.5, 1)),
-            "expected 0 <= y0 < y1",
+            "expected y0,x0,y1,x1 with 0 <= y0 < y1",
         ),
         (
             lambda m: var_jax.load("emoji", mesh=jax.make_mesh((8,), ("x",))),

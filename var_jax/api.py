@@ -1,4 +1,4 @@
-"""The library: `var_jax.load` gives a model that samples, encodes, decodes and edits.
+"""The library: `var_jax.load` gives a model that samples, encodes, decodes, edits and scores.
 
 import var_jax
 model = var_jax.load("emoji")
@@ -14,13 +14,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int32, Shaped, UInt8
+from jaxtyping import Bool, Float, Int32, Shaped, UInt8
 from PIL import Image
 
 from var_jax import BadInput
 from var_jax.config import MAX_SEED, SamplingConfig
 from var_jax.data.classes import Label, class_index
 from var_jax.data.decoding import Unreadable, crop, decode
+from var_jax.evaluation.likelihood import log_likelihood
 from var_jax.models.tokenizer import decode_tokens, encode_images
 from var_jax.sampling.autoregressive import KnownTokens, Weights, sampler
 from var_jax.sampling.exports import Models, abstract_models, load_models
@@ -30,10 +31,10 @@ from var_jax.sampling.generate import (
     collect,
     generate,
 )
-from var_jax.sampling.masks import as_mask, box_mask, known_mask, pool_mask
+from var_jax.sampling.masks import as_box, as_mask, box_mask, known_mask, pool_mask
 from var_jax.schedule import num_tokens
 from var_jax.sharding.mesh import AXES, check_model, using
-from var_jax.sharding.rows import in_batches
+from var_jax.sharding.rows import few_sizes, in_batches
 from var_jax.tools.images import grid
 from var_jax.tools.paths import user_path
 from var_jax.tools.settings import pinned
@@ -43,18 +44,18 @@ LARGEST = 1024  # side of what any model paints; larger images may be read reduc
 
 
 class Images(np.ndarray):
-    """A uint8 array (N, H, W, 3), or a single image (H, W, 3), that a notebook shows as a grid."""
+    """A uint8 array (N, H, W, 3), (N, K, H, W, 3) or (H, W, 3) that a notebook shows as a grid."""
 
     def __array_wrap__(self, array, context=None, return_scalar=False):
         return np.asarray(array)[()]  # what is computed from images is a plain array
 
     def _repr_png_(self) -> bytes | None:
-        if self.dtype != np.uint8 or self.ndim not in (3, 4) or self.shape[-1] != 3:
+        shown = self.dtype == np.uint8 and self.ndim in (3, 4, 5) and self.shape[-1] == 3
+        if not shown or not self.size:
             return None
         images = np.asarray(self).reshape(-1, *self.shape[-3:])
-        if not images.size:
-            return None
-        sheet = grid(images, columns=min(len(images), 10), scale=max(1, 96 // images.shape[1]))
+        columns = self.shape[1] if self.ndim == 5 else min(len(images), 10)
+        sheet = grid(images, columns, scale=max(1, 96 // images.shape[1]))
         data = io.BytesIO()
         Image.fromarray(sheet).save(data, format="PNG")
         return data.getvalue()
@@ -177,11 +178,36 @@ class Model:
             images = in_batches(decode_tokens, self.models.tokenizer, tokens, batch_size)
         return images.view(Images)
 
-    def coarse_to_fine(self, tokens: Shaped[np.ndarray, "..."]) -> UInt8[np.ndarray, "N K H W 3"]:
-        """What the images of tokens look like after each of the K scales."""
+    def coarse_to_fine(self, tokens: Shaped[np.ndarray, "..."]) -> Images:
+        """What the images of tokens look like after each of the K scales, (N, K, H, W, 3)."""
         tokens = self._check_tokens(tokens)
         with self._using():
-            return coarse_to_fine(self.models.tokenizer, tokens)
+            return coarse_to_fine(self.models.tokenizer, tokens).view(Images)
+
+    def log_likelihood(
+        self,
+        images: Shaped[np.ndarray, "..."],
+        labels: Label | Sequence[Label] | np.ndarray | None = None,
+        *,
+        batch_size: int = 64,
+    ) -> Float[np.ndarray, "N K"]:
+        """log p(tokens | class) in nats, of the tokens of each of the K scales (VAR eq. 4).
+
+        A row's sum is the log-likelihood of an image. `images` are uint8 images, or tokens; there
+        is a label for each, or one for all, or None: whatever the class.
+
+        Raises: BadInput for an unknown class, another number of labels, or other images or tokens.
+        """
+        images = np.asarray(images)
+        tokens = self.encode(images) if images.ndim > 2 else self._check_tokens(images)
+        none = np.array([len(self.class_names)], np.int32)
+        numbers = none if labels is None else self._numbers(labels)
+        if len(numbers) not in (1, len(tokens)):
+            raise BadInput(f"{len(numbers)} labels for {len(tokens)} images; expected as many.")
+        numbers = np.broadcast_to(numbers, len(tokens))
+        parts = self.models.tokenizer.quantizer, self.models.transformer
+        with self._using():
+            return log_likelihood(*parts, tokens, numbers, batch_size)
 
     def edit(
         self,
@@ -232,10 +258,7 @@ class Model:
         if np.shape(repaint) == (size, size):
             where = pool_mask(as_mask(np.asarray(repaint)), cells)
         elif np.shape(repaint) == (4,):
-            y0, x0, y1, x1 = to_numbers("repaint", repaint)
-            if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
-                raise BadInput(f"box {repaint}; expected 0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1.")
-            where = box_mask((y0, x0, y1, x1), cells)
+            where = box_mask(as_box(f"box {repaint}", to_numbers("repaint", repaint)), cells)
         else:
             raise BadInput(
                 f"repaint has shape {np.shape(repaint)}; expected a mask of ({size}, {size}) or a"
@@ -344,7 +367,7 @@ class Model:
                 f" 0 to {MAX_SEED}."
             )
         weights = Weights(self.models.tokenizer, self.models.transformer)
-        how = {"batch_size": min(batch_size, len(labels)), "seed": seed, "known": known}
+        how = {"batch_size": few_sizes(len(labels), batch_size), "seed": seed, "known": known}
         with self._using():
             parts = generate(sampler(settings, smooth), weights, labels, **how)
             return collect(parts, len(labels))

@@ -21,7 +21,7 @@ from var_jax import BadInput
 from var_jax.api import read_image
 from var_jax.config import MAX_SEED
 from var_jax.data.decoding import crop
-from var_jax.sampling.masks import Box, box_mask
+from var_jax.sampling.masks import Box, as_box, box_mask
 from var_jax.sharding.mesh import data_mesh
 from var_jax.tools import cli
 from var_jax.tools.files import output_folder
@@ -94,15 +94,7 @@ def read_box(args: flags.FlagValues) -> Box | None:
         if args.task == "outpaint":
             raise BadInput("--task=outpaint goes with --box; what --mask has white is repainted.")
         return None
-    edges = cli.numbers("--box", args.box) or ()
-    if len(edges) == 4:
-        y0, x0, y1, x1 = edges
-        if 0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1:
-            return y0, x0, y1, x1
-    raise BadInput(
-        f"--box={','.join(args.box)}; expected y0,x0,y1,x1 with 0 <= y0 < y1 <= 1 and"
-        " 0 <= x0 < x1 <= 1."
-    )
+    return as_box(f"--box={','.join(args.box)}", cli.numbers("--box", args.box) or ())
 
 
 def read_mask(path: str, image: Image.Image) -> Image.Image:

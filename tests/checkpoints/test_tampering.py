@@ -1,5 +1,7 @@
 """Every file of a checkpoint, changed in every way, one at a time: reported, nothing lost."""
 
+import collections
+import json
 import os
 import shutil
 
@@ -82,7 +84,7 @@ def test_a_file_beside_those_of_a_checkpoint_does_no_harm(trained, tmp_path, whe
 @pytest.mark.parametrize("way", WAYS)
 def test_an_export(tmp_path, way, capsys):
     whole = tmp_path / "whole"
-    export.save_export(whole, STATE, {"depth": 2, "cfg": 1.5, "names": ["a", "b"]})
+    export.save_export(whole, STATE, {"tokenizer": {"depth": 2, "width": 64, "ratio": 0.5}})
     for i, path in enumerate(files(whole)):
         folder = shutil.copytree(whole, tmp_path / str(i))
         changed = folder / path.relative_to(whole)
@@ -98,3 +100,50 @@ def test_an_export(tmp_path, way, capsys):
         with pytest.raises(BadInput) as raised:
             export.load_weights(folder, ABSTRACT)
         assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_each_bit_of_a_config_is_watched(tmp_path, capsys):
+    config = {"tokenizer": {"depth": 2}, "class_names": ["a", "b"], "sampling": {"cfg": 1.5}}
+    export.save_export(tmp_path / "model", STATE, config)
+    path = tmp_path / "model" / "config.json"
+    text, found = path.read_bytes(), export.export_config(tmp_path / "model")
+    outcomes = collections.Counter()
+    for i in range(8 * len(text)):
+        changed = bytearray(text)
+        changed[i // 8] ^= 1 << i % 8
+        path.write_bytes(changed)
+        export.warn.cache_clear()
+        capsys.readouterr()
+        try:
+            read = export.export_config(tmp_path / "model")
+        except BadInput as error:
+            assert str(path) in str(error)
+            outcomes["refused"] += 1
+            continue
+        warned = f"warning: {path}: " in capsys.readouterr().err
+        same = {name: read[name] for name in found if name in read} == found
+        assert warned or same, changed
+        assert read.get("tokenizer") == found["tokenizer"], changed
+        outcomes["warned" if warned else "same"] += 1
+    assert min(outcomes.values()) > 9 and len(outcomes) == 3, outcomes
+
+
+def test_what_a_user_changes_in_a_config_is_used_and_told(tmp_path, capsys):
+    config = {"tokenizer": {"depth": 2}, "class_names": ["a", "b"], "sampling": {"cfg": 1.5}}
+    folder = tmp_path / "model"
+    export.save_export(folder, STATE, config)
+    about = json.loads((folder / "config.json").read_text())
+    about["sampling"]["cfg"], about["class_names"][1] = 4.0, "dog"
+    (folder / "config.json").write_text(json.dumps(about, indent=4))
+    for _ in range(2):
+        found = export.export_config(folder)
+        assert (found["sampling"], found["class_names"]) == ({"cfg": 4.0}, ["a", "dog"])
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"{folder}/config.json: class_names, sampling is not as" in err
+    about["tokenizer"]["depth"] = 3
+    (folder / "config.json").write_text(json.dumps(about))
+    with pytest.raises(BadInput, match="tokenizer is not as it was written with the weights"):
+        export.export_config(folder)
+    del about["checksums"]
+    (folder / "config.json").write_text(json.dumps(about))
+    assert export.export_config(folder)["tokenizer"] == {"depth": 3}

@@ -75,6 +75,10 @@ def setup_arguments():
     return kept
 
 
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200
+
+
 def test_commands_are_found():
     assert "python -m var_jax.train --config emoji" in commands_of(FOR_USERS)
     assert len(commands_of(FOR_USERS)) > 30
@@ -123,7 +127,7 @@ def workplace(tmp_path, monkeypatch):
     Image.new("RGB", (300, 260), "teal").save(tmp_path / "photo.jpg")
     sizes = {"vocab_size": 64, "latent_dim": 8}
     models = {
-        "tokenizer": build(config.TokenizerConfig(channels=32, num_res_blocks=1, **sizes)),
+        "tokenizer": build(config.TokenizerConfig(channels=32, **sizes)),
         "transformer": build(config.TransformerConfig(depth=1, width=64, num_heads=1, **sizes)),
     }
     rng = np.random.default_rng(0)
@@ -150,6 +154,14 @@ def test_commands_for_users_run(workplace):
             run(name, *flags) if devices == 1 else run_alone(name, *flags, devices=devices)
         )
         assert code == 0, (command, err)
+
+
+@pytest.mark.slow
+def test_figures_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--out", str(tmp_path)])
+    runpy.run_path(str(ROOT / "docs/figures.py"), run_name="__main__")
+    used = re.findall(r"\(images/(\w+\.png)\)", (ROOT / "docs/concepts.md").read_text())
+    assert {path.name for path in tmp_path.iterdir()} == {*used}
 
 
 def fields(cls, name=""):

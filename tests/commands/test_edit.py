@@ -65,7 +65,7 @@ def test_mask_and_class(untrained, photo, tmp_path):
 def test_sampled_with_the_settings_of_the_checkpoint(untrained, photo, tmp_path):
     copy = shutil.copytree(untrained, tmp_path / "copy")
     about = json.loads((copy / "config.json").read_text())
-    del about["checksum"]
+    del about["checksums"]
     about["sampling"] = {"cfg": 3.0, "top_k": 5, "top_p": [1, 0.9, 0.7]}
     (copy / "config.json").write_text(json.dumps(about))
     given = ("--cfg", 3, "--top_k", 5, "--top_p", "1,.9,.7")

@@ -243,7 +243,7 @@ def _files(folder):
 def _edit(folder, part, name, value):
     config = json.loads((folder / "config.json").read_text())
     config[part][name] = value
-    del config["checksum"]  # so that the value itself is seen
+    del config["checksums"]  # so that the value itself is seen
     (folder / "config.json").write_text(json.dumps(config))
 
 

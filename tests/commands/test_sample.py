@@ -55,7 +55,7 @@ def test_rejection_by_the_model_itself(untrained, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(untrained, other)
     about = json.loads((other / "config.json").read_text())
-    about.pop("checksum", None)
+    about.pop("checksums", None)
     (other / "config.json").write_text(json.dumps(about | {"class_names": list("abcdefghi")}))
     every = sample(other, tmp_path / "all", "--labels", "d:4,d:4")
     flags = ("--labels", "d:4", "--reject", 0.5)
@@ -123,7 +123,7 @@ def test_the_settings_of_the_checkpoint(untrained, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(untrained, copy)
     about = json.loads((copy / "config.json").read_text())
-    del about["checksum"]
+    del about["checksums"]
     about["sampling"] = {"cfg": 3.0, "top_k": 5, "top_p": [1, 0.9, 0.7]}
     (copy / "config.json").write_text(json.dumps(about))
     by_itself = sample(copy, tmp_path / "a", "--labels", "3:4")

@@ -93,7 +93,7 @@ def without(name):
 def test_a_config_that_claims_anything(untrained, tmp_path, change):
     folder = shutil.copytree(untrained, tmp_path / "checkpoint")
     about = json.loads((folder / "config.json").read_text())
-    about.pop("checksum")
+    about.pop("checksums")
     change(about)
     (folder / "config.json").write_text(json.dumps(about))
     err = complaint("sample", "--num", 1, "--checkpoint", folder, "--out", tmp_path / "out")

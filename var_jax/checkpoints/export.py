@@ -5,8 +5,10 @@ A folder with `config.json`, which says all that is needed to build the models, 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
+import sys
 import zlib
 from collections.abc import Mapping
 from importlib import resources
@@ -28,6 +30,8 @@ from var_jax.tools.trees import flatten, path_name
 
 PyTree = Any
 MAX_SEARCHED = 1000  # entries of a folder that is no export
+# What the weights are of; what else config.json says is the user's to change.
+NETWORKS = ("tokenizer", "transformer", "torch_buffers", "fingerprints")
 MAX_COMPRESSED = 2**26  # bytes; smaller exports are compressed, because they travel
 
 
@@ -61,7 +65,7 @@ def save_export(directory: str | PurePath, parts: Mapping[str, PyTree], config: 
         storage.record_files(beside / "weights")
         storage.seal(beside / "weights")
         config = json.loads(json.dumps(config))
-        text = json.dumps(config | {"checksum": checksum(config)}, indent=2) + "\n"
+        text = json.dumps(config | {"checksums": checksums(config)}, indent=2) + "\n"
         (beside / "config.json").write_text(text)
         old.rmtree(missing_ok=True)
         if target.exists():
@@ -92,26 +96,40 @@ def find_export(directory: str | PurePath) -> epath.Path:
 
 
 def export_config(directory: str | PurePath) -> dict:
-    """The config inside an export.
+    """The config inside an export; tells on stderr what is not as it was written.
 
-    Raises: BadInput if `directory` is no export, or its config.json is damaged.
+    Raises: BadInput if `directory` is no export, or what config.json says of the networks is not as
+        it was written, or unreadable.
     """
     folder = find_export(directory)
     if not is_export(folder):
         raise BadInput(f"{folder} is not a checkpoint: {what_else(folder)}.")
-    config = read_json(folder / "config.json")
-    if config.pop("checksum", found := checksum(config)) != found:
+    path = folder / "config.json"
+    config = read_json(path)
+    found = checksums({name: value for name, value in config.items() if name != "checksums"})
+    recorded = config.pop("checksums", found)  # older exports have none
+    recorded = recorded if isinstance(recorded, dict) else {}
+    changed = sorted(n for n in {*found, *recorded} if found.get(n) != recorded.get(n))
+    if networks := [name for name in changed if name in NETWORKS]:
         raise BadInput(
-            f"{folder / 'config.json'} is not as it was written; expected an unchanged file, or one"
-            " without its line 'checksum' if it was changed on purpose."
+            f"{path}: {', '.join(networks)} is not as it was written with the weights; set it back,"
+            " or remove 'checksums' there if it was changed on purpose."
         )
+    if changed:
+        warn(f"{path}: {', '.join(changed)} is not as it was written: edited, or damaged")
     return config
 
 
-def checksum(config: dict) -> int:
-    """The CRC-32 of what is in a config.json beside its checksum."""
-    rest = {name: value for name, value in config.items() if name != "checksum"}
-    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+def checksums(config: dict[str, Any]) -> dict[str, int]:
+    """The CRC-32 of each section of a config.json."""
+    text = {name: json.dumps(value, sort_keys=True) for name, value in config.items()}
+    return {name: zlib.crc32(value.encode()) for name, value in text.items()}
+
+
+@functools.cache
+def warn(sentence: str) -> None:
+    """Warns on stderr, once however often a file is read."""
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
 def is_export(folder: epath.Path) -> bool:

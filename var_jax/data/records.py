@@ -68,16 +68,13 @@ class Records:
 
     def missing(self) -> list[int]:
         """Shards not written yet."""
-        return [*self._missing()]
+        have = {path.name for path in epath.Path(self.folder).iterdir()}
+        return [i for i in range(self.shards) if self.path(i).name not in have]
 
     def check_complete(self) -> None:
         """Raises BadInput if a shard is not there."""
-        for shard in self._missing():
+        for shard in self.missing()[:1]:
             raise BadInput(f"{self.path(shard)} is missing: {self.folder} is incomplete.")
-
-    def _missing(self) -> Iterator[int]:
-        have = {path.name for path in epath.Path(self.folder).iterdir()}
-        return (shard for shard in range(self.shards) if self.path(shard).name not in have)
 
     @functools.cached_property
     def _source(self):

@@ -103,10 +103,7 @@ def load_models(directory: str | PurePath, mesh: Mesh | None = None, dtype: str 
         )
     sampling = section(SamplingConfig, about, "sampling", folder)
     weights = load_weights(folder, placed(abstract, mesh, dtype))
-    names, count = tuple(about["class_names"]), weights["transformer"].config.num_classes
-    if len(names) != count or not all(isinstance(name, str) for name in names):
-        raise BadInput(f"{folder}/config.json names {len(names)} of {count} classes.")
-    return Models(weights["tokenizer"], weights["transformer"], names, sampling)
+    return Models(**weights, class_names=tuple(about["class_names"]), sampling=sampling)
 
 
 def placed(abstract: dict[str, Any], mesh: Mesh | None, dtype: str = "auto") -> dict[str, Any]:

@@ -4,12 +4,23 @@ A mask on the finest scale says what to repaint; the other scales follow from it
 are the image's own (`autoregressive.KnownTokens`), all others are sampled.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from var_jax import BadInput
 
 Box = tuple[float, float, float, float]  # y0, x0, y1, x1, fractions of the image
+
+
+def as_box(given: str, edges: Sequence[float]) -> Box:
+    """Four numbers as a box. Raises: BadInput, which begins with `given`, if they are none."""
+    if len(edges) == 4:
+        y0, x0, y1, x1 = edges
+        if 0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1:
+            return y0, x0, y1, x1
+    raise BadInput(f"{given}; expected y0,x0,y1,x1 with 0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1.")
 
 
 def box_mask(box: Box, side: int) -> Bool[np.ndarray, "side side"]:

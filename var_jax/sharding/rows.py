@@ -38,6 +38,14 @@ def gather_rows(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
     return process_allgather(mine).sum(axis=0, dtype=values.dtype)
 
 
+def few_sizes(count: int, batch_size: int) -> int:
+    """A batch for `count` rows: `batch_size`, or less where a smaller power of two holds them all.
+
+    So that calls with other counts seldom compile another program.
+    """
+    return min(batch_size, 1 << (count - 1).bit_length())
+
+
 def in_batches(f: Callable[[Any, Any], Any], weights: Any, rows: Any, batch_size: int = 64) -> Any:
     """`f(weights, rows)` of any number of rows, on every process: a batch at a time, padded.
 
@@ -48,7 +56,7 @@ def in_batches(f: Callable[[Any, Any], Any], weights: Any, rows: Any, batch_size
     if batch_size < 1:
         raise BadInput(f"batch_size={batch_size}; expected at least 1.")
     count = len(jax.tree.leaves(rows)[0])
-    size, made = round_up(min(batch_size, count)), []
+    size, made = round_up(few_sizes(count, batch_size)), []
     for start in range(0, count, size):
         index = np.resize(np.arange(start, min(start + size, count)), size)
         result = f(weights, jax.tree.map(lambda x, index=index: put(x[index]), rows))
