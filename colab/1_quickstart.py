@@ -60,21 +60,23 @@ model.coarse_to_fine(tokens)
 # %% [markdown]
 # ## Edit
 #
-# Repaint the lower half of an image, as any class: the tokens outside are kept. The first image is
-# the original.
+# Repaint the upper half of an image, as any class: the tokens outside are kept. First the original,
+# which is of the validation set.
 
 # %%
 import numpy as np
 
-face = model.sample("Smileys & Emotion", seed=4)[0]
-edited = model.edit(face, (0.5, 0, 1, 1), label="Smileys & Emotion", num=7, seed=2)
-np.stack([face, *edited]).view(var_jax.Images)
+from var_jax.data.sources import open_source
+
+person = open_source("emoji", "validation", size=32).images[26]
+edited = model.edit(person, (0, 0, 0.5, 1), label="People & Body", num=7, seed=2)
+np.stack([person, *edited]).view(var_jax.Images)
 
 # %% [markdown]
 # ## Train
 #
 # First the tokenizer, then the transformer on its tokens, from nothing, on the 1,906 Noto emoji in
-# the package. This takes about 15 minutes on two CPU cores; fewer steps are faster. The same command
+# the package. This takes about 9 minutes on two CPU cores; fewer steps are faster. The same command
 # continues a training that was stopped.
 
 # %%
@@ -113,8 +115,6 @@ mine.sample(np.repeat(np.arange(len(mine.class_names)), 10), seed=0)
 # Are they new? Below each sample is the training image that is nearest to it in pixels.
 
 # %%
-from var_jax.data.sources import open_source
-
 samples = mine.sample(["Animals & Nature", "Food & Drink", "Travel & Places"] * 3, seed=5)
 training_set = open_source("emoji", "train", size=32).images
 pixels = lambda images: np.asarray(images, np.float32).reshape(len(images), 1, -1)

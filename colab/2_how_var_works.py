@@ -232,7 +232,8 @@ axes[0].set_ylabel("query, side of its scale")
 figure.colorbar(shown, ax=axes[-1], shrink=0.8)
 # %% [markdown]
 # Within the 4×4 scales: where a token of the last scale (white frame) looks in the scale before, the
-# mean of all layers, heads and validation images. The same place is likeliest, its neighbors follow.
+# mean of all layers, heads and validation images. Most goes to the same place, and to its mirror
+# image: many emoji are symmetric.
 
 # %%
 many = model.encode(validation.images[::4])

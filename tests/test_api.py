@@ -76,7 +76,11 @@ def test_a_notebook_shows_a_grid(model):
     assert Image.open(io.BytesIO(png)).size == (3 * 96 + 4, 96)
     images = model.sample(["Flags"] * 3)
     assert images[0, 0]._repr_png_() is None  # a row of pixels is no image
-    assert images[:0]._repr_png_() is None
+    assert images[:0]._repr_png_() is None and images._repr_jpeg_() is None
+    photographs = np.zeros((2, 256, 256, 3), np.uint8).view(var_jax.Images)
+    shown = Image.open(io.BytesIO(photographs._repr_jpeg_()))
+    assert shown.format == "JPEG" and shown.size == (2 * 256 + 2, 256)
+    assert photographs._repr_png_() is None
 
 
 def test_a_notebook_prints_a_model_in_one_line(model):

@@ -40,6 +40,7 @@ from var_jax.tools.paths import user_path
 from var_jax.tools.settings import pinned
 
 EXPLICIT = jax.sharding.AxisType.Explicit
+PHOTOGRAPH = 128  # pixels; smaller images are shown enlarged
 LARGEST = 1024  # side of what any model paints; larger images may be read reduced
 
 
@@ -50,14 +51,22 @@ class Images(np.ndarray):
         return np.asarray(array)[()]  # what is computed from images is a plain array
 
     def _repr_png_(self) -> bytes | None:
-        shown = self.dtype == np.uint8 and self.ndim in (3, 4, 5) and self.shape[-1] == 3
-        if not shown or not self.size:
+        return self._encoded("PNG")
+
+    def _repr_jpeg_(self) -> bytes | None:
+        return self._encoded("JPEG")
+
+    def _encoded(self, format: str) -> bytes | None:
+        """The grid as PNG, or of photographs as JPEG: a notebook keeps what it shows."""
+        if not (self.dtype == np.uint8 and self.ndim in (3, 4, 5) and self.shape[-1] == 3):
+            return None
+        if not self.size or format != ("PNG" if self.shape[-2] < PHOTOGRAPH else "JPEG"):
             return None
         images = np.asarray(self).reshape(-1, *self.shape[-3:])
         columns = self.shape[1] if self.ndim == 5 else min(len(images), 10)
         sheet = grid(images, columns, scale=max(1, 96 // images.shape[1]))
         data = io.BytesIO()
-        Image.fromarray(sheet).save(data, format="PNG")
+        Image.fromarray(sheet).save(data, format, quality=80)
         return data.getvalue()
 
 
