@@ -6,9 +6,18 @@ import numpy as np
 import pytest
 
 import var_jax
-from var_jax.evaluation.likelihood import class_log_likelihoods, class_scores, log_likelihood
+from var_jax.data.sources import open_source
+from var_jax.evaluation.image_sets import spread
+from var_jax.evaluation.likelihood import (
+    class_log_likelihoods,
+    class_scores,
+    likelihood_figures,
+    log_likelihood,
+)
+from var_jax.models.tokenizer import encode_images
 from var_jax.schedule import num_tokens, slices
 from var_jax.sharding.mesh import make_mesh
+from var_jax.sharding.rows import in_batches
 from var_jax.training.losses import cross_entropy_metrics
 
 
@@ -39,6 +48,17 @@ def test_it_is_the_loss_by_scale(models, sampled):
     last = slices(scales(models))[-1]
     wanted = -by_scale["loss_last"] * (last.stop - last.start)
     np.testing.assert_allclose(found[:, -1], wanted, rtol=1e-5)
+
+
+def test_figures_of_a_set_are_means_over_its_images(models):
+    source = open_source("emoji", "validation", 32)
+    found = likelihood_figures(models.tokenizer, models.transformer, source, count=5)
+    items = [source[int(i)] for i in spread(len(source), 5)]
+    images, labels = (np.stack([item[name] for item in items]) for name in ("image", "label"))
+    tokens = in_batches(encode_images, models.tokenizer, images)
+    each = log_likelihood(models.tokenizer.quantizer, models.transformer, tokens, labels)
+    np.testing.assert_allclose(found["loss"], -each.mean(0).sum() / tokens.shape[1], rtol=1e-6)
+    np.testing.assert_allclose(found["bits_per_image"], -each.sum(1).mean() / np.log(2), rtol=1e-6)
 
 
 @pytest.mark.slow

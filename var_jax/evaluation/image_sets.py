@@ -1,8 +1,6 @@
 """Sets of images that are measured: of an .npz, a folder or a data source, a few in memory."""
 
 import dataclasses
-import itertools
-import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
@@ -13,13 +11,12 @@ from jaxtyping import Int, UInt8
 
 from var_jax import BadInput
 from var_jax.data.decoding import Unreadable, decode
-from var_jax.data.pipeline import epoch
 from var_jax.data.sources import Source, open_source
 from var_jax.data.sources.folders import flat_images
+from var_jax.evaluation.reading import in_order
 from var_jax.tools.npz import NpzImages
 from var_jax.tools.paths import user_path
 
-READ = 64  # images that a thread reads in a row
 THREADS = 8  # that decode files
 LONGEST = 2**16  # a side that no image has: none is reduced in decoding
 
@@ -54,11 +51,7 @@ class SourceImages:
 
     def batches(self, size: int) -> Iterator[UInt8[np.ndarray, "b H W 3"]]:
         """All images in order, read by threads some way ahead."""
-        at_once = math.gcd(size, READ)
-        read = epoch(self.source, at_once, rows=self.rows.tolist())
-        images = (batch["image"][batch["mask"]] for batch in read)
-        while parts := [*itertools.islice(images, size // at_once)]:
-            yield np.concatenate(parts)
+        return (batch["image"] for batch in in_order(self.source, size, self.rows))
 
 
 @dataclasses.dataclass(frozen=True)

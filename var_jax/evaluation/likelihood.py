@@ -1,16 +1,15 @@
 """How likely a model finds tokens: log p(tokens | class), exact, scale by scale (VAR eq. 4)."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int32
 
-from var_jax.data.pipeline import epoch
 from var_jax.data.sources import Source
 from var_jax.evaluation.image_sets import spread
+from var_jax.evaluation.reading import in_order
 from var_jax.models.quantizer import Quantizer
 from var_jax.models.tokenizer import Tokenizer, encode_images
 from var_jax.models.var import Transformer, score_tokens
@@ -88,9 +87,9 @@ def likelihood_figures(
     """
     sides = transformer.config.patch_nums
     cost, right = np.zeros(len(sides)), np.zeros(len(sides))
-    rows = spread(len(source), count)
-    with progress(len(rows), 0, "likelihood") as bar:
-        for batch in parts(source, rows):
+    chosen = spread(len(source), count)
+    with progress(len(chosen), 0, "likelihood") as bar:
+        for batch in in_order(source, PART, chosen):
             tokens = in_batches(encode_images, tokenizer, batch["image"], batch_size)
             rows = {"tokens": tokens, "labels": batch["label"]}
             weights = tokenizer.quantizer, transformer
@@ -98,7 +97,7 @@ def likelihood_figures(
             cost -= found.sum(0, dtype=np.float64)
             right += hits.sum(0, dtype=np.float64)
             bar.update(len(tokens))
-    length, bits = len(rows) * np.square(sides), cost / np.log(2) / len(rows)
+    length, bits = len(chosen) * np.square(sides), cost / np.log(2) / len(chosen)
     figures = {"loss": cost.sum() / length.sum(), "accuracy": right.sum() / length.sum()}
     figures["bits_per_image"] = bits.sum()
     for k in range(len(sides)):
@@ -113,7 +112,7 @@ def classification_figures(
     """How often the class of an image is the likeliest one, or among the five likeliest."""
     first = fifth = 0
     with progress(len(source), 0, "classifying") as bar:
-        for batch in parts(source):
+        for batch in in_order(source, PART):
             tokens = in_batches(encode_images, tokenizer, batch["image"], batch_size)
             each = class_log_likelihoods(tokenizer.quantizer, transformer, tokens, batch_size)
             better = (each > np.take_along_axis(each, batch["label"][:, None], 1)).sum(1)
@@ -121,14 +120,6 @@ def classification_figures(
             bar.update(len(tokens))
     top = {"accuracy": first, "accuracy_top5": fifth}
     return {f"zero_shot_{name}": float(hits / len(source)) for name, hits in top.items()}
-
-
-def parts(
-    source: Source, rows: Int[np.ndarray, " N"] | None = None
-) -> Iterator[dict[str, np.ndarray]]:
-    """Images and labels of a source, all or some, a part at a time."""
-    for batch in epoch(source, PART, rows=None if rows is None else rows.tolist()):
-        yield {name: batch[name][batch["mask"]] for name in ("image", "label")}
 
 
 @jax.jit

@@ -14,7 +14,8 @@ from var_jax import BadInput
 from var_jax.data.sources import SPLITS
 from var_jax.evaluation.features import Features, Network, extract
 from var_jax.evaluation.frechet import frechet
-from var_jax.evaluation.image_sets import READ, ImageSet, SourceImages, flat_folder, open_images
+from var_jax.evaluation.image_sets import ImageSet, SourceImages, flat_folder, open_images
+from var_jax.evaluation.reading import READ
 from var_jax.evaluation.scores import BLOCK, inception_score, kernel_distance, precision_recall
 from var_jax.sharding.mesh import of_first
 from var_jax.tools.npz import load_npz, load_others, save_npz
