@@ -98,7 +98,7 @@ token_maps = [
 sums = model.coarse_to_fine(tokens[:1])[0] / 255
 added = np.diff(sums, axis=0, prepend=np.ones_like(sums[:1]))
 
-figure, axes = plt.subplots(3, len(token_maps), figsize=(12, 3.2), layout="constrained")
+figure, axes = plt.subplots(3, len(token_maps), figsize=(10, 2.7), layout="constrained")
 for k, p in enumerate(model.patch_nums):
     axes[0, k].imshow(token_maps[k] * 37 % 256, cmap="hsv", vmin=0, vmax=256)
     axes[1, k].imshow((0.5 + added[k]).clip(0, 1))
@@ -269,7 +269,8 @@ model.sample([CLASS] * 10, cfg=CFG, top_k=TOP_K, top_p=TOP_P, seed=SEED)
 
 # %% [markdown]
 # The same seeds under other settings. Guidance makes the class more typical, filters trade variety
-# for quality: all codes give noise, the likeliest code alone gives the same image again and again.
+# for quality: with all codes some images fall apart, the likeliest code alone gives the same image
+# again and again.
 
 # %%
 settings = {
@@ -280,7 +281,7 @@ settings = {
     "top-k 20": {"cfg": 0, "top_p": 0, "top_k": 20},
     "top-k 1": {"cfg": 0, "top_p": 0, "top_k": 1},
 }
-figure, axes = plt.subplots(len(settings), 1, figsize=(8, 5), layout="constrained")
+figure, axes = plt.subplots(len(settings), 1, figsize=(6, 3.6), layout="constrained")
 for axis, (name, values) in zip(axes, settings.items()):
     samples = model.sample(["Food & Drink"] * 10, seed=0, **values)
     axis.imshow(np.concatenate(samples, axis=1))
@@ -297,12 +298,15 @@ model.settings()
 # ## 7. The likelihood is exact
 #
 # VAR gives the probability of any image's tokens, scale by scale, so Bayes' rule turns it into a
-# classifier: $p(c \mid r) \propto p(r \mid c)$ if all classes are equally likely. For the three
-# images above:
+# classifier: $p(c \mid r) \propto p(r \mid c)$ if all classes are equally likely. Here for three
+# samples (orange is the class that was asked for). Images that it has not seen this small model often
+# gets wrong: it has memorized its training set.
 
 # %%
+labels = [0, 2, 8]
+samples = model.sample(labels, seed=3)
 figure, axes = plt.subplots(1, 3, figsize=(10, 2.4), layout="constrained", sharey=True)
-for axis, image, label in zip(axes, images, labels):
+for axis, image, label in zip(axes, samples, labels):
     each = model.log_likelihood(np.stack([image] * 9), np.arange(9)).sum(1)
     colors = ["tab:orange" if i == label else "lightsteelblue" for i in range(9)]
     axis.barh(model.class_names, jax.nn.softmax(each), color=colors)
@@ -313,6 +317,4 @@ for axis, image, label in zip(axes, images, labels):
     inset.axis("off")
 
 # %% [markdown]
-# Orange is the right class.
-#
 # Next: [official weights](3_official_weights.ipynb), [your own images](4_your_own_images.ipynb).
