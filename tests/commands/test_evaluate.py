@@ -216,10 +216,11 @@ def test_a_checkpoint_is_sampled_and_swept(tmp_path, untrained, mean_colours):
 def test_a_checkpoint_on_data(tmp_path, untrained, mean_colours):
     flags = ("--checkpoint", untrained, "--source", "emoji", "--out", tmp_path / "out")
     assert run("evaluate", *flags, "--likelihood")[0] == 0
-    found = metrics(tmp_path / "out")
+    found = likelihood = metrics(tmp_path / "out")
     by_scale = [found[f"bits_scale{k}"] for k in (1, 2, 3)]
     np.testing.assert_allclose(sum(by_scale), found["bits_per_image"])
     np.testing.assert_allclose(found["bits_per_image"] * np.log(2) / 21, found["loss"])
+    assert 2 < found["loss"] < 20 and 0 <= found["accuracy"] < 0.2  # of 64 codes, untrained
     assert run("evaluate", *flags, "--tokenizer")[0] == 0
     found = metrics(tmp_path / "out")
     assert found["psnr"] > 0 and found["rfd_quarters"] > 0 and 1 <= found["perplexity_scale3"] <= 64
@@ -228,7 +229,8 @@ def test_a_checkpoint_on_data(tmp_path, untrained, mean_colours):
     assert code == 0, err
     sets = metrics(tmp_path / "out")["sets"]
     assert sets["samples"]["images"] == 30 and sets["validation"]["images"] == 194
-    assert sets["train"]["loss"] > 0 and sets["validation"]["bits_per_image"] > 0
+    np.testing.assert_allclose(sets["validation"]["loss"], likelihood["loss"], rtol=1e-5)
+    np.testing.assert_allclose(sets["train"]["loss"], likelihood["loss"], rtol=0.1)
     assert (tmp_path / "out" / "neighbours.png").exists()
     said = complaint("evaluate", *flags, "--memorization", "--cfg", "1,2")
     assert "not a list" in said
