@@ -79,8 +79,8 @@ MODES = ("likelihood", "classify", "tokenizer", "memorization")
 HELD_OUT = "held-out images"
 SWEPT = ("cfg", "top_k", "top_p")
 FLAGS = (
-    "checkpoint", "samples", "reference", "features", "source", "split", "num", "seed", "lpips",
-    *MODES,
+    "checkpoint", "samples", "reference", "features", "source", "split", "size", "num", "seed",
+    "lpips", *SWEPT, *MODES,
 )  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def test_a_reference_is_found_again_and_is_of_its_images(tmp_path, mean_colours)
     write_source(tmp_path / "data", 0)
     write_images(tmp_path / "a.npz", 0)
     flags = ("--samples", tmp_path / "a.npz", "--reference", tmp_path / "data")
-    flags = (*flags, "--out", tmp_path / "out")
+    flags = (*flags, "--out", tmp_path / "out", "--size", 16)
     saved = tmp_path / "out" / "features" / "reference.npz"
     found, times = [], []
     for more in ((), (), ("--split", "validation"), (), "new"):
@@ -163,6 +163,8 @@ def test_a_reference_is_found_again_and_is_of_its_images(tmp_path, mean_colours)
         found.append(metrics(tmp_path / "out")["fd_quarters"])
         times.append(saved.stat().st_mtime_ns)
     assert found[0] == found[1] == found[3] and len({*found}) == 3
+    told = metrics(tmp_path / "out")["flags"]
+    assert told["size"] == 16 and {"split", "cfg", "top_k", "top_p"} <= {*told}
     assert times[0] == times[1] and len({*times}) == 4
 
 
