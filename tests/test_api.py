@@ -128,6 +128,19 @@ def test_any_image_is_cropped_to_the_models_size(model, tmp_path):
     assert model.crop(Image.new("L", (90, 50))).shape == (32, 32, 3)
 
 
+def test_an_opened_image_is_cropped_as_its_file_is(model, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # shown upside down
+    for image in (
+        Image.fromarray(np.full((40, 50), 30_000, np.uint16)),
+        Image.new("RGBA", (50, 40), (255, 0, 0, 0)),
+        Image.fromarray(IMAGES[0]),
+    ):
+        image.save(tmp_path / "a.png", exif=exif)
+        with Image.open(tmp_path / "a.png") as opened:
+            np.testing.assert_array_equal(model.crop(opened), model.crop(tmp_path / "a.png"))
+
+
 def test_a_model_without_a_mesh_says_so_where_one_is_set(model):
     with jax.set_mesh(make_mesh(8, 1, 1)), pytest.raises(BadInput, match="loaded without one"):
         model.sample("Flags")
@@ -148,6 +161,7 @@ def test_a_model_without_a_mesh_says_so_where_one_is_set(model):
         (lambda m: m.log_likelihood(np.zeros((2, 123), int), [0, 1, 2]), "3 labels for 2 images"),
         (lambda m: m.log_likelihood(np.zeros((2, 7), int)), r"tokens are int64 of shape \(2, 7\)"),
         (lambda m: m.crop(np.zeros((0, 9, 3), np.uint8)), r"image is uint8 of shape \(0, 9, 3\)"),
+        (lambda m: m.crop(Image.new("F", (9, 9))), "floating-point pixels have no known range"),
         (
             lambda m: var_jax.load("emoji", mesh=Mesh(np.reshape(jax.devices(), (8, 1, 1)), AXES)),
             "has other axes than explicit",

@@ -20,7 +20,7 @@ from PIL import Image
 from var_jax import BadInput
 from var_jax.config import MAX_SEED, SamplingConfig
 from var_jax.data.classes import Label, class_index
-from var_jax.data.decoding import Unreadable, crop, decode
+from var_jax.data.decoding import Unreadable, crop, decode, upright
 from var_jax.evaluation.likelihood import log_likelihood
 from var_jax.models.tokenizer import decode_tokens, encode_images
 from var_jax.sampling.autoregressive import KnownTokens, Weights, sampler
@@ -293,7 +293,10 @@ class Model:
         if isinstance(image, (str, PurePath)):
             opened = read_image(image)
         elif isinstance(image, Image.Image):
-            opened = image.convert("RGB")
+            try:
+                opened = upright(image)
+            except (Unreadable, OSError) as error:
+                raise BadInput(f"image cannot be read: {error}.") from error
         else:
             array = np.asarray(image)
             if array.dtype != np.uint8 or array.ndim not in (2, 3) or not array.size:

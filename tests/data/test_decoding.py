@@ -87,7 +87,7 @@ def test_formats_come_out_alike(data):
     assert error.mean() < 12 and np.percentile(error, 90) < 40
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
 def test_grey_of_8_and_16_bits(kind):
     grey = np.asarray(scene().convert("L"))
     for image in (GREY16, scene().convert("L")):
@@ -139,8 +139,9 @@ def test_large_jpegs_come_reduced_and_look_the_same():
         (encoded(noise(60, 40), "PNG")[:-3000], "truncated"),
         (encoded(scene(), "JPEG")[:50], "(?i)truncated"),
         (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floating-point"),
+        (encoded(Image.fromarray(np.ones((4, 4), np.int32)), "TIFF"), "32-bit"),
     ],
-    ids=["empty", "text", "eps", "half a jpeg", "half a png", "jpeg header", "floats"],
+    ids=["empty", "text", "eps", "half a jpeg", "half a png", "jpeg header", "floats", "32 bits"],
 )
 def test_unreadable(data, reason):
     with pytest.raises(Unreadable, match=reason):

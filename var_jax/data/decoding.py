@@ -75,9 +75,7 @@ def _decode(data: bytes, short: int, backdrop: str) -> Image.Image:
             if width * height > MAX_PIXELS:
                 raise Unreadable(f"{width} x {height} pixels are too many")
             image.load()
-            turn = UPRIGHT.get(_orientation(image))
-            image = image if turn is None else image.transpose(Image.Transpose(turn))
-            return _rgb(image, backdrop)
+            return upright(image, backdrop)
     except Unreadable:
         raise
     except UnidentifiedImageError as error:
@@ -85,6 +83,16 @@ def _decode(data: bytes, short: int, backdrop: str) -> Image.Image:
     except Exception as error:  # Each decoder has its own errors for damage.
         lines = str(error).splitlines()
         raise Unreadable(lines[0] if lines else type(error).__name__) from error
+
+
+def upright(image: Image.Image, backdrop: str = "white") -> Image.Image:
+    """An image of any mode upright, RGB, transparency on a backdrop.
+
+    Raises: Unreadable if nothing says what its values mean.
+    """
+    turn = UPRIGHT.get(_orientation(image))
+    image = _rgb(image, backdrop)
+    return image if turn is None else image.transpose(Image.Transpose(turn))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -147,6 +155,8 @@ def crop(
 def _rgb(image: Image.Image, backdrop: str) -> Image.Image:
     if image.mode == "F":
         raise Unreadable("floating-point pixels have no known range")
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # whose values are of 16 bits
+        raise Unreadable("32-bit pixels have no known range")
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
         grey = (np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
