@@ -309,6 +309,19 @@ def test_an_interrupt(command):
     assert command(*CONF, "--fail=interrupt") == (130, "", "interrupted\n")
 
 
+def test_an_interrupted_process_waits_for_no_thread():
+    """XLA's may be compiling, which takes a minute and more."""
+    code = """if True:
+        import threading, time
+        from var_jax.tools import cli
+        def main(args):
+            threading.Thread(target=time.sleep, args=(90,)).start()
+            raise KeyboardInterrupt
+        cli.run(main, lambda: None)"""
+    done = process("-c", code, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def test_a_bug_keeps_its_traceback(command):
     with pytest.raises(ValueError, match="a bug"):
         command(*CONF, "--fail=bug")

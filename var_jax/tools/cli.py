@@ -60,6 +60,8 @@ def run(main: Main, define_flags: Callable[[], None]) -> NoReturn:
             raise
         traceback.print_exc()
         ending.end(FAILED, f"error: {type(error).__name__}: {error}")
+    if code == ending.INTERRUPTED and not ending.process.end_all:
+        ending.exit_at_once(code)  # Python's own end would wait for XLA, or take it apart at work
     sys.exit(code)
 
 
