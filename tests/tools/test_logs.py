@@ -60,6 +60,25 @@ def test_a_line_cut_before_its_newline_is_no_record(tmp_path):
     assert [r["step"] for r in logs.read_metrics(tmp_path)] == [1, 2]
 
 
+DAMAGED = [
+    b"text", b"", bytes(40), b"\xff\xfe{}", b"[1]", b"3", b"{}", b"[" * 99999,
+    b'{"stage": "tokenizer"}', b'{"stage": 3, "step": 1}', b'{"stage": "tokenizer", "step": "x"}',
+]  # fmt: skip
+
+
+def test_damaged_lines_are_left_out_and_told_once(tmp_path, capsys):
+    metrics = logs.Metrics(tmp_path)
+    _run(metrics, 1, 1)
+    path = tmp_path / "metrics.jsonl"
+    good = path.read_bytes()
+    path.write_bytes(good + b"\n".join(DAMAGED) + b"\n")
+    _run(metrics, 2, 3)
+    metrics.rewind("tokenizer", 2)
+    assert [r["step"] for r in metrics.records()] == [1, 2]
+    assert capsys.readouterr().err == f"{path}: damaged lines left out: {len(DAMAGED)}\n"
+    assert path.read_bytes().startswith(good) and path.read_bytes().count(b"\n") == 2
+
+
 def test_tensorboard_gets_scalars_and_images(tmp_path):
     metrics = logs.Metrics(tmp_path)
     metrics.write("prior", 1, hook="validation", loss=2.0)

@@ -66,7 +66,7 @@ class Metrics:
         return read_metrics(self._folder)
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forgets what `stage` wrote after `step`, and a last line that a kill cut in half.
+        """Forgets what `stage` wrote after `step`, and what a kill or a power cut left of a line.
 
         After it, a run resumed from `step` writes the file that a run never stopped would have.
         """
@@ -115,11 +115,27 @@ class Metrics:
 
 
 def read_metrics(workdir: str | PurePath) -> list[dict]:
-    """The records of `workdir`/metrics.jsonl in the order written; [] if there is no such file."""
+    """The records of `workdir`/metrics.jsonl in the order written; [] if there is no such file.
+
+    Lines that are no records, as a power cut leaves them, are told on stderr and left out.
+    """
     path = epath.Path(workdir) / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    # A line without its newline was cut by a kill, even where the part left is valid JSON.
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    # Behind the last newline is a line that a kill cut, even where it is valid JSON.
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    records = [record for line in lines if (record := _record(line))]
+    if damaged := len(lines) - len(records):
+        print(f"{path}: damaged lines left out: {damaged}", file=sys.stderr, flush=True)
+    return records
+
+
+def _record(line: bytes) -> dict | None:
+    """A line of metrics.jsonl; None if it is no record."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_record = isinstance(found, dict) and type(found.get("step")) is int
+    return found if is_record and isinstance(found.get("stage"), str) else None
 
 
 @contextlib.contextmanager

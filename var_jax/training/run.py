@@ -288,7 +288,7 @@ def last_validation(records: list[dict]) -> dict[str, float]:
     }
     found = {}
     for record in records:
-        figure, name = shown[record["stage"]]
+        figure, name = shown.get(record["stage"], ("", ""))
         if record.get("hook") == "validation":  # which lacks a figure that was not finite
             found.pop(name, None)
         if figure in record:
