@@ -270,6 +270,15 @@ def places(tmp_path_factory, untrained):
     return root
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "checkpoint/.DS_Store", "checkpoint/grid.png"])
+def test_what_the_export_would_delete_is_refused_at_the_start(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    said = complaint("train", *TRAIN, "--workdir", tmp_path)
+    assert f"{tmp_path / 'checkpoint'} " in said and "expected a" in said
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / name]
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case[:1] + case[-2:])))
 def test_a_sentence_and_nothing_else(places, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)

@@ -10,7 +10,7 @@ import jax
 from etils import epath
 
 from var_jax import BadInput
-from var_jax.checkpoints.export import load_fingerprint
+from var_jax.checkpoints.export import check_replaceable, load_fingerprint
 from var_jax.config import Config, TrainConfig, parse_lr_scale
 from var_jax.data.augmentation import augment_items
 from var_jax.data.inventory import summarize
@@ -115,6 +115,7 @@ class Run:
                 self.cached = self.open_cache(inputs["fingerprint"])
                 inputs["copies"] = self.cached[0].copies
         splits = {"train": self.train, "validation": self.validation}
+        check_replaceable(workdir / "checkpoint")  # ahead of days of training
         occupy(workdir, config, inputs, splits)
         if jax.process_index() == 0:
             print(summarize(data.source, splits), flush=True)
