@@ -81,6 +81,8 @@ def _split(spec: str) -> tuple[str, str]:
 
 def _find(spec: str) -> tuple[Path, str]:
     name, variant = _split(spec)
+    if spec.endswith(":"):  # such as finetune:$UNSET, which would start from another checkpoint
+        raise BadInput(f"--config={spec}: nothing follows the colon; expected NAME:VARIANT.")
     is_path = name.endswith(".py") or "/" in name
     places = [folder / f"{name}.py" for folder in FOLDERS]
     if is_path:
