@@ -41,6 +41,7 @@ from var_jax.tools.settings import pinned
 
 EXPLICIT = jax.sharding.AxisType.Explicit
 PHOTOGRAPH = 128  # pixels; smaller images are shown enlarged
+MOST_EDITS = 10_000  # results of one edit, which memory holds
 LARGEST = 1024  # side of what any model paints; larger images may be read reduced
 
 

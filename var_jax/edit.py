@@ -18,7 +18,7 @@ from PIL import Image
 
 import var_jax
 from var_jax import BadInput
-from var_jax.api import read_image
+from var_jax.api import MOST_EDITS, read_image
 from var_jax.config import MAX_SEED
 from var_jax.data.decoding import crop
 from var_jax.sampling.masks import Box, as_box, box_mask
@@ -52,7 +52,7 @@ def define_flags() -> None:
         " finest scale is repainted where its mean brightness is at least half.",
     )
     flags.DEFINE_string("label", None, "A class number or name to paint.")
-    flags.DEFINE_integer("num", 1, "How many results.", 1)
+    flags.DEFINE_integer("num", 1, "How many results.", 1, MOST_EDITS)
     flags.DEFINE_bool("paste", False, "Put the input's pixels back outside the mask.")
     cli.define_sampling_flags()
     flags.DEFINE_bool("smooth", False, "Mix codes, which is nicer to look at.")

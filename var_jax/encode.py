@@ -42,7 +42,7 @@ def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, 'A folder, or "emoji".', required=True)
     flags.DEFINE_string("images", None, "A folder, tfds:NAME or an npz.", required=True)
     flags.DEFINE_bool("cache", False, "Make a token cache of an npz, too.")
-    flags.DEFINE_integer("copies", 1, "Random crops of each training image.", 1)
+    flags.DEFINE_integer("copies", 1, "Random crops of each training image.", 1, 10_000)
     flags.DEFINE_float("resize", 1.125, "Shorter edge ahead of the crop, in image sizes.", 1)
     flags.DEFINE_bool("flip", False, "Mirror half of them (of the emoji no symbols and flags).")
     flags.DEFINE_integer("shift", 0, "Move them by up to so many pixels.", 0)

@@ -140,11 +140,22 @@ def wanted_labels(args: flags.FlagValues, model: var_jax.Model) -> Int32[np.ndar
     if any(count is not None for _, count in entries):
         if args.num is not None:
             raise BadInput(f"--labels holds counts, so --num={args.num} has no place.")
-        return np.repeat(chosen, [1 if count is None else count for _, count in entries])
+        counts = [1 if count is None else count for _, count in entries]
+        check_count(f"--labels asks for {sum(counts)} images", sum(counts), args.reject)
+        return np.repeat(chosen, counts)
     count = len(chosen) if args.num is None else args.num
-    if not 1 <= count <= MOST:
-        raise BadInput(f"--num={count}; expected 1 to {MOST}.")
+    check_count(f"--num={count}", count, args.reject)
     return np.resize(chosen, count)
+
+
+def check_count(what: str, count: int, keep: float) -> None:
+    """Raises BadInput for more images than a folder of parts has room for."""
+    if not 1 <= count <= MOST:
+        raise BadInput(f"{what}; expected 1 to {MOST}.")
+    if count > MOST * keep:
+        raise BadInput(
+            f"--reject={keep} draws {count / keep:.0f} images for {count}; expected at most {MOST}."
+        )
 
 
 def counted(entry: str, names: Sequence[str]) -> tuple[int, int | None]:

@@ -224,6 +224,11 @@ CASES = [
       if name.endswith((".pth", ".safetensors"))),
     ("sample", "--checkpoint", "GOOD", "--labels", "Flags:99999999999999999999"),
     ("sample", "--checkpoint", "GOOD", "--num", "10000000000000000"),
+    ("sample", "--checkpoint", "GOOD", "--labels", "0:100000000,1:100000000"),
+    ("sample", "--checkpoint", "GOOD", "--num", "100000000", "--reject", ".0001"),
+    ("edit", "--checkpoint", "GOOD", "--image", "x.png", "--box", "0,0,1,1", "--num", "9999999999"),
+    ("encode", "--checkpoint", "GOOD", "--images", "emoji", "--copies", "99999999999"),
+    ("train", "--config", "finetune:"),
     ("sample", "--checkpoint", "GOOD", "--num", "4", "--scorer", "os:system", "--reject", ".5"),
     ("edit", "--checkpoint", "GOOD", "--task", "inpaint", "--image", "FOLDERS", "--box", "0,0,1,1"),
 ]  # fmt: skip
