@@ -35,6 +35,7 @@ SCHEMES = (
         ("file:///a/b%20%25c", "/a/b %c"),
         ("file://localhost/a", "/a"),
         ("FILE:///a", "/a"),
+        ("GS://bucket/a", "gs://bucket/a"),
         ("gs://bucket/a[1]", "gs://bucket/a[1]"),
     ],
 )
@@ -56,6 +57,9 @@ def test_what_is_meant(text, path):
         ("a/" * 2000, "too long"),
         ("a\0b", "no file can have that name"),
         ("a\udcffb", "no file can have that name"),
+        ("gs://", "no bucket is named"),
+        ("file://host/x", "files of other hosts are not read"),
+        ("/dev/null", "this is no file and no folder"),
     ],
 )
 def test_what_is_refused(text, sentence):

@@ -21,20 +21,26 @@ LONGEST_NAME, LONGEST_PATH = 240, 3800  # bytes: what systems allow, less what i
 def user_path(text: str | PurePath, name: str = "") -> epath.Path:
     """The path that a flag or a config field `name` gives: ~ expanded, file:// taken off.
 
-    Raises: BadInput for an empty path, an unknown scheme or user, or what no file can be called.
+    Raises: BadInput for an empty path, an unknown scheme or user, what no file can be called, or
+        what is no file, such as a pipe.
     """
     if isinstance(text, epath.Path):
         return text
-    text = os.fspath(text)
+    text = os.fspath(text) if isinstance(text, os.PathLike) else text
+    if not isinstance(text, str):
+        raise BadInput(f"{name or 'a path'} is {str(text)[:40]!r}; expected text.")
     path = re.sub(r"^file://(localhost)?(?=/)", "", text, flags=re.IGNORECASE)
     path = unquote(path) if path != text else os.path.expanduser(path)
+    path = re.sub(r"^gs://", "gs://", path, flags=re.IGNORECASE)
     scheme = re.match(r"([A-Za-z][\w+.-]*)://", path)
     names = [os.fsencode(part) for part in path.split("/")]
     wrong = ""
     if not path.strip():
         wrong = f"no path is given; {EXPECTED}"
     elif scheme and not re.match(r"gs://[^/]", path):
-        wrong = f"paths of the form {scheme[0]} are not read; {EXPECTED}"
+        lacks = {"gs": "no bucket is named", "file": "files of other hosts are not read"}
+        other = f"paths of the form {scheme[0]} are not read"
+        wrong = f"{lacks.get(scheme[1].lower(), other)}; {EXPECTED}"
     elif os.name != "nt" and re.match(r"[A-Za-z]:\\", path) and not os.path.exists(path):
         wrong = f"this is a path of Windows; {EXPECTED}"
     elif path.startswith("~") and path == text:
@@ -45,6 +51,8 @@ def user_path(text: str | PurePath, name: str = "") -> epath.Path:
         text = text[:40] + "…"
     elif "\0" in path or not _is_utf8(path):
         wrong = "no file can have that name; expected UTF-8 without zero bytes"
+    elif os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        wrong = "this is no file and no folder"  # a pipe might never answer
     if wrong:
         raise BadInput(f"{name}={text!r}: {wrong}." if name else f"{text!r}: {wrong}.")
     return epath.Path(path)

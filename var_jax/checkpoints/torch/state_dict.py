@@ -20,7 +20,7 @@ def file_and_key(text: str | Path) -> tuple[Path, str]:
     """A file, and the key of FILE:KEY where there is no file of that whole name."""
     path = local_path(text)
     name, _, key = str(path).rpartition(":")
-    return (Path(name), key) if name and not path.exists() else (path, "")
+    return (local_path(name), key) if name and not path.exists() else (path, "")
 
 
 def find_state_dict(path: Path, content: Any, key: str = "", mark: str = "") -> Tensors:
