@@ -149,3 +149,7 @@ def test_occupying_writes_once_and_keeps_what_is_there(tmp_path):
     with pytest.raises(BadInput, match=r"config\.seed is 0, not 1"):
         workdir.occupy(folder, config_of(seed=1), INPUTS, splits)
     assert (folder / "config.json").read_text() == before
+    (folder / "config.json").unlink()
+    with pytest.raises(BadInput, match=r"holds checkpoints but no config\.json"):
+        workdir.occupy(folder, config_of(), INPUTS, splits)
+    assert not (folder / "config.json").exists()

@@ -39,6 +39,11 @@ def occupy(
                 " is gone, remove .lock there)."
             )
         made = {name: steps_made(workdir / name) for name in TRAININGS}
+        if any(made.values()) and not (workdir / "config.json").exists():
+            raise BadInput(
+                f"{workdir} holds checkpoints but no config.json, which says of what run they are;"
+                " put it back, or name another --workdir."
+            )
         about = record(workdir / "config.json", config, inputs, made)
         remember(workdir / "data.json", splits, begun=any(made.values()))
         if about:
