@@ -32,6 +32,7 @@ from var_jax.tools.configs import load_config
 def define_flags():
     flags.DEFINE_integer("number", None, "how many", required=True)
     flags.DEFINE_float("share", 0.5, "of what")
+    flags.DEFINE_bool("only", False, "that")
     flags.DEFINE_string("fail", "", "how to fail")
     cli.define_config_flag()
 
@@ -125,6 +126,7 @@ OTHER_TYPE = "conf.py, line {}: a value of another type in '{}'."
         ([], "flag --number is missing; expected a value"),
         (["--number=x"], "flag --number=x: expected a whole number, not 'x'"),
         ([*CONF, "--fial=bad"], "unknown flag --fial; did you mean 'fail'?"),
+        ([*CONF, "--noonly=3"], "--noonly=3 does not take an argument"),
         ([*CONF, "--share=nan"], "--share=nan; expected a finite number."),
         ([*CONF, "bad"], "unexpected argument 'bad'; every option is a --flag."),
         (["--number=1"], "flag --config is missing; expected a value"),
@@ -186,6 +188,12 @@ def test_a_path_is_bad_input_where_a_flag_names_it(folder, named, code):
     error = PermissionError(13, "Permission denied", str(folder / named))
     argv = [f"--config={folder}/conf.py", "--number", "1"]
     assert cli.explain(error, argv) == (code, f"{folder / named}: permission denied")
+
+
+def test_a_folder_that_is_gone(monkeypatch):
+    monkeypatch.setattr(os, "getcwd", lambda: os.stat("/no/such/folder"))
+    sentence = "the folder that this command was started in is gone"
+    assert cli.explain(FileNotFoundError(2, "No such file", "samples")) == (2, sentence)
 
 
 ANOTHER = "not used, as results would be others: {}\n"

@@ -152,7 +152,7 @@ def _parse(args: flags.FlagValues, argv: Sequence[str]) -> None:
     except flags.UnrecognizedFlagError as error:
         near = did_you_mean(error.flagname, args)
         raise BadInput(f"unknown flag --{error.flagname}{near}") from error
-    except flags.Error as error:
+    except (flags.Error, ValueError) as error:  # absl itself: --nosmooth=3
         text = str(error).splitlines()[0]  # of several the first
         text = re.sub(r"=None: .*", " is missing; expected a value", text)
         text = re.sub(r"invalid literal for int\(\).*?:", "expected a whole number, not", text)
@@ -232,7 +232,10 @@ def _bad_path(error: OSError, argv: Sequence[str]) -> tuple[int, str]:
     """2 for a path that a flag names, or one on the way to it, before the work has begun."""
     if not error.strerror:
         return FAILED, f"{type(error).__name__}: {error}"
-    path = os.path.abspath(os.fsdecode(error.filename or ""))
+    try:
+        path = os.path.abspath(os.fsdecode(error.filename or ""))
+    except FileNotFoundError:
+        return BAD_INPUT, "the folder that this command was started in is gone"
     named = [os.path.abspath(word.rpartition("=")[2]) for word in argv if word]
     related = any(os.path.commonpath([path, name]) in (path, name) for name in named)
     theirs = isinstance(error, WRONG_PATHS) or error.errno == errno.EROFS
