@@ -37,6 +37,13 @@ def check_schedule(patch_nums: tuple[int, ...]) -> None:
         )
 
 
+# What no known model comes near; more would take all memory before it fails.
+MOST = {
+    "depth": 1024, "num_res_blocks": 64, "num_phi": 64, "patch_nums": 512, "batch_size": 2**20,
+    "size": 2**14, **dict.fromkeys(("width", "channels", "latent_dim", "vocab_size"), 2**24),
+}  # fmt: skip
+
+
 def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
     """Raises BadInput unless each named field lies in its range, both ends included."""
     for name, (least, most) in ranges.items():
@@ -45,6 +52,8 @@ def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
             if most == PART[1]:
                 wanted = f"{least} to less than 1"
             raise BadInput(f"{name}={value}; expected {wanted}.")
+        if value > MOST.get(name, math.inf):
+            raise BadInput(f"{name}={value} is beyond any model; expected at most {MOST[name]}.")
 
 
 SOME, ANY, SHARE = (1, math.inf), (0, math.inf), (0, 1)  # ranges

@@ -213,6 +213,8 @@ CASES = [
     ("train", *TRAIN, "--config.train_transformer.lr_scale=(((=0"),
     ("train", *TRAIN, "--config.tokenizer.patch_nums=(1,1000000)"),
     ("train", *TRAIN, "--config.train_tokenizer.steps=1e400"),
+    ("train", *TRAIN, "--config.train_tokenizer.batch_size=999999999"),
+    ("train", *TRAIN, "--config.transformer.depth=1000000000"),
     *(("encode", "--checkpoint", "GOOD", "--images", f"FILES/{name}") for name in sorted(
         DATA - {"float_labels.npz", "huge_label.npz", "negative.npz", "no_labels.npz",
                 "pickled_labels.npz", "same_names.npz"}

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from var_jax import BadInput
 from var_jax.checkpoints.export import export_config, find_export, load_weights, save_export
 from var_jax.config import (
+    MOST,
     Config,
     MeshConfig,
     SamplingConfig,
@@ -30,9 +31,7 @@ from var_jax.models.var import Transformer
 from var_jax.sharding.mesh import check_hosts, sampling_mesh, shard
 
 T = TypeVar("T")
-# What a config.json may ask for: no known model comes near, and memory holds it.
-MOST = {"depth": 1024, "num_res_blocks": 64, "num_phi": 64, "patch_nums": 512}
-MOST_VALUES = 64
+MOST_VALUES = 64  # of a field of config.json
 
 
 class Models(NamedTuple):
