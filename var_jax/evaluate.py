@@ -65,8 +65,9 @@ from var_jax.evaluation.quality import (
 from var_jax.evaluation.scores import BLOCK
 from var_jax.evaluation.tokenizer import Perturbed, Reconstructions, similarities
 from var_jax.models.features.lpips import NETS, SMALLEST, Lpips, load_lpips
+from var_jax.models.tokenizer import Tokenizer
 from var_jax.sampling.autoregressive import Weights, sampler
-from var_jax.sampling.exports import mesh_for_sampling
+from var_jax.sampling.exports import load_tokenizer, mesh_for_sampling
 from var_jax.sampling.to_disk import Job, check_settings
 from var_jax.sharding import hosts
 from var_jax.sharding.mesh import data_mesh, of_first, using
@@ -128,15 +129,15 @@ def main(args: flags.FlagValues) -> None:
     out = output_folder(args.out, locks=jax.process_index() == 0)  # for all hosts
     hosts.check_shared("--out", out)
     mesh = mesh_for_sampling(args.checkpoint) if args.checkpoint else data_mesh()
-    model = var_jax.load(args.checkpoint, mesh=mesh) if args.checkpoint else None
+    model = load(args, mesh)
     network = load_network(args.features) if sampled or args.tokenizer else None
     with using(mesh):
-        if network is None:
+        if isinstance(model, Tokenizer):
+            assert network is not None
+            found = {"": reconstruction(args, network, model, out)}
+        elif network is None:
             assert model is not None
             found = {"": likelihood(args, model)}
-        elif args.tokenizer:
-            assert model is not None
-            found = {"": reconstruction(args, network, model, out)}
         else:
             run = quality if args.reference else memorized
             found = run(args, network, model, out)
@@ -145,9 +146,18 @@ def main(args: flags.FlagValues) -> None:
     sync_global_devices("figures are written")  # hosts that end earlier would take others along
 
 
-def validation_source(args: flags.FlagValues, model: var_jax.Model) -> Source:
-    """The images of --source that a model is measured on."""
-    return open_source(args.source, args.split or "validation", model.image_size, resize=1.0)
+def load(
+    args: flags.FlagValues, mesh: jax.sharding.Mesh | None
+) -> var_jax.Model | Tokenizer | None:
+    """What --checkpoint holds, if that is given; for --tokenizer its tokenizer alone."""
+    if args.tokenizer:
+        return load_tokenizer(args.checkpoint, mesh)
+    return var_jax.load(args.checkpoint, mesh=mesh) if args.checkpoint else None
+
+
+def validation_source(args: flags.FlagValues, size: int) -> Source:
+    """The images of --source that a model is measured on, at `size` pixels."""
+    return open_source(args.source, args.split or "validation", size, resize=1.0)
 
 
 def check_classes(args: flags.FlagValues, source: Source, model: var_jax.Model) -> None:
@@ -158,20 +168,19 @@ def check_classes(args: flags.FlagValues, source: Source, model: var_jax.Model) 
 
 def likelihood(args: flags.FlagValues, model: var_jax.Model) -> dict[str, float]:
     """How likely a model finds the images of --source, or their classes."""
-    source = validation_source(args, model)
+    source = validation_source(args, model.image_size)
     check_classes(args, source, model)
     run = likelihood_figures if args.likelihood else classification_figures
     return run(model.models.tokenizer, model.models.transformer, source, args.batch_size)
 
 
 def reconstruction(
-    args: flags.FlagValues, network: Network, model: var_jax.Model, out: epath.Path
+    args: flags.FlagValues, network: Network, tokenizer: Tokenizer, out: epath.Path
 ) -> dict[str, float]:
     """What the tokenizer makes of the images of --source; on process 0."""
-    images, folder = SourceImages(validation_source(args, model)), out / "features"
-    size = args.batch_size
-    compare = similarities(perceptual(args, model.image_size), size)
-    again = Reconstructions(model.models.tokenizer, images, size, compare)
+    side, size, folder = tokenizer.config.image_size, args.batch_size, out / "features"
+    images = SourceImages(validation_source(args, side))
+    again = Reconstructions(tokenizer, images, size, similarities(perceptual(args, side), size))
     originals, made = (extract(network, each, folder, size) for each in (images, again))
     perturbed = extract(network, Perturbed(again), folder, size)
     if jax.process_index() > 0:
@@ -345,14 +354,17 @@ def draw(
     return path
 
 
-def fingerprints(args: flags.FlagValues, model: var_jax.Model) -> dict[str, str]:
+def fingerprints(args: flags.FlagValues, model: var_jax.Model | Tokenizer) -> dict[str, str]:
     """What tells the weights of a checkpoint from any others."""
-    parts = {"tokenizer": model.models.tokenizer, "transformer": model.models.transformer}
+    if isinstance(model, Tokenizer):
+        parts: dict[str, Any] = {"tokenizer": model}
+    else:
+        parts = {"tokenizer": model.models.tokenizer, "transformer": model.models.transformer}
     return {name: load_fingerprint(args.checkpoint, name, part) for name, part in parts.items()}
 
 
 def about(
-    args: flags.FlagValues, network: Network | None, model: var_jax.Model | None
+    args: flags.FlagValues, network: Network | None, model: var_jax.Model | Tokenizer | None
 ) -> dict[str, Any]:
     """What figures are of: code, weights, flags."""
     git = ("git", "-C", str(Path(__file__).parents[1]), "rev-parse", "HEAD")

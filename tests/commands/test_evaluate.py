@@ -11,6 +11,8 @@ from etils import epath
 from evaluation_cases import weights_file
 from running import complaint, run, start_several
 
+from var_jax.checkpoints.export import export_config
+from var_jax.config import SamplingConfig
 from var_jax.data.sources import open_source
 from var_jax.evaluate import define_flags, perceptual
 from var_jax.evaluation import features
@@ -18,6 +20,7 @@ from var_jax.evaluation.image_sets import SourceImages
 from var_jax.evaluation.scores import inception_score
 from var_jax.evaluation.statistics import Moments
 from var_jax.models.features.weights import in_package
+from var_jax.sampling.exports import load_parts, save_parts
 from var_jax.tools import cli
 
 
@@ -212,6 +215,26 @@ def test_a_checkpoint_is_sampled_and_swept(tmp_path, untrained, mean_colours):
     assert (tmp_path / "out" / "cfg0" / "samples.npz").stat().st_mtime_ns == time
     said = complaint("evaluate", *flags, "--cfg", "0,1.5", "--seed", 1, "--out", tmp_path / "out")
     assert "--seed=0, not 1" in said
+
+
+def without_transformer(checkpoint, folder):
+    """A copy of a checkpoint as `train_transformer.steps=0` leaves it."""
+    parts, names = load_parts(checkpoint)[0], export_config(checkpoint)["class_names"]
+    save_parts(folder, {"tokenizer": parts["tokenizer"]}, names, SamplingConfig())
+    return folder
+
+
+def test_a_tokenizer_alone(tmp_path, untrained, mean_colours):
+    alone = without_transformer(untrained, tmp_path / "alone")
+    flags = ("--tokenizer", "--source", "emoji", "--out", tmp_path / "out", "--checkpoint")
+    found = []
+    for checkpoint in (untrained, alone):
+        code, _, err = run("evaluate", *flags, checkpoint)
+        assert code == 0, err
+        found.append({name: x for name, x in metrics(tmp_path / "out").items() if name != "flags"})
+    assert found[0] == found[1] and {*found[0]["checkpoint"]} == {"tokenizer"}
+    said = complaint("evaluate", *flags[1:], alone, "--likelihood")
+    assert "holds a tokenizer but no transformer" in said
 
 
 @pytest.mark.slow
