@@ -317,8 +317,10 @@ def sweep(args: flags.FlagValues, model: var_jax.Model) -> dict[str, SamplingCon
     for values in itertools.product(*lists.values()):
         point = dict(zip(lists, values, strict=True))
         name = "-".join(f"{key}{value:g}" for key, value in point.items())
-        top_k = int(point["top_k"]) if "top_k" in point else None
-        found[name] = model.settings(point.get("cfg"), top_k, point.get("top_p"))
+        top_k = point.get("top_k")
+        if top_k is not None and top_k.is_integer():
+            top_k = int(top_k)
+        found[name] = model.settings(point.get("cfg"), top_k, point.get("top_p"))  # type: ignore
     return found if len(found) > 1 else {"": next(iter(found.values()))}
 
 

@@ -327,6 +327,22 @@ def test_bad_input(tmp_path, flags, sentence):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        *((f"--{name}=", f"--{name}=; expected numbers") for name in ("cfg", "top_k", "top_p")),
+        *((f"--top_k={k}", "expected a whole number") for k in ("1.5", "nan", "inf", "1,-inf")),
+        ("--top_k=-1", "expected a whole number"),
+        ("--cfg=nan", "expected numbers"),
+        ("--top_p=a", "--top_p=a; expected numbers"),
+    ],
+)
+def test_settings_that_are_none(tmp_path, untrained, mean_colours, flag, sentence):
+    flags = ("--checkpoint", untrained, "--reference", "emoji", "--num", 4, flag)
+    assert sentence in complaint("evaluate", *flags, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def npz_bytes(**arrays):
     file = io.BytesIO()
     np.savez(file, **arrays)

@@ -137,6 +137,8 @@ def numbers(name: str, words: list[str] | None) -> tuple[float, ...] | None:
     if words is None:
         return None
     try:
+        if not words:
+            raise ValueError("an empty list")
         return tuple(map(float, words))
     except ValueError as error:
         raise BadInput(f"{name}={','.join(words)}; expected numbers.") from error
