@@ -389,7 +389,16 @@ SAVED = {"features": np.zeros((40, 12), np.float32), "mu": np.zeros(12), "sigma"
         ("--reference", SAVED | {"mu": np.zeros(9), "sigma": np.eye(9)}, "of 12 and of 9 numbers"),
         ("--reference", SAVED | {"mu": np.full(12, np.nan)}, "values that are not finite"),
         ("--reference", SAVED | {"features": np.full((9, 12), np.nan)}, "not finite"),
-        ("--reference", SAVED | {"features": np.zeros(12)}, "features is of shape (12,)"),
+        (
+            "--reference",
+            SAVED | {"features": np.zeros(12)},
+            "float64 of shape (12,); expected (N,D)",
+        ),
+        ("--reference", SAVED | {"features": np.full((9, 12), "a")}, "expected (N,D)"),
+        ("--reference", SAVED | {"sigma": -np.eye(12)}, "sigma is no covariance"),
+        ("--reference", SAVED | {"sigma": np.eye(12, k=1)}, "sigma is no covariance"),
+        ("--reference", SAVED | {"sigma": 1j * np.eye(12)}, "expected (D,) and (D,D)"),
+        ("--reference", SAVED | {"sigma": np.full((12, 12), np.nan)}, "not finite"),
     ],
 )
 def test_sets_that_cannot_be_compared(tmp_path, mean_colours, flag, content, sentence):

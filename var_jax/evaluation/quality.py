@@ -78,9 +78,12 @@ def saved_by_us(spec: str, given: dict[str, np.ndarray], network: Network) -> Re
     for name in (name for kind in kinds for name in STATISTICS[kind]):
         if name not in given:
             raise BadInput(f"{spec} holds {', '.join(given)}; expected {name!r} as well.")
-    if given["features"].ndim != 2:
-        raise BadInput(f"{spec}: features is of shape {given['features'].shape}; expected (N,D).")
-    return Reference(published(given, spec), given["features"])
+    features = given["features"]
+    if features.ndim != 2 or features.dtype.kind != "f":
+        raise BadInput(
+            f"{spec}: features is {features.dtype} of shape {features.shape}; expected (N,D)."
+        )
+    return Reference(published(given, spec), features)
 
 
 def identity(network: Network, spec: str, split: str, images: SourceImages) -> str:
@@ -122,11 +125,21 @@ def published(arrays: dict[str, np.ndarray], path: str) -> dict[str, tuple[np.nd
         if not {*names} <= {*arrays}:
             continue
         mean, covariance = (arrays[name] for name in names)
-        if mean.ndim != 1 or covariance.shape != 2 * mean.shape or mean.dtype.kind != "f":
+        floats = mean.dtype.kind == covariance.dtype.kind == "f"
+        if mean.ndim != 1 or covariance.shape != 2 * mean.shape or not floats:
             shapes = f"{mean.dtype} of shape {mean.shape} and {covariance.shape}"
             raise BadInput(f"{path}: {' and '.join(names)} are {shapes}; expected (D,) and (D,D).")
+        if (np.diag(covariance) < 0).any() or not symmetric(covariance):
+            raise BadInput(
+                f"{path}: {names[1]} is no covariance: that is symmetric, with no variance below 0."
+            )
         found[kind] = mean, covariance
     return found
+
+
+def symmetric(matrix: Float[np.ndarray, "D D"]) -> bool:
+    """Whether a matrix is its transpose, up to rounding; NaN is left for others to find."""
+    return np.allclose(matrix, matrix.T, 1e-3, 1e-4 * np.abs(matrix).max(initial=0), equal_nan=True)
 
 
 def distance_name(network: Network) -> str:
