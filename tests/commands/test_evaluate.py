@@ -171,6 +171,31 @@ def test_a_reference_is_found_again_and_is_of_its_images(tmp_path, mean_colours)
     assert times[0] == times[1] and len({*times}) == 4
 
 
+DAMAGES = {
+    "cut": lambda whole: whole[:-60],
+    "empty": lambda whole: b"",
+    "flipped": lambda whole: whole[:300] + bytes([whole[300] ^ 16]) + whole[301:],
+    "text": lambda whole: b"hello",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_features_are_made_anew(tmp_path, mean_colours, damage):
+    write_source(tmp_path / "data", 0)
+    write_images(tmp_path / "a.npz", 0)
+    flags = ("--samples", tmp_path / "a.npz", "--reference", tmp_path / "data")
+    flags = (*flags, "--out", tmp_path / "out")
+    assert run("evaluate", *flags)[0] == 0
+    found = metrics(tmp_path / "out")
+    whole = {path: path.read_bytes() for path in (tmp_path / "out" / "features").glob("*.npz")}
+    assert len(whole) == 4  # of samples, of both splits, and reference.npz
+    for path, data in whole.items():
+        path.write_bytes(DAMAGES[damage](data))
+    code, _, err = run("evaluate", *flags)
+    assert code == 0, err
+    assert metrics(tmp_path / "out") == found
+
+
 def test_sets_of_a_source_are_spread_and_in_order(tmp_path):
     source = open_source("emoji", "validation", 16)
     images = SourceImages(source, 70)

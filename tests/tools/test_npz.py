@@ -51,6 +51,15 @@ def test_damaged_files(tmp_path):
         list(NpzImages(path).batches(2))
 
 
+def test_damaged_parts(tmp_path):
+    path = tmp_path / "a.npz"
+    save_npz(path, arr_0=IMAGES)
+    path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(BadInput, match="or a damaged one"):
+        join_npz(tmp_path / "all.npz", [(path, 0)], 5)
+    assert not (tmp_path / "all.npz").exists()
+
+
 def test_joined_parts_are_the_whole(tmp_path):
     rng = np.random.default_rng(0)
     whole = {

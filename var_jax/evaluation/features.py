@@ -25,7 +25,7 @@ from var_jax.sharding.mesh import of_first
 from var_jax.sharding.ops import data_parallel
 from var_jax.sharding.rows import in_batches, replicate
 from var_jax.tools.logs import progress
-from var_jax.tools.npz import load_npz, save_npz
+from var_jax.tools.npz import is_whole, load_npz, save_npz
 
 PART = 1024  # images of a file of features
 FEWEST = 4  # images of a set
@@ -98,7 +98,8 @@ class Features:
 def extract(
     network: Network, images: ImageSet, folder: epath.Path, batch_size: int = 64
 ) -> Features:
-    """The features of all images, on every device of the mesh; those in `folder` are not made anew.
+    """The features of all images, on every device of the mesh; of those in `folder` only what is
+    damaged is made anew.
 
     Process 0 writes and reads the files. They are called by the network, the place and the checksum
     of their images, so that none is taken for another.
@@ -112,7 +113,7 @@ def extract(
         for part in images.batches(PART):
             name = f"{network.name}-{network.fingerprint[:8]}-{start:08d}"
             path = folder / f"{name}-{zlib.crc32(part.tobytes()):08x}.npz"
-            if not of_first(lambda path=path: np.array(path.exists()), (), bool):
+            if not of_first(lambda path=path: np.array(is_whole(path)), (), bool):
                 weights = replicate(network.weights) if weights is None else weights
                 found = in_batches(network.run, weights, part, batch_size)
                 if jax.process_index() == 0:

@@ -18,7 +18,7 @@ from var_jax.evaluation.image_sets import ImageSet, SourceImages, flat_folder, o
 from var_jax.evaluation.reading import READ
 from var_jax.evaluation.scores import BLOCK, inception_score, kernel_distance, precision_recall
 from var_jax.sharding.mesh import of_first
-from var_jax.tools.npz import load_npz, load_others, save_npz
+from var_jax.tools.npz import is_whole, load_npz, load_others, save_npz
 
 MOST_NEIGHBOURS = 10_000  # images of a reference that precision and recall compare with, as ADM's
 MOST_SAMPLES = 50_000  # images whose neighbours are looked for, as many as papers sample
@@ -95,7 +95,7 @@ def identity(network: Network, spec: str, split: str, images: SourceImages) -> s
 
 def saved_reference(path: epath.Path, of: str) -> Reference | None:
     """The statistics at `path`, if they are of this identity."""
-    saved = load_others(path) if path.exists() else {}
+    saved = load_npz(path) if is_whole(path) else {}
     if str(saved.get("of")) != of:
         return None
     return Reference(published(saved, str(path)), saved["features"])

@@ -159,6 +159,19 @@ def load_others(path: str | PurePath) -> dict[str, np.ndarray]:
 
 
 def load_npz(path: str | PurePath, *names: str) -> dict[str, np.ndarray]:
-    """The named arrays of an npz, all of them by default."""
-    with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+    """The named arrays of an npz, all of them by default. Raises: BadInput if it is damaged."""
+    with (
+        reading(path),
+        epath.Path(path).open("rb") as file,
+        np.load(file, allow_pickle=False) as arrays,
+    ):
         return {name: arrays[name] for name in names or arrays}
+
+
+def is_whole(path: str | PurePath) -> bool:
+    """Whether there is an npz that can be read to its end."""
+    try:
+        load_npz(path)
+    except BadInput:
+        return False
+    return True
