@@ -10,6 +10,8 @@ fractions of the crop, the mask is cropped alike. Writes result.png (or result_0
 L: 1 if kept).
 """
 
+import re
+
 import numpy as np
 from absl import flags
 from etils import epath
@@ -147,6 +149,9 @@ def write(out: epath.Path, strip: np.ndarray, arrays: dict[str, np.ndarray]) -> 
     names = [f"result_{i}.png" for i in range(len(results))] if len(results) > 1 else ["result.png"]
     for name, result in zip(names, results, strict=True):
         save_png(out / name, result)
+    for path in out.glob("result*.png"):  # of an edit before this
+        if path.name not in names and re.fullmatch(r"result(_\d+)?\.png", path.name):
+            path.unlink()
     sheet = grid(strip, columns=min(len(strip), 10), scale=max(1, 96 // strip.shape[1]))
     save_png(out / "strip.png", sheet)
     save_npz(out / "edit.npz", **arrays)

@@ -41,7 +41,14 @@ from var_jax import BadInput
 from var_jax.checkpoints.export import load_fingerprint
 from var_jax.config import MAX_SEED, SamplingConfig
 from var_jax.data.sources import SPLITS, Source, open_source
-from var_jax.evaluation.features import EFFICIENTNET, FEWEST, Network, extract, load_network
+from var_jax.evaluation.features import (
+    EFFICIENTNET,
+    FEWEST,
+    Network,
+    check_count,
+    extract,
+    load_network,
+)
 from var_jax.evaluation.image_sets import (
     ImageSet,
     SourceImages,
@@ -232,6 +239,7 @@ def quality(
             num, folder = args.num or 50_000, out / (name or "samples")
             sets[name] = NpzImages(draw(args, model, settings, num, folder))
     count, size = next(iter(sets.values())).shape[:2]
+    check_count(count)  # ahead of the features of the reference
     folder, split = out / "features", args.split or "train"
     where = {"size": args.size or size, "split": split}
     reference = open_reference(args.reference, network, folder, **where, batch_size=args.batch_size)

@@ -27,6 +27,8 @@ def photo(tmp_path_factory):
 
 def test_box_and_paste(untrained, photo, tmp_path):
     flags = ("--image", photo, "--task", "outpaint", "--box", ".25,0,.75,.5", "--paste")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "result_2.png").write_bytes(b"of an edit with --num 3")
     code, _, err = run("edit", "--checkpoint", untrained, *flags, "--out", tmp_path / "out")
     assert code == 0, err
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [

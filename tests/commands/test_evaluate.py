@@ -419,6 +419,7 @@ SAVED = {"features": np.zeros((40, 12), np.float32), "mu": np.zeros(12), "sigma"
             SAVED | {"features": np.zeros(12)},
             "float64 of shape (12,); expected (N,D)",
         ),
+        ("--reference", SAVED | {"features": np.zeros((3, 12))}, "3 images are too few"),
         ("--reference", SAVED | {"features": np.full((9, 12), "a")}, "expected (N,D)"),
         ("--reference", SAVED | {"sigma": -np.eye(12)}, "sigma is no covariance"),
         ("--reference", SAVED | {"sigma": np.eye(12, k=1)}, "sigma is no covariance"),
@@ -438,6 +439,7 @@ def test_sets_that_cannot_be_compared(tmp_path, mean_colours, flag, content, sen
     flags = [part for name, file in files.items() for part in (name, tmp_path / file)]
     assert sentence in complaint("evaluate", *flags, "--out", tmp_path / "out")
     assert not (tmp_path / "out" / "metrics.json").exists()
+    assert "too few" not in sentence or not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,12 @@ class Features:
         return sum(rest, start=first)
 
 
+def check_count(count: int) -> None:
+    """Raises BadInput for fewer than four images: precision and recall take third neighbours."""
+    if count < FEWEST:
+        raise BadInput(f"{count} images are too few; expected at least {FEWEST} in each set.")
+
+
 def extract(
     network: Network, images: ImageSet, folder: epath.Path, batch_size: int = 64
 ) -> Features:
@@ -104,11 +110,10 @@ def extract(
     Process 0 writes and reads the files. They are called by the network, the place and the checksum
     of their images, so that none is taken for another.
 
-    Raises: BadInput for fewer than four images: precision and recall take third neighbours.
+    Raises: BadInput for fewer than four images.
     """
     count, paths, start, weights = images.shape[0], [], 0, None
-    if count < FEWEST:
-        raise BadInput(f"{count} images are too few; expected at least {FEWEST} in each set.")
+    check_count(count)
     with progress(count, 0, "features") as bar:
         for part in images.batches(PART):
             name = f"{network.name}-{network.fingerprint[:8]}-{start:08d}"

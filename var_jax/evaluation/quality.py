@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from var_jax import BadInput
 from var_jax.data.sources import SPLITS
-from var_jax.evaluation.features import Features, Network, extract
+from var_jax.evaluation.features import Features, Network, check_count, extract
 from var_jax.evaluation.frechet import frechet
 from var_jax.evaluation.image_sets import ImageSet, SourceImages, flat_folder, open_images
 from var_jax.evaluation.reading import READ
@@ -83,6 +83,7 @@ def saved_by_us(spec: str, given: dict[str, np.ndarray], network: Network) -> Re
         raise BadInput(
             f"{spec}: features is {features.dtype} of shape {features.shape}; expected (N,D)."
         )
+    check_count(len(features))
     return Reference(published(given, spec), features)
 
 
