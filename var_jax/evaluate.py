@@ -107,7 +107,9 @@ def define_flags() -> None:
     flags.DEFINE_bool("memorization", False, "Loss on training images, and how near samples come.")
     flags.DEFINE_string("source", None, "The data source of the four above.")
     flags.DEFINE_enum("split", None, SPLITS, "Of a data source. Default: validation.")
-    flags.DEFINE_integer("size", None, "Side of a data source's images. Default: as the samples.")
+    flags.DEFINE_integer(
+        "size", None, "Side of a data source's images. Default: as the samples.", 1
+    )
     flags.DEFINE_integer(
         "num", None, "How many images, in turn over the classes. Default: 50,000; with"
         " --memorization as many as the validation set has.", FEWEST,
@@ -130,6 +132,11 @@ def main(args: flags.FlagValues) -> None:
     sampled = args.reference or args.memorization
     if (args.checkpoint is None) == (args.samples is None) or (args.samples and not sampled):
         raise BadInput("give --checkpoint, or --samples with --reference or --memorization.")
+    given = [name for name in (*SWEPT, "num", "seed") if args[name].present]
+    if given and not (sampled and args.checkpoint):
+        raise BadInput(f"--{given[0]} is of sampling, and nothing is sampled here.")
+    if args.reference and args.source:
+        raise BadInput(f"--source goes with --{', --'.join(MODES)}, not with --reference.")
     if modes and not args.source:
         raise BadInput(f"--{modes[0]} needs --source, a data source.")
     hosts.join(args)

@@ -344,6 +344,14 @@ def test_hosts_measure_together(tmp_path, untrained):
         (("--checkpoint", "emoji", "--likelihood"), "--likelihood needs --source"),
         (("--samples", "x.npz", "--memorization"), "--memorization needs --source"),
         (("--samples", "none.npz", "--reference", "emoji"), "none.npz"),
+        (("--samples", "x", "--reference", "emoji", "--cfg", "2"), "--cfg is of sampling"),
+        (("--samples", "x", "--memorization", "--source", "x", "--num=9"), "--num is of sampling"),
+        (("--checkpoint", "emoji", "--classify", "--source", "x", "--top_k=9"), "--top_k is of"),
+        (
+            ("--samples", "x", "--reference", "x", "--source", "x"),
+            "--source goes with --likelihood",
+        ),
+        (("--samples", "x", "--reference", "emoji", "--size", "0"), "--size"),
         (("--samples", "x.npz", "--reference", "x.npz", "--features", "no.pth"), "no.pth"),
     ],
 )
