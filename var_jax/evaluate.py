@@ -328,14 +328,14 @@ def sweep(args: flags.FlagValues, model: var_jax.Model) -> dict[str, SamplingCon
     """The settings of each point of a sweep, by name; one point is called ""."""
     given = {name: cli.numbers(f"--{name}", args[name].value) for name in SWEPT}
     lists = {name: values for name, values in given.items() if values is not None}
+    if wrong := [value for value in lists.get("top_k", ()) if not value.is_integer()]:
+        raise BadInput(f"--top_k={wrong[0]:g}; expected a whole number of at least 0.")
     found = {}
     for values in itertools.product(*lists.values()):
         point = dict(zip(lists, values, strict=True))
         name = "-".join(f"{key}{value:g}" for key, value in point.items())
-        top_k = point.get("top_k")
-        if top_k is not None and top_k.is_integer():
-            top_k = int(top_k)
-        found[name] = model.settings(point.get("cfg"), top_k, point.get("top_p"))  # type: ignore
+        top_k = int(point["top_k"]) if "top_k" in point else None
+        found[name] = model.settings(point.get("cfg"), top_k, point.get("top_p"))
     return found if len(found) > 1 else {"": next(iter(found.values()))}
 
 
