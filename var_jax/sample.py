@@ -33,7 +33,7 @@ from var_jax.sharding.mesh import of_first, using
 from var_jax.tools import cli
 from var_jax.tools.files import output_folder
 from var_jax.tools.images import grid, save_png
-from var_jax.tools.plugins import find_function
+from var_jax.tools.plugins import find_function, told
 
 MOST = 10**8  # images; of those parts the names have room for
 SHOWN, ROWS = 100, 8  # images in grid.png and in scales.png
@@ -182,7 +182,7 @@ def load_scorer(args: flags.FlagValues, model: var_jax.Model) -> Score:
     Raises: BadInput if there is no such function, or the model would need tokens that are not here.
     """
     if args.scorer is not None:
-        return of_images(find_function("--scorer", args.scorer, 2))
+        return of_user(find_function("--scorer", args.scorer, 2), args.scorer)
     emoji = open_source("emoji", "train", min(model.image_size, 64))
     if model.class_names == emoji.class_names:
         from var_jax.evaluation.pixel_report import scorer  # scikit-learn takes seconds
@@ -195,6 +195,21 @@ def load_scorer(args: flags.FlagValues, model: var_jax.Model) -> Score:
 
     parts = model.models.tokenizer.quantizer, model.models.transformer
     return lambda _, labels, tokens: class_scores(*parts, tokens, labels, args.batch_size)
+
+
+def of_user(score: Callable[[np.ndarray, np.ndarray], Any], spec: str) -> Score:
+    """The score of --scorer. It raises BadInput where that fails or returns no real numbers."""
+
+    def checked(images: np.ndarray, labels: np.ndarray, _: Any) -> np.ndarray:
+        try:
+            scores = np.asarray(score(images, labels))
+            if scores.dtype.kind in "cSU":
+                raise TypeError(f"{scores.dtype} is no kind of real numbers")
+            return scores.astype(np.float64)
+        except Exception as error:  # whatever the user's code does
+            raise BadInput(f"--scorer={spec} failed with {told(error)}.") from error
+
+    return checked
 
 
 def of_images(score: Callable[[np.ndarray, np.ndarray], Any]) -> Score:

@@ -19,6 +19,8 @@ def find_function(name: str, spec: str, arguments: int) -> Callable[..., Any]:
         found = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise BadInput(f"{name}={spec} is no MODULE:FUNCTION here ({error}).") from error
+    except (Exception, SystemExit) as error:  # whatever the module does
+        raise BadInput(f"{name}={spec} cannot be imported: {told(error)}.") from error
     if not callable(found):
         raise BadInput(f"{name}={spec} is no function.")
     try:
@@ -26,3 +28,8 @@ def find_function(name: str, spec: str, arguments: int) -> Callable[..., Any]:
     except (TypeError, ValueError) as error:
         raise BadInput(f"{name}={spec} cannot be called with {arguments} arguments.") from error
     return found
+
+
+def told(error: BaseException) -> str:
+    """What a user's code raised, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(".")
