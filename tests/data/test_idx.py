@@ -1,6 +1,7 @@
 """IDX files: MNIST and the sets that are made like it."""
 
 import gzip
+import os
 import struct
 
 import numpy as np
@@ -85,18 +86,35 @@ def test_a_set_of_tfds_without_tensorflow(tmp_path, monkeypatch):
         ("train-images-idx3-ubyte", b"\0\0\x08\3" + 12 * b"\xff", "expected at most"),
         ("t10k-labels-idx1-ubyte", idx(np.full(5, 11, np.uint8)), "validation has label 11"),
         ("kmnist-train-labels-idx1-ubyte", idx(FASHION), "holds several sets"),
+        ("train-labels-idx1-ubyte", idx(images(14)), r"\(14, 28, 28\); expected labels"),
+        ("train-images-idx3-ubyte", idx(images(14, width=0)), r"\(14, 28, 0\)"),
+        ("+t10k-labels-idx1-ubyte.gz", gzip.compress(idx(images(5)[:, 0, 0] + 1)), "which differ"),
     ],
 )
 def test_bad_files_are_told(tmp_path, name, content, message):
     spec = write(tmp_path, packed=False)
-    (tmp_path / name.removesuffix(".gz")).unlink(missing_ok=True)
+    if not name.startswith("+"):  # beside the good one
+        (tmp_path / name.removesuffix(".gz")).unlink(missing_ok=True)
     if name.startswith("kmnist"):
         (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(FASHION))
     if content is not None:
-        (tmp_path / name).write_bytes(content)
+        (tmp_path / name.removeprefix("+")).write_bytes(content)
     with pytest.raises(BadInput, match=message):
         for split in ("train", "validation"):
             open_source(spec, split, 32)
+
+
+def test_other_labels_than_fashions_are_numbers(tmp_path):
+    source = open_source(write(tmp_path, np.append(FASHION, np.uint8(12))), "train", 32)
+    assert source.class_names == (*map(str, range(10)), "12")
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    spec = write(tmp_path, packed=False)
+    (tmp_path / "train-labels-idx1-ubyte").unlink()
+    os.mkfifo(tmp_path / "train-labels-idx1-ubyte")
+    with pytest.raises(BadInput, match="has no train labels"):
+        open_source(spec, "train", 32)
 
 
 def test_a_folder_that_is_not_there(tmp_path):

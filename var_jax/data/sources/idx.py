@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import os
 import re
 import struct
 import zlib
@@ -12,6 +13,7 @@ from jaxtyping import Int32, UInt8
 
 from var_jax import BadInput
 from var_jax.data.sources.base import ArraySource
+from var_jax.tools.files import in_bucket
 from var_jax.tools.paths import user_path
 
 FILES = {"train": "train", "validation": "(t10k|test)"}
@@ -49,10 +51,13 @@ def read_split(
     Raises: BadInput if the files are missing, damaged or do not fit each other.
     """
     folder = user_path(directory, "data.source")
-    names = class_names(read_idx(find_file(folder, "train", "labels")))
+    train = read_idx(label_file := find_file(folder, "train", "labels"))
+    if train.ndim != 1:
+        raise BadInput(f"{label_file} is of shape {train.shape}; expected labels (N,).")
+    names = class_names(train)
     images = read_idx(image_file := find_file(folder, split, "images"))
     labels = read_idx(find_file(folder, split, "labels"))
-    if images.ndim != 3 or labels.shape != images.shape[:1] or not len(labels):
+    if images.ndim != 3 or labels.shape != images.shape[:1] or not images.size:
         raise BadInput(
             f"{folder}: {split} images are of shape {images.shape}, labels of {labels.shape};"
             " expected (N,H,W) and (N,)."
@@ -67,19 +72,24 @@ def read_split(
 def class_names(labels: UInt8[np.ndarray, " N"]) -> dict[int, str]:
     """The name of each label that occurs; EMNIST's letters start at 1."""
     known = NAMES.get(tuple(map(int, labels[:10])))
-    return {int(i): known[i] if known else str(i) for i in np.unique(labels)}
+    names = known if known and labels.max() < len(known) else [*map(str, range(256))]
+    return {int(i): names[i] for i in np.unique(labels)}
 
 
 def find_file(folder: epath.Path, split: str, kind: str) -> epath.Path:
     """The file of a split's images or labels. Raises: BadInput unless there is exactly one."""
     name = re.compile(rf"(.*[-_])?{FILES[split]}-{kind}[-.]idx[13]-ubyte(\.gz)?")
-    found = [p for p in folder.iterdir() if name.fullmatch(p.name)] if folder.is_dir() else []
+    there = folder.iterdir() if folder.is_dir() else ()
+    is_file = lambda path: in_bucket(path) or os.path.isfile(path)  # no pipe, which epath's allows
+    found = sorted(path for path in there if name.fullmatch(path.name) and is_file(path))
     if not found:
         raise BadInput(f"idx:{folder} has no {split} {kind}; expected *-{kind}-idx*-ubyte[.gz].")
+    several = ", ".join(path.name for path in found)
     if len({path.name.removesuffix(".gz") for path in found}) > 1:
-        several = ", ".join(sorted(path.name for path in found))
         raise BadInput(f"idx:{folder} holds several sets ({several}); give each its own folder.")
-    return min(found)
+    if len(found) > 1 and not np.array_equal(read_idx(found[0]), read_idx(found[1])):
+        raise BadInput(f"idx:{folder} holds {several}, which differ; remove one.")
+    return found[0]
 
 
 def read_idx(path: epath.Path) -> UInt8[np.ndarray, "..."]:
