@@ -66,14 +66,14 @@ class Records:
         start = shard * self.shard_size
         return range(start, min(start + self.shard_size, self.count))
 
-    def missing(self) -> list[int]:
-        """Shards not written yet."""
+    def missing(self) -> Iterator[int]:
+        """Shards not written yet, one at a time: a damaged manifest may claim 10^12."""
         have = {path.name for path in epath.Path(self.folder).iterdir()}
-        return [i for i in range(self.shards) if self.path(i).name not in have]
+        return (i for i in range(self.shards) if self.path(i).name not in have)
 
     def check_complete(self) -> None:
         """Raises BadInput if a shard is not there."""
-        for shard in self.missing()[:1]:
+        for shard in self.missing():
             raise BadInput(f"{self.path(shard)} is missing: {self.folder} is incomplete.")
 
     @functools.cached_property
