@@ -50,7 +50,7 @@ def test_the_sampler_is_the_one_that_sample_runs(untrained, tmp_path, monkeypatc
     shutil.copytree(untrained, copy)
     about = json.loads((copy / "config.json").read_text())
     about["trained"]["mesh"]["fsdp"] = 2
-    del about["checksum"]
+    del about["checksums"]
     (copy / "config.json").write_text(json.dumps(about))
 
     def stop(*args, **kwargs):

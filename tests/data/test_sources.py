@@ -6,7 +6,6 @@ import tarfile
 
 import numpy as np
 import pytest
-from absl import flags
 from etils import epath
 from PIL import Image
 
@@ -17,6 +16,7 @@ from var_jax.data.sources import ArraySource, imagenet, open_encoded, open_sourc
 from var_jax.data.sources.imagenet import WNID, readable
 from var_jax.data.sources.packed import pack
 from var_jax.data.sources.tars import TARS
+from var_jax.tools import cli
 
 COLOURS = {"n00000001": (200, 30, 30), "n00000002": (30, 200, 30), "n00000003": (30, 30, 200)}
 
@@ -117,11 +117,8 @@ def test_prepared_set_is_the_tree(tree, tmp_path, monkeypatch, capsys):
     pack(splits, epath.Path(tmp_path) / "out")
     shards = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert shards[0] == "manifest.json" and len(shards) == 1 + 4 + 2 and written[0] in shards
-    args = flags.FlagValues()
-    for name, value in (("source", tree), ("out", tmp_path / "out")):
-        flags.DEFINE_string(name, str(value), "", flag_values=args)
-    args.mark_as_parsed()
-    prepare.main(args)  # nothing is left to do
+    words = [f"--source={tree}", f"--out={tmp_path / 'out'}"]
+    assert cli.call(prepare.main, prepare.define_flags, words) == 0  # nothing is left to do
     counted, done = capsys.readouterr().out.splitlines()
     assert counted == f"{tree}: 15 train and 6 validation images of 3 classes"
     assert done.startswith("15 train and 6 validation images of 3 classes")
