@@ -120,6 +120,19 @@ def test_an_edit_keeps_what_lies_outside(model):
     assert moved[8:16].mean() > 6 * moved[24:].mean()  # phi and the decoder reach over the border
 
 
+@pytest.mark.slow
+def test_a_stream_ends_in_the_sample_or_the_edit(model):
+    stages = list(model.stream("Flags", seed=3, cfg=2, top_k=50, top_p=0.9))
+    assert len(stages) == len(model.patch_nums) and stages[0].shape == (32, 32, 3)
+    sample = model.sample("Flags", seed=3, cfg=2, top_k=50, top_p=0.9)
+    np.testing.assert_allclose(stages[-1].astype(int), sample[0].astype(int), atol=1)
+    *_, edited = model.stream(None, stages[-1], (0, 0, 1, 0.5), seed=5)
+    expected = model.edit(np.asarray(stages[-1]), (0, 0, 1, 0.5), seed=5)[0]
+    np.testing.assert_allclose(edited.astype(int), expected.astype(int), atol=1)
+    with pytest.raises(BadInput, match="seed=-1"):
+        next(model.stream("Flags", seed=-1))
+
+
 def test_any_image_is_cropped_to_the_models_size(model, tmp_path):
     Image.new("RGB", (90, 50), "red").save(tmp_path / "a.png")
     assert model.crop(tmp_path / "a.png").shape == (32, 32, 3)
@@ -201,7 +214,7 @@ def test_bad_input(model, call, sentence):
 
 def test_importing_is_light_and_defines_no_flags():
     """Commands and library side by side, as in a notebook."""
-    commands = "train, sample, edit, encode, convert, prepare, aot"
+    commands = "train, sample, edit, encode, convert, prepare, aot, demo"
     code = f"""
 import sys, var_jax
 assert not {{"jax", "sklearn", "tensorboardX", "matplotlib"}} & set(sys.modules), "import var_jax"

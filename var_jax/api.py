@@ -8,7 +8,7 @@ model.sample(["Flags", "Animals & Nature"], seed=0)
 import contextlib
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -23,18 +23,20 @@ from var_jax.data.classes import Label, class_index
 from var_jax.data.decoding import Unreadable, crop, decode, upright
 from var_jax.evaluation.likelihood import log_likelihood
 from var_jax.models.tokenizer import decode_tokens, encode_images
-from var_jax.sampling.autoregressive import KnownTokens, Weights, sampler
+from var_jax.sampling.autoregressive import KnownTokens, Weights, sample_by_scale, sampler
 from var_jax.sampling.exports import Models, abstract_models, load_models
 from var_jax.sampling.generate import (
     Generated,
     coarse_to_fine,
     collect,
     generate,
+    image_keys,
 )
 from var_jax.sampling.masks import as_box, as_mask, box_mask, known_mask, pool_mask
 from var_jax.schedule import num_tokens
 from var_jax.sharding.mesh import AXES, check_model, using
-from var_jax.sharding.rows import few_sizes, in_batches
+from var_jax.sharding.ops import round_up
+from var_jax.sharding.rows import fetch, few_sizes, in_batches, put
 from var_jax.tools.images import grid
 from var_jax.tools.paths import user_path
 from var_jax.tools.settings import pinned
@@ -76,10 +78,13 @@ def load(
 ) -> "Model":
     """Loads a checkpoint: a folder that training or `convert` left, or "emoji" from the package.
 
+    "hub:d16" (d20, d24, d30, d36; @REVISION if you like) are the official weights, downloaded from
+    the Hugging Face Hub and converted at first use.
+
     It lies on `mesh`, or the one that is set (`jax.set_mesh`), or else on the first device. `dtype`
     is what the transformer computes in: "float32", "bfloat16", or as the checkpoint says.
 
-    Raises: BadInput if there is no such checkpoint, or it is damaged.
+    Raises: BadInput if there is no such checkpoint, or it is damaged; Failure of a download.
     """
     current = jax.sharding.get_mesh()
     mesh = mesh or (None if current.empty else current)
@@ -259,32 +264,49 @@ class Model:
         batch_size: int = 8,
     ) -> tuple[Generated, Bool[np.ndarray, " L"]]:
         """`edit` with its tokens, and which tokens were kept."""
-        cells, size = self.patch_nums[-1], self.image_size
-        if np.shape(image) != (size, size, 3) or not is_whole(num, 1):
-            raise BadInput(
-                f"an image of shape {np.shape(image)} and num={num} are given; expected"
-                f" ({size}, {size}, 3) and at least 1."
-            )
-        if np.shape(repaint) == (size, size):
-            where = pool_mask(as_mask(np.asarray(repaint)), cells)
-        elif np.shape(repaint) == (4,):
-            where = box_mask(as_box(f"box {repaint}", to_numbers("repaint", repaint)), cells)
-        else:
-            raise BadInput(
-                f"repaint has shape {np.shape(repaint)}; expected a mask of ({size}, {size}) or a"
-                " box (y0, x0, y1, x1)."
-            )
-        if not where.any():
-            raise BadInput(f"nothing is left to repaint on the {cells} x {cells} cells.")
-        keep = known_mask(where, self.patch_nums)
-        tokens = self.encode(image)[0]
+        if not is_whole(num, 1):
+            raise BadInput(f"num={num}; expected at least 1.")
+        tokens, keep = self._known(image, repaint)
         known = KnownTokens(np.stack([tokens] * num), np.stack([keep] * num))  # type: ignore
-        if label is None:  # guidance from no class to no class changes nothing
-            settings, label = dataclasses.replace(settings, cfg=0.0), len(self.class_names)
-        else:
-            label = self.class_index(label)
+        label, settings = self._condition(label, settings)
         labels = np.full(num, label, np.int32)
         return self._generate(labels, settings, seed, batch_size, smooth=smooth, known=known), keep
+
+    def stream(
+        self,
+        label: Label | None = None,
+        image: UInt8[np.ndarray, "..."] | None = None,
+        repaint: Bool[np.ndarray, "..."] | Sequence[float] | None = None,
+        *,
+        seed: int = 0,
+        cfg: float | None = None,
+        top_k: int | None = None,
+        top_p: float | Sequence[float] | None = None,
+    ) -> Iterator[Images]:
+        """One image (H, W, 3) after each scale, yielded as soon as that is sampled.
+
+        The last is the first of `sample(label)`, or of `edit(image, repaint, label=label)`, up to
+        rounding. Other settings compile nothing anew.
+
+        Raises: BadInput as these do.
+        """
+        settings = self.settings(cfg, top_k, top_p)
+        check_seed(seed)
+        known = (np.zeros(length := num_tokens(self.patch_nums), np.int32), np.zeros(length, bool))
+        if image is not None or repaint is not None:
+            known = self._known(image, () if repaint is None else repaint)
+        label, settings = self._condition(label, settings)
+        weights = Weights(self.models.tokenizer, self.models.transformer)
+        with self._using():
+            rows = round_up(1)
+            spread = lambda x: put(np.repeat(np.asarray(x)[None], rows, axis=0))
+            keys, labels = image_keys(seed, spread(np.int32(0))), spread(np.int32(label))
+            tokens = KnownTokens(*map(spread, known))
+            how = {"cfg": settings.cfg or None, "top_k": settings.top_k, "top_p": settings.top_p}
+        stages = sample_by_scale(weights, labels, keys, tokens, **how)
+        for _ in self.patch_nums:
+            with self._using():  # not while the caller has its turn
+                yield fetch(next(stages), 1)[0].view(Images)
 
     def crop(self, image: str | PurePath | Image.Image | UInt8[np.ndarray, "H W *C"]) -> Images:
         """An image file, array or PIL image as the model takes it: resized, the centre cropped.
@@ -349,6 +371,34 @@ class Model:
         several = [x.item() if isinstance(x, jax.Array) and x.ndim == 0 else x for x in several]
         return np.array([self.class_index(label) for label in several], np.int32)  # type: ignore
 
+    def _condition(
+        self, label: Label | None, settings: SamplingConfig
+    ) -> tuple[int, SamplingConfig]:
+        """The number of a class, or "no class", whose guidance would change nothing."""
+        if label is None:
+            return len(self.class_names), dataclasses.replace(settings, cfg=0.0)
+        return self.class_index(label), settings
+
+    def _known(
+        self, image: UInt8[np.ndarray, "..."] | None, repaint: Any
+    ) -> tuple[Int32[np.ndarray, " L"], Bool[np.ndarray, " L"]]:
+        """The tokens of an image, and which of them an edit keeps."""
+        cells, size = self.patch_nums[-1], self.image_size
+        if (shape := np.shape(np.asarray(image))) != (size, size, 3):
+            raise BadInput(f"an image of shape {shape} is given; expected ({size}, {size}, 3).")
+        if np.shape(repaint) == (size, size):
+            where = pool_mask(as_mask(np.asarray(repaint)), cells)
+        elif np.shape(repaint) == (4,):
+            where = box_mask(as_box(f"box {repaint}", to_numbers("repaint", repaint)), cells)
+        else:
+            raise BadInput(
+                f"repaint has shape {np.shape(repaint)}; expected a mask of ({size}, {size}) or a"
+                " box (y0, x0, y1, x1)."
+            )
+        if not where.any():
+            raise BadInput(f"nothing is left to repaint on the {cells} x {cells} cells.")
+        return self.encode(np.asarray(image))[0], known_mask(where, self.patch_nums)
+
     def _check_tokens(self, tokens: Shaped[np.ndarray, "..."]) -> Int32[np.ndarray, "N L"]:
         tokens, codes = np.asarray(tokens), self.models.tokenizer.config.vocab_size
         length = num_tokens(self.patch_nums)
@@ -374,11 +424,7 @@ class Model:
         smooth: bool = False,
         known: KnownTokens | None = None,
     ) -> Generated:
-        if not (is_whole(batch_size, 1) and is_whole(seed, 0) and seed <= MAX_SEED):
-            raise BadInput(
-                f"batch_size={batch_size} and seed={seed}; expected whole numbers of at least 1 and"
-                f" 0 to {MAX_SEED}."
-            )
+        check_seed(seed, batch_size)
         weights = Weights(self.models.tokenizer, self.models.transformer)
         how = {"batch_size": few_sizes(len(labels), batch_size), "seed": seed, "known": known}
         with self._using():
@@ -395,6 +441,15 @@ class Model:
         return (
             f"Model({self.image_size} px, {len(self.class_names)} classes, depth {c.depth}, width"
             f" {c.width}, scales {self.patch_nums})"
+        )
+
+
+def check_seed(seed: Any, batch_size: Any = 1) -> None:
+    """Raises BadInput unless both are whole numbers in range."""
+    if not (is_whole(batch_size, 1) and is_whole(seed, 0) and seed <= MAX_SEED):
+        raise BadInput(
+            f"batch_size={batch_size} and seed={seed}; expected whole numbers of at least 1 and"
+            f" 0 to {MAX_SEED}."
         )
 
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from golden_cases import models
 
-from var_jax.sampling.autoregressive import Weights, mix, sample
+from var_jax.sampling.autoregressive import Weights, mix, sample, sample_by_scale
 from var_jax.sampling.generate import collect, generate, image_keys
 from var_jax.sharding.mesh import make_mesh
 
@@ -47,6 +47,19 @@ def test_an_image_does_not_depend_on_batch_size_or_devices():
     np.testing.assert_array_equal(
         tokens[5:], draw(LABELS[5:], seed=3, index=np.arange(5, 7, dtype=np.int32))[1]
     )
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"),
+    [(9, (0.9, 0.5, 0.9, 0.5)), pytest.param(0, 0.0, marks=pytest.mark.slow)],
+)
+def test_scale_by_scale_ends_in_the_sample(top_k, top_p):
+    weights, labels = Weights(*models("base")[:2]), jnp.asarray(LABELS[:2])
+    keys, how = image_keys(0, jnp.arange(2)), {"cfg": 2.0, "top_k": top_k, "top_p": top_p}
+    stages = list(sample_by_scale(weights, labels, keys, **how))
+    assert len(stages) == 4 and (stages[0] != stages[-1]).any()
+    wanted = draw(LABELS[:2], batch_size=2, **how)[0]
+    np.testing.assert_allclose(np.int32(stages[-1]), np.int32(wanted), atol=1)
 
 
 def test_seeds_and_labels_matter():

@@ -1,6 +1,7 @@
 """Sampling from VAR: labels → tokens, scale by scale → images. One jitted program (VAR §3.2)."""
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key, Shaped, UInt8
 
 from var_jax.config import SamplingConfig
 from var_jax.models.tokenizer import Tokenizer, decode_latents
-from var_jax.models.var import Transformer
+from var_jax.models.var import Cache, Transformer
 from var_jax.sampling import filters
 from var_jax.schedule import slices
 from var_jax.sharding.mesh import BATCH
@@ -29,6 +30,15 @@ class KnownTokens(NamedTuple):
 
     tokens: Int32[Array, "B L"]
     keep: Bool[Array, "B L"]
+
+
+class State(NamedTuple):
+    """Where sampling is between two scales; with guidance labels, x and cache are of pairs."""
+
+    labels: Int32[Array, " P"]
+    x: Float[Array, "P l D"]  # what the transformer reads at the next scale
+    cache: Cache
+    f_hat: Float[Array, "B h w C"]  # the running sum of the scales so far
 
 
 @functools.partial(jax.jit, static_argnames=("top_k", "top_p", "smooth"))
@@ -66,37 +76,94 @@ def sample_latent(
     smooth: bool = False,
 ) -> tuple[Float[Array, "B h w C"], Int32[Array, "B L"]]:
     """`sample` up to the quantized latents."""
-    transformer, quantizer = weights.transformer, weights.tokenizer.quantizer
-    patch_nums, num_classes = transformer.config.patch_nums, transformer.config.num_classes
-    top_ps = np.broadcast_to(top_p, len(patch_nums)).tolist()
-    guided = cfg is not None
-    labels = pairs(labels, jnp.full_like(labels, num_classes)) if guided else labels
-    cache = transformer.empty_cache(len(labels))
-    x, tokens = transformer.embed_start(labels), []
-    side, C = patch_nums[-1], quantizer.config.latent_dim
-    f_hat = reshard(jnp.zeros((len(keys), side, side, C)), BATCH)
-    for k, here in enumerate(slices(patch_nums)):
-        ratio = k / max(len(patch_nums) - 1, 1)
-        logits, cache = transformer.decode(k, x, labels, cache)
-        if guided:
-            logits = filters.guide(reshape(logits, len(keys), 2, *logits.shape[1:]), cfg * ratio)
-        logits = reshard(logits, BATCH)  # the vocabulary whole on each device
-        logits = filters.top_p(filters.top_k(logits, top_k), top_ps[k])
-        scale_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
-        idx_Bl = jax.vmap(jax.random.categorical)(scale_keys, logits).astype(jnp.int32)
-        code_BlC = data_parallel(embed)(quantizer, idx_Bl)
-        if smooth:
-            code_BlC = mix(scale_keys, logits, quantizer.codebook[...], ratio)
-        if known is not None:
-            keep, kept = known.keep[:, here], known.tokens[:, here]
-            idx_Bl = jnp.where(keep, kept, idx_Bl)
-            code_BlC = jnp.where(keep[..., None], data_parallel(embed)(quantizer, kept), code_BlC)
+    num_scales, tokens = len(weights.transformer.config.patch_nums), []
+    top_ps = np.broadcast_to(top_p, num_scales).tolist()
+    state = begin(weights, labels, guided=cfg is not None)
+    for k in range(num_scales):
+        how = {"cfg": cfg, "top_k": top_k, "top_p": top_ps[k], "smooth": smooth}
+        state, idx_Bl = sample_scale(k, weights, state, keys, known, **how)
         tokens.append(idx_Bl)
-        advance = data_parallel(functools.partial(next_scale, k=k))
-        f_hat, x_BlC = advance(quantizer, code_BlC, f_hat)
-        if k + 1 < len(patch_nums):
-            x = transformer.embed_inputs(pairs(x_BlC, x_BlC) if guided else x_BlC, here.stop)
-    return f_hat, jnp.concatenate(tokens, axis=1)
+    return state.f_hat, jnp.concatenate(tokens, axis=1)
+
+
+def begin(weights: Weights, labels: Int32[Array, " B"], *, guided: bool) -> State:
+    """The state before the first scale."""
+    transformer, quantizer = weights.transformer, weights.tokenizer.quantizer
+    side, C = transformer.config.patch_nums[-1], quantizer.config.latent_dim
+    f_hat = reshard(jnp.zeros((len(labels), side, side, C)), BATCH)
+    if guided:
+        labels = pairs(labels, jnp.full_like(labels, transformer.config.num_classes))
+    cache = transformer.empty_cache(len(labels))
+    return State(labels, transformer.embed_start(labels), cache, f_hat)
+
+
+def sample_scale(
+    k: int,
+    weights: Weights,
+    state: State,
+    keys: Key[Array, " B"],
+    known: KnownTokens | None = None,
+    *,
+    cfg: Float[Array, ""] | float | None,
+    top_k: Int32[Array, ""] | int,
+    top_p: Float[Array, ""] | float,
+    smooth: bool = False,
+) -> tuple[State, Int32[Array, "B l"]]:
+    """Samples the tokens of scale k; the state after it."""
+    transformer, quantizer = weights.transformer, weights.tokenizer.quantizer
+    patch_nums = transformer.config.patch_nums
+    here, ratio = slices(patch_nums)[k], k / max(len(patch_nums) - 1, 1)
+    logits, cache = transformer.decode(k, state.x, state.labels, state.cache)
+    if cfg is not None:
+        logits = filters.guide(reshape(logits, len(keys), 2, *logits.shape[1:]), cfg * ratio)
+    logits = reshard(logits, BATCH)  # the vocabulary whole on each device
+    logits = filters.top_p(filters.top_k(logits, top_k), top_p)
+    scale_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
+    idx_Bl = jax.vmap(jax.random.categorical)(scale_keys, logits).astype(jnp.int32)
+    code_BlC = data_parallel(embed)(quantizer, idx_Bl)
+    if smooth:
+        code_BlC = mix(scale_keys, logits, quantizer.codebook[...], ratio)
+    if known is not None:
+        keep, kept = known.keep[:, here], known.tokens[:, here]
+        idx_Bl = jnp.where(keep, kept, idx_Bl)
+        code_BlC = jnp.where(keep[..., None], data_parallel(embed)(quantizer, kept), code_BlC)
+    advance = data_parallel(functools.partial(next_scale, k=k))
+    f_hat, x_BlC = advance(quantizer, code_BlC, state.f_hat)
+    x = state.x
+    if k + 1 < len(patch_nums):
+        x_BlC = x_BlC if cfg is None else pairs(x_BlC, x_BlC)
+        x = transformer.embed_inputs(x_BlC, here.stop)
+    return State(state.labels, x, cache, f_hat), idx_Bl
+
+
+def sample_by_scale(
+    weights: Weights,
+    labels: Int32[Array, " B"],
+    keys: Key[Array, " B"],
+    known: KnownTokens | None = None,
+    *,
+    cfg: float | None,
+    top_k: int,
+    top_p: float | tuple[float, ...],
+) -> Iterator[UInt8[Array, "B H W 3"]]:
+    """The images of `sample` after each scale, each as soon as the scale is sampled.
+
+    One program a scale instead of one in all; other values of guidance, top-k and top-p compile
+    nothing anew.
+    """
+    num_scales = len(weights.transformer.config.patch_nums)
+    codes = weights.tokenizer.config.vocab_size
+    top_ps = np.broadcast_to(top_p, num_scales) + np.equal(top_p, 0)  # 0 and 1: all
+    state = _begin(weights, labels, guided=cfg is not None)
+    for k in range(num_scales):
+        how = {"cfg": cfg, "top_k": np.int32(top_k or codes), "top_p": np.float32(top_ps[k])}
+        state, _ = _sample_scale(k, weights, state, keys, known, **how)
+        yield _decode(weights.tokenizer, state.f_hat)
+
+
+_begin = jax.jit(begin, static_argnames="guided")
+_sample_scale = jax.jit(sample_scale, static_argnames="k")
+_decode = jax.jit(lambda tokenizer, f_hat: data_parallel(decode_latents)(tokenizer, f_hat))
 
 
 def pairs(cond: Shaped[Array, "B *rest"], uncond: Shaped[Array, "B *rest"]) -> Array:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 
 def guide(
@@ -19,18 +19,24 @@ def guide(
     return (1 + strength) * cond - strength * uncond
 
 
-def top_k(logits: Float[Array, "... V"], k: int) -> Float[Array, "... V"]:
-    """Hides all but the k largest (and what ties with them); 0 (or k ≥ V) keeps all."""
-    if k == 0 or k >= logits.shape[-1]:
+def top_k(logits: Float[Array, "... V"], k: Int32[Array, ""] | int) -> Float[Array, "... V"]:
+    """Hides all but the k largest (and what ties with them); 0 (or k ≥ V) keeps all.
+
+    A traced k is at least 1.
+    """
+    if isinstance(k, int) and (k == 0 or k >= logits.shape[-1]):
         return logits
     rank = ranks(logits)
     threshold = last(lambda t: jnp.sum(rank >= t, axis=-1, keepdims=True) >= k, rank)
     return jnp.where(rank < threshold, -jnp.inf, logits)
 
 
-def top_p(logits: Float[Array, "... V"], p: float) -> Float[Array, "... V"]:
-    """Hides the tail that holds at most 1-p of the probability, never the best; 0 keeps all."""
-    if p in (0, 1):
+def top_p(logits: Float[Array, "... V"], p: Float[Array, ""] | float) -> Float[Array, "... V"]:
+    """Hides the tail that holds at most 1-p of the probability, never the best; 0 keeps all.
+
+    A traced p is above 0.
+    """
+    if isinstance(p, (int, float)) and p in (0, 1):
         return logits
     rank, share = ranks(logits), jax.nn.softmax(logits, axis=-1)
     below = lambda t: jnp.sum(share, axis=-1, keepdims=True, where=rank < t)
