@@ -11,13 +11,13 @@ would train the head alone.
 from ml_collections import ConfigDict
 
 from var_jax import BadInput
-from var_jax.checkpoints.export import export_config
 from var_jax.config import SHARED, defaults
+from var_jax.sampling.exports import abstract_models
 
 
 def get_config(variant: str = "emoji") -> ConfigDict:
     """The config that starts from the checkpoint `variant`."""
-    about = export_config(variant)
+    about = abstract_models(variant)[1]
     if "transformer" not in about:
         raise BadInput(f"{variant} holds a tokenizer but no transformer to start from.")
     config = defaults()

@@ -15,10 +15,8 @@ from absl import flags
 from var_jax import BadInput
 from var_jax.checkpoints.export import check_replaceable
 from var_jax.checkpoints.storage import resolve
-from var_jax.checkpoints.torch.convert import constructor, read_models, summary, write_models
-from var_jax.config import SamplingConfig
-from var_jax.data.sources.imagenet import class_names
-from var_jax.sampling.exports import build, load_parts, save_parts
+from var_jax.checkpoints.torch.convert import constructor, summary, write_models
+from var_jax.sampling.exports import convert, load_parts
 from var_jax.tools import cli
 from var_jax.tools.files import local_path, output_folder
 
@@ -36,7 +34,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_heads", None, "Attention heads of the transformer.", 1)
     flags.DEFINE_bool("codebook_znorm", False, "Nearest codes by cosine, not by distance.")
     flags.DEFINE_string("out", None, "Folder of the checkpoint to write.")
-    flags.DEFINE_string("checkpoint", None, "Checkpoint to convert to PyTorch.")
+    flags.DEFINE_string("checkpoint", None, 'Folder, "emoji" or "hub:d16", to convert to PyTorch.')
     flags.DEFINE_string("to_torch", None, "Folder of the PyTorch files to write.")
     flags.DEFINE_enum("format", "pth", ["pth", "safetensors"], "Of the files written.")
 
@@ -62,10 +60,8 @@ def from_torch(args: flags.FlagValues) -> None:
     paths = {name: path for name, path in paths.items() if path}
     schedule, out = patch_nums(args.patch_nums), output_folder(args.out)
     check_replaceable(resolve(out))  # ahead of reading, which takes minutes
-    models, usage = read_models(paths, build, schedule, args.num_heads, args.codebook_znorm)
-    known = "transformer" in models
-    names = class_names(models["transformer"].config.num_classes) if known else ()
-    save_parts(out, models, names, SamplingConfig(), usage)
+    how = {"num_heads": args.num_heads, "codebook_znorm": args.codebook_znorm}
+    models = convert(paths, out, patch_nums=schedule, **how)
     print(f"{args.out} holds {' and '.join(map(summary, models.values()))}")
 
 

@@ -33,7 +33,7 @@ from var_jax.tools.npz import save_npz
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("checkpoint", None, 'A folder, or "emoji".', required=True)
+    flags.DEFINE_string("checkpoint", None, 'A folder, "emoji" or "hub:d16".', required=True)
     flags.DEFINE_string(
         "image",
         None,

@@ -39,7 +39,7 @@ OF_CACHE = ("copies", "resize", "flip", "shift", "seed")
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("checkpoint", None, 'A folder, or "emoji".', required=True)
+    flags.DEFINE_string("checkpoint", None, 'A folder, "emoji" or "hub:d16".', required=True)
     flags.DEFINE_string("images", None, "A folder, tfds:NAME or an npz.", required=True)
     flags.DEFINE_bool("cache", False, "Make a token cache of an npz, too.")
     flags.DEFINE_integer("copies", 1, "Random crops of each training image.", 1, 10_000)

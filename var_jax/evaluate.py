@@ -94,7 +94,7 @@ FLAGS = (
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("checkpoint", None, 'A folder, or "emoji".')
+    flags.DEFINE_string("checkpoint", None, 'A folder, "emoji" or "hub:d16".')
     flags.DEFINE_string("samples", None, "Not to sample: an .npz (arr_0) or a folder.")
     flags.DEFINE_string("reference", None, "An .npz, a folder of images or a data source.")
     flags.DEFINE_string(

@@ -42,7 +42,7 @@ SETTINGS = ("labels", "num", "smooth", "reject", "scorer", "seed", "dtype")
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("checkpoint", None, 'A folder, or "emoji".', required=True)
+    flags.DEFINE_string("checkpoint", None, 'A folder, "emoji" or "hub:d16".', required=True)
     flags.DEFINE_list(
         "labels",
         None,

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from var_jax import BadInput
-from var_jax.checkpoints import storage
+from var_jax.checkpoints import hub, storage
 from var_jax.tools.files import read_json
 from var_jax.tools.trees import flatten, path_name
 
@@ -88,7 +88,9 @@ def check_replaceable(target: epath.Path) -> None:
 
 
 def find_export(directory: str | PurePath) -> epath.Path:
-    """The folder of an export, given by its path or as the name of one in the package."""
+    """The folder of an export, given by its path, or by name: in the package or from the hub."""
+    if hub.is_name(directory):
+        return hub.folder(directory)
     bundled = epath.Path(str(resources.files("var_jax") / "assets" / str(directory)))
     if "/" not in str(directory) and is_export(bundled) and not is_export(epath.Path(directory)):
         return bundled

@@ -13,7 +13,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from var_jax import BadInput
+from var_jax.checkpoints import hub
 from var_jax.checkpoints.export import export_config, find_export, load_weights, save_export
+from var_jax.checkpoints.torch.convert import read_models
 from var_jax.config import (
     MOST,
     Config,
@@ -24,6 +26,7 @@ from var_jax.config import (
     from_dict,
     settings,
 )
+from var_jax.data.sources.imagenet import class_names
 from var_jax.models import var
 from var_jax.models.patch_codec import make_tokenizer
 from var_jax.models.tokenizer import Tokenizer
@@ -80,6 +83,18 @@ def save_parts(
     if trained:
         about["trained"] = trained
     save_export(directory, parts | {"torch_buffers": buffers}, about)
+
+
+def convert(paths: dict[str, str], directory: str | PurePath, **how: Any) -> dict[str, Any]:
+    """Writes an export of PyTorch files (`read_models`, which takes `how`); returns its parts.
+
+    Raises: BadInput, naming file and tensor.
+    """
+    models, usage = read_models(paths, build, **how)
+    known = "transformer" in models
+    names = class_names(models["transformer"].config.num_classes) if known else ()
+    save_parts(directory, models, names, SamplingConfig(), usage)
+    return models
 
 
 def as_exported(parts: T, dtype: str) -> T:
@@ -168,8 +183,10 @@ def abstract_models(
 
     Another `dtype` than "auto" replaces the one that the transformer computes in.
 
-    Raises: BadInput if it is no export.
+    Raises: BadInput if it is no export; Failure if it comes from the hub and could not.
     """
+    if hub.is_name(directory):
+        hub.fetch(directory, convert)
     folder, about = find_export(directory), export_config(directory)
     if not isinstance(about.get("tokenizer"), dict) or "class_names" not in about:
         raise BadInput(f"{folder}/config.json describes no tokenizer; expected a checkpoint.")
