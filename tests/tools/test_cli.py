@@ -15,7 +15,7 @@ from absl import flags
 from var_jax.tools import cli
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("aot", "convert", "edit", "encode", "prepare", "sample", "train")
+COMMANDS = ("aot", "convert", "demo", "edit", "encode", "prepare", "sample", "train")
 
 SCRIPT = '''
 """A command for the tests."""
