@@ -20,6 +20,11 @@ def idx(array, kind=8):
     return header + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
 
+def zipped(content):
+    """Without the time, so that all test processes see the same names of tests."""
+    return gzip.compress(content, mtime=0)
+
+
 def images(count, height=28, width=28):
     return np.arange(count * height * width).reshape(count, height, width).astype(np.uint8)
 
@@ -29,7 +34,7 @@ def write(folder, labels=FASHION, packed=True, prefix="", test="t10k"):
     for split, count in (("train", len(labels)), (test, 5)):
         for kind, array in (("images", images(count)), ("labels", labels[:count])):
             path = folder / f"{prefix}{split}-{kind}-idx{array.ndim}-ubyte{'.gz' * packed}"
-            path.write_bytes(gzip.compress(idx(array), mtime=0) if packed else idx(array))
+            path.write_bytes(zipped(idx(array)) if packed else idx(array))
     return f"idx:{folder}"
 
 
@@ -82,13 +87,13 @@ def test_a_set_of_tfds_without_tensorflow(tmp_path, monkeypatch):
         ("train-labels-idx1-ubyte", idx(FASHION)[:-1], "its header says"),
         ("train-labels-idx1-ubyte", idx(FASHION) + b"x", "its header says"),
         ("train-labels-idx1-ubyte", idx(FASHION[1:]), "labels of"),
-        ("train-labels-idx1-ubyte.gz", gzip.compress(idx(FASHION), mtime=0)[:-9], "cannot be read"),
+        ("train-labels-idx1-ubyte.gz", zipped(idx(FASHION))[:-9], "cannot be read"),
         ("train-images-idx3-ubyte", b"\0\0\x08\3" + 12 * b"\xff", "expected at most"),
         ("t10k-labels-idx1-ubyte", idx(np.full(5, 11, np.uint8)), "validation has label 11"),
         ("kmnist-train-labels-idx1-ubyte", idx(FASHION), "holds several sets"),
         ("train-labels-idx1-ubyte", idx(images(14)), r"\(14, 28, 28\); expected labels"),
         ("train-images-idx3-ubyte", idx(images(14, width=0)), r"\(14, 28, 0\)"),
-        ("+t10k-labels-idx1-ubyte.gz", gzip.compress(idx(images(5)[:, 0, 0] + 1), mtime=0), "which differ"),
+        ("+t10k-labels-idx1-ubyte.gz", zipped(idx(images(5)[:, 0, 0] + 1)), "which differ"),
     ],
 )
 def test_bad_files_are_told(tmp_path, name, content, message):
