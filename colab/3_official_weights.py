@@ -45,14 +45,15 @@ MODEL = os.environ.get("VAR_JAX_MODEL", MODEL)
 print(MODEL)
 
 # %% [markdown]
-# ## Download
+# ## Download and convert
+#
+# `hub:d16` is a checkpoint for every command: at first use its files are downloaded, their size and
+# hash are checked, and they are converted. Files that you have are converted by the command in the
+# next cell. Names, shapes and values of all tensors are checked, and sizes are read from them; no
+# code in a file is ever run.
 
 # %%
-if MODEL != "stand-in":
-    FILES = f"vae_ch160v4096z32.pth var_{MODEL}.pth"
-    # !hf download FoundationVision/var {FILES} --local-dir official
-
-# %%
+CHECKPOINT = f"hub:{MODEL}"
 if MODEL == "stand-in":
     from flax import nnx
 
@@ -68,22 +69,13 @@ if MODEL == "stand-in":
     }
     os.makedirs("official", exist_ok=True)
     write_models(models, {}, "official")
-    os.rename("official/tokenizer.pth", "official/vae_ch160v4096z32.pth")
-    os.rename("official/transformer.pth", f"official/var_{MODEL}.pth")
-
-# %% [markdown]
-# ## Convert
-#
-# Names, shapes and values of all tensors are checked; sizes are read from them. No code in a file is
-# ever run.
-
-# %%
-# !python -m var_jax.convert --tokenizer official/vae_ch160v4096z32.pth --transformer official/var_{MODEL}.pth --out {MODEL}
+    # !python -m var_jax.convert --tokenizer official/tokenizer.pth --transformer official/transformer.pth --out converted
+    CHECKPOINT = "converted"
 
 # %%
 import var_jax
 
-model = var_jax.load(MODEL)
+model = var_jax.load(CHECKPOINT)
 model
 
 # %% [markdown]
@@ -151,7 +143,7 @@ Image.fromarray((change * 255 / change.max()).astype(np.uint8))
 # fine-tuned here. The round trip is exact to the bit.
 
 # %%
-# !python -m var_jax.convert --checkpoint {MODEL} --to_torch official_again
+# !python -m var_jax.convert --checkpoint {CHECKPOINT} --to_torch official_again
 
 # %% [markdown]
 # Next: [fine-tuning and your own images](4_your_own_images.ipynb), [TPU](5_tpu.ipynb).

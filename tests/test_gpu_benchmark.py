@@ -1,0 +1,39 @@
+"""benchmarks/gpu.py on a CPU, where it can be tried but measures nothing of worth."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+
+
+def test_the_table_says_what_is_missing():
+    about = {"device": "H100", "versions": "jax 1"}
+    rows = {"encode": {"ours": 30.0, "eager": 10.0, "compiled": "—", "mfu": 0.5}}
+    done = {"codec": about | {"rows": rows}, "train d30": {"failed": "stopped after 60 s"}}
+    lines = runpy.run_path(str(SCRIPT))["table"](done).splitlines()
+    assert lines[0] == "H100, jax 1"
+    assert "| encode | 30 | 0.5 |  | 10 | — | 3 |" in lines
+    assert "| train d30 | not measured (stopped after 60 s) | | | | | |" in lines
+    assert "| sample d16 | not measured | | | | | |" in lines
+
+
+@pytest.mark.slow
+def test_parts_are_saved_and_kept(tmp_path):
+    out = tmp_path / "gpu.json"
+    names = ("train d16", "sample d16", "train d30", "sample d30", "presets")
+    out.write_text(json.dumps({name: {"rows": {}} for name in names}))
+    command = [sys.executable, SCRIPT, "--small", "--out", out]
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(out.read_text())["codec"]["rows"]
+    assert done.stdout.count("100 % of tokens") == 3
+    assert [line for line in done.stderr.splitlines() if line.endswith(" ...")] == [
+        "check ...", "codec ...",
+    ]  # fmt: skip
