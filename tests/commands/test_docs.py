@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import sys
+import textwrap
 
 import jax
 import numpy as np
@@ -73,6 +74,23 @@ def setup_arguments():
         patch.chdir(ROOT)
         runpy.run_path("setup.py")
     return kept
+
+
+def python_blocks():
+    """The Python of README and the documentation."""
+    for path in FOR_USERS:
+        text = path.read_text()
+        for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+            yield pytest.param(block, id=path.name)
+        for block in re.findall(r"^    import var_jax\n(?:    .*\n)+", text, re.M):
+            yield pytest.param(textwrap.dedent(block), id=path.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [*python_blocks()])
+def test_python_runs(block, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    exec(block, {})
 
 
 def test_readme_is_short():
