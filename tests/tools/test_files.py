@@ -6,8 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from etils import epath
 
-from var_jax.tools.files import acquire_lock, release_locks, replacing
+from var_jax import BadInput
+from var_jax.tools.cli import explain
+from var_jax.tools.files import acquire_lock, read_json, release_locks, replacing
+from var_jax.tools.npz import load_npz
 
 
 def test_a_file_is_whole_or_as_before(tmp_path):
@@ -20,6 +24,24 @@ def test_a_file_is_whole_or_as_before(tmp_path):
         raise OSError("the disk is full")
     assert path.read_text() == "whole"
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("IO: No space left on device")]
+)
+def test_a_full_disk_is_told_with_its_path(tmp_path, error):
+    with pytest.raises(OSError) as raised, replacing(tmp_path / "a.txt"):
+        raise error
+    assert explain(raised.value)[1].startswith(f"the disk holding {tmp_path} is full; free some")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.npz", "a.txt"])
+def test_a_pipe_is_no_file(tmp_path, name):
+    """To open one would wait for ever."""
+    os.mkfifo(tmp_path / name)
+    for read in (read_json, load_npz, lambda path: path.read_bytes(), lambda path: path.open("a")):
+        with pytest.raises(BadInput, match="is no file"):
+            read(epath.Path(tmp_path / name))
 
 
 def test_a_lock_lasts_until_its_process_ends(tmp_path):

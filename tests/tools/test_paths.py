@@ -55,6 +55,7 @@ def test_what_is_meant(text, path):
         ("a" * 300, "too long"),
         ("é" * 130, "too long"),
         ("a/" * 2000, "too long"),
+        ("a/" * 1500, "at most 240 bytes, 3800 in all, 256 folders"),
         ("a\0b", "no file can have that name"),
         ("a\udcffb", "no file can have that name"),
         ("gs://", "no bucket is named"),

@@ -25,7 +25,7 @@ from orbax.checkpoint import v1 as ocp
 
 from var_jax import BadInput
 from var_jax.checkpoints import hub, storage
-from var_jax.tools.files import read_json
+from var_jax.tools.files import naming_full_disk, read_json
 from var_jax.tools.trees import flatten, path_name
 
 PyTree = Any
@@ -59,7 +59,7 @@ def save_export(directory: str | PurePath, parts: Mapping[str, PyTree], config: 
     # 8 to 22 % smaller, ten times slower, twice the memory.
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(parts))
     context.array.saving.use_compression = size < MAX_COMPRESSED
-    with context:
+    with context, naming_full_disk(target):
         ocp.save(beside / "weights", flatten(parts))
     if jax.process_index() == 0:
         storage.record_files(beside / "weights")
@@ -146,7 +146,7 @@ def what_else(folder: epath.Path) -> str:
     if not folder.exists():
         return f"it does not exist; {expected}"
     if not folder.is_dir():
-        if folder.suffix in (".pth", ".pt", ".ckpt", ".bin", ".safetensors"):
+        if folder.suffix.lower() in (".pth", ".pt", ".ckpt", ".bin", ".safetensors"):
             how = f"python -m var_jax.convert --tokenizer {folder} --out DIR"
             return f"it is a file of PyTorch, which `{how}` makes one of"
         return f"it is a file; {expected}"

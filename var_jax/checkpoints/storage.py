@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 from var_jax import BadInput
 from var_jax.tools.buckets import checksums
 from var_jax.tools.files import check_separators, in_bucket, replacing
-from var_jax.tools.paths import user_path
+from var_jax.tools.paths import is_pipe, user_path
 from var_jax.tools.trees import flatten
 
 RECORD = "files.json"
@@ -117,6 +117,9 @@ def damage(directory: epath.Path) -> str:
     """
     path = directory / RECORD
     try:
+        files = () if in_bucket(directory) else _files(directory)
+        if pipe := next(filter(is_pipe, files), None):
+            return f"{pipe.name} is no file"
         recorded = path.exists()
         if not recorded:
             if next(_files(directory), None) is None:

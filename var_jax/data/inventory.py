@@ -63,7 +63,7 @@ def remember(path: epath.Path, splits: Mapping[str, Source], *, begun: bool) -> 
     """
     now: dict[str, Any] = {split: describe_data(source) for split, source in splits.items()}
     now["classes"] = list(next(iter(splits.values())).class_names)
-    with sound(path):
+    with sound(path, "remove it, and the next start writes it anew"):
         past = json.loads(path.read_text()) if path.exists() else []
         before = past[-1] if past else now
         pairs = itertools.zip_longest(before["classes"], now["classes"])

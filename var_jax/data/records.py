@@ -21,7 +21,7 @@ from etils import epath
 
 from var_jax import BadInput
 from var_jax.tools.buckets import upload
-from var_jax.tools.files import PATIENCE, in_bucket, read_json
+from var_jax.tools.files import PATIENCE, file_names, in_bucket, naming_full_disk, read_json
 from var_jax.tools.logs import progress
 
 MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
@@ -50,7 +50,10 @@ class Records:
             if "Too many open files" in str(error):
                 text = f"{self.folder} has {self.shards} shards, each an open file"
                 raise BadInput(f"{text}: more than `ulimit -n` allows; raise it.") from error
-            raise BadInput(f"{path} is damaged ({error}); remove it and write it again.") from error
+            raise BadInput(
+                f"{path} is damaged ({error}); remove it and give the command again that wrote"
+                f" {self.folder} (var_jax.prepare or var_jax.encode)."
+            ) from error
 
     @property
     def shards(self) -> int:
@@ -68,7 +71,7 @@ class Records:
 
     def missing(self) -> Iterator[int]:
         """Shards not written yet, one at a time: a damaged manifest may claim 10^12."""
-        have = {path.name for path in epath.Path(self.folder).iterdir()}
+        have = file_names(epath.Path(self.folder))
         return (i for i in range(self.shards) if self.path(i).name not in have)
 
     def check_complete(self) -> None:
@@ -101,15 +104,18 @@ def allow_open_files(more: int) -> None:
 
 
 @contextlib.contextmanager
-def sound(path: epath.Path) -> Iterator[None]:
-    """Raises BadInput where a JSON file lacks a field, or has one of another kind."""
+def sound(path: epath.Path, advice: str) -> Iterator[None]:
+    """Raises BadInput where a JSON file is none, lacks a field, or has one of another kind.
+
+    `advice` says how to mend it.
+    """
     try:
         yield
-    except (LookupError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         if isinstance(error, BadInput):
             raise
         what = f"{type(error).__name__}: {error}"
-        raise BadInput(f"{path} is damaged ({what}); write it again.") from error
+        raise BadInput(f"{path} is damaged ({what}); {advice}.") from error
 
 
 def shard_size(count: int) -> int:
@@ -128,10 +134,11 @@ def write_shard(path: epath.Path, records: Iterable[bytes]) -> None:
     folder = tempfile.gettempdir() if remote else os.fspath(path.parent)
     beside = epath.Path(folder) / f".{path.name}.{secrets.token_hex(4)}.partial"
     try:
-        writer = ArrayRecordWriter(str(beside), "group_size:1")  # one record is read at a time
-        for record in records:
-            writer.write(record)
-        writer.close()
+        with naming_full_disk(beside):
+            writer = ArrayRecordWriter(str(beside), "group_size:1")  # one record is read at a time
+            for record in records:
+                writer.write(record)
+            writer.close()
         if remote:
             upload(beside, path)
         elif beside.exists() or not path.exists():  # else an equal command was first, and tidied up

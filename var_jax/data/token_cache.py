@@ -100,7 +100,8 @@ def open_tokens(
                 f"{folder} holds tokens made with {name}={short(found.get(name))}, but this run has"
                 f" {name}={short(ours)}."
             )
-    with sound(epath.Path(folder) / MANIFEST):
+    advice = "remove the folder and write it again by var_jax.encode"
+    with sound(epath.Path(folder) / MANIFEST, advice):
         records = records_of(manifest, folder, split)
         records.check_complete()
         copies = int(manifest["copies"][split])

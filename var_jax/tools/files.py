@@ -1,10 +1,13 @@
 """Files that are whole or not there, and locks."""
 
 import contextlib
+import errno
 import functools
 import json
 import os
+import re
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
@@ -16,6 +19,7 @@ from var_jax.tools.buckets import lock_object, upload
 from var_jax.tools.paths import user_path
 
 OF_FILES = (".npz", ".npy", ".png", ".jpg", ".pth", ".pt", ".safetensors", ".json")
+DISK_FULL = "No space left on device|Disk quota exceeded"
 MAX_JSON = 2**26  # bytes
 PATIENCE = 90.0  # seconds: network file systems keep the names in a folder for up to a minute
 _held: dict[str, Callable[[], None]] = {}  # how each lock of this process is given back
@@ -34,12 +38,33 @@ def replacing(path: str | PurePath) -> Iterator[epath.Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.parent / f".{path.name}.partial"
     try:
-        yield beside
+        with naming_full_disk(path):
+            yield beside
         beside.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):  # the first error is the one to tell
             beside.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: str | PurePath) -> Iterator[None]:
+    """Names what is written where a library or the system says only that the disk is full."""
+    try:
+        yield
+    except Exception as error:
+        text = "".join(traceback.format_exception(error, limit=0))
+        if re.search(DISK_FULL, text) and not getattr(error, "filename", None):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+
+
+def file_names(folder: epath.Path) -> set[str]:
+    """The names of the files in a folder; a pipe, which might never answer, is none."""
+    if in_bucket(folder):
+        return {path.name for path in folder.iterdir()}
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if entry.is_file()}
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
@@ -84,7 +109,7 @@ def output_path(text: str | PurePath, name: str = "--out") -> epath.Path:
         raise BadInput(f"{name}={folder}: {place} is a file; expected a folder to write to.")
     if not os.access(place, os.W_OK | os.X_OK):
         raise BadInput(f"{name}={folder} cannot be written: no permission to write in {place}.")
-    if folder.suffix in OF_FILES and not folder.exists():
+    if folder.suffix.lower() in OF_FILES and not folder.exists():
         raise BadInput(f"{name}={folder} has the name of a file; expected a folder to write to.")
     check_separators(folder)
     return folder

@@ -30,7 +30,7 @@ def open_packed(folder: epath.Path, split: str) -> EncodedImages:
     Raises: BadInput if it is unfinished, incomplete or something else.
     """
     manifest = read_manifest(folder, KIND)
-    with sound(folder / MANIFEST):
+    with sound(folder / MANIFEST, "remove the folder and write it again by var_jax.prepare"):
         count, class_names = int(manifest["counts"][split]), tuple(manifest["class_names"])
         records = Records(str(folder), split, count, int(manifest["shard_size"]))
         if count < 1:

@@ -23,8 +23,9 @@ def open_tars(folder: Path, split: str) -> EncodedImages:
     Raises: BadInput if a tar is missing or damaged.
     """
     path = folder / TARS[split]
-    if not path.exists():
-        raise BadInput(f"{path} is missing; expected the tar that image-net.org distributes.")
+    if not path.is_file():
+        what = "no file" if path.exists() else "missing"
+        raise BadInput(f"{path} is {what}; expected the tar that image-net.org distributes.")
     try:
         with tarfile.open(path, "r:") as tar:
             found = _members(tar) if split == "validation" else _members_of_members(tar)
@@ -56,7 +57,7 @@ def validation_wnids(folder: Path, count: int) -> list[str]:
     """
     path = folder / f"{DEVKIT}.tar.gz"
     spec = importlib.util.find_spec("tensorflow_datasets")
-    if path.exists():
+    if path.is_file():
         wnids = _devkit_wnids(path)
     elif spec is not None and spec.origin is not None:
         path = Path(spec.origin).parent / "datasets" / "imagenet2012" / "validation_labels.txt"
