@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.monitoring
 import pytest
 from absl import flags
 
@@ -108,6 +110,13 @@ def command(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "a_command", module)
     spec.loader.exec_module(module)
     return lambda *argv: (cli.call(module.main, module.define_flags, argv), *capsys.readouterr())
+
+
+def wait_until(done, seconds=20):
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def process(*argv, cwd, **variables):
@@ -213,7 +222,10 @@ ANOTHER = "not used, as results would be others: {}\n"
             {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16"},
             ANOTHER.format("JAX_DEFAULT_MATMUL_PRECISION, JAX_NUMPY_DTYPE_PROMOTION"),
         ),
-        ({"NNX_GRAPH_MODE": "false"}, ANOTHER.format("NNX_GRAPH_MODE")),
+        (
+            {"JAX_TRANSFER_GUARD": "disallow", "JAX_NO_EXECUTION": "1", "NNX_GRAPH_MODE": "false"},
+            ANOTHER.format("JAX_NO_EXECUTION, JAX_TRANSFER_GUARD, NNX_GRAPH_MODE"),
+        ),
     ],
 )
 def test_the_environment_changes_no_number(variables, said):
@@ -226,6 +238,31 @@ def test_the_environment_changes_no_number(variables, said):
         cli.run(main, lambda: None)"""
     done = process("-c", code, cwd=ROOT, **variables)
     assert (done.stdout, done.stderr) == ("float32 1.8586645 True\n", said)
+
+
+@pytest.mark.parametrize(
+    ("program", "name", "value"),
+    [
+        (["-m", "var_jax.sample"], "JAX_ENABLE_X64", "maybe"),
+        (["-m", "var_jax.train"], "JAX_NUM_CPU_DEVICES", "x"),
+        (["-m", "var_jax.aot"], "JAX_DEFAULT_PRNG_IMPL", "foo"),
+        (["-m", "var_jax", "encode"], "JAX_DEFAULT_DEVICE", "foo"),
+        (["-c", "from var_jax.__main__ import main; main()", "edit"], "JAX_LOG_COMPILES", "3"),
+    ],
+)
+def test_a_value_that_jax_refuses_while_it_is_imported(program, name, value):
+    done = process(*program, cwd=ROOT, **{name: value})
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert re.fullmatch(
+        f"error: {name}={value}: jax refuses this value \\(.*\\); correct it or unset it.\n",
+        done.stderr,
+    )
+
+
+def test_another_error_of_an_import_keeps_its_traceback(tmp_path):
+    (tmp_path / "numpy.py").write_text("raise ValueError('JAX_ENABLE_X64')")
+    done = process("-m", "var_jax.sample", cwd=tmp_path, JAX_ENABLE_X64="1")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "numpy.py" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -305,6 +342,22 @@ def test_compiled_programs_are_kept_on_disk(monkeypatch, variables, cache):
         cli.run(lambda args: print(jax.config.jax_compilation_cache_dir), lambda: None)"""
     done = process("-c", code, cwd=ROOT, **variables)
     assert done.stdout.strip() == str(cache and Path(cache).expanduser()), done.stderr
+
+
+def test_what_compiles_for_long_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "SILENT", 0.05)
+    begin, end = cli._tell_compilations("")
+    try:
+        begin(cli.COMPILES, 0.0, fun_name="jit(step)")
+        wait_until(lambda: capsys.readouterr().err == "compiling step\n")
+        end(cli.COMPILES, 0.1, fun_name="jit_step")
+        begin(cli.COMPILES, 0.0, fun_name="jit_add")  # as one that is short or in the cache
+        end(cli.COMPILES, 0.1, fun_name="jit_add")
+        time.sleep(0.1)
+        assert capsys.readouterr().err == ""
+    finally:
+        jax.monitoring.unregister_scalar_listener(begin)
+        jax.monitoring.unregister_event_duration_listener(end)
 
 
 def test_help(command):

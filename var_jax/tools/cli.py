@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,12 +22,14 @@ from var_jax import BadInput, Failure
 from var_jax.tools import ending
 from var_jax.tools.buckets import check_buckets
 from var_jax.tools.configs import did_you_mean
-from var_jax.tools.files import output_path, release_locks
-from var_jax.tools.settings import pin_settings
+from var_jax.tools.files import DISK_FULL, output_path, release_locks
+from var_jax.tools.settings import pin_settings, refused_variable
 from var_jax.tools.streams import keep_streams_open
 
 Main = Callable[[flags.FlagValues], None]
 FAILED, BAD_INPUT = 1, 2
+COMPILES = "/jax/core/compile/backend_compile_duration"  # of jax.monitoring: begin and end
+SILENT = 3.0  # seconds of compiling of which nothing is said
 # What a path can be wrong in, where the user named it.
 WRONG_PATHS = (
     FileExistsError,
@@ -51,7 +54,7 @@ def run(main: Main, define_flags: Callable[[], None]) -> NoReturn:
     ending.process.starting = False
     try:
         with ending.listening():
-            _cache_compiled_programs()
+            _tell_compilations(_cache_compiled_programs())
             code = call(main, define_flags, sys.argv[1:], pin=True)
     except KeyboardInterrupt:  # amid the end
         code = ending.INTERRUPTED
@@ -181,12 +184,14 @@ def explain(error: Exception, argv: Sequence[str] = ()) -> tuple[int, str]:
         return BAD_INPUT, str(error)
     # Libraries wrap what the system said; without frames this is the text of all in the chain.
     text = "".join(traceback.format_exception(error, limit=0))
-    if found := re.search(r".*(No space left on device|Disk quota exceeded).*", text):
-        return FAILED, _disk_full(found[0])
+    if lines := [line for line in text.splitlines() if re.search(DISK_FULL, line)]:
+        return FAILED, _disk_full("\n".join(lines))
     if sentence := _memory_full(error, text):
         return FAILED, sentence
     if found := _no_device(error):
         return found
+    if sentence := refused_variable(error):
+        return BAD_INPUT, sentence
     if ending.process.end_all and re.search("Gloo|by peer|heartbeat|coordination", text):
         return FAILED, ending.LOST
     if isinstance(error, Failure):
@@ -198,8 +203,8 @@ def explain(error: Exception, argv: Sequence[str] = ()) -> tuple[int, str]:
     return FAILED, ""
 
 
-def _disk_full(line: str) -> str:
-    path = re.search(r"""["']([^"']*/[^"']+)["']""", line)
+def _disk_full(lines: str) -> str:
+    path = re.search(r"""["']([^"'\n]*/[^"'\n]+)["']""", lines)
     # Inside Orbax's temporary folder: name the folder that the user knows.
     known = os.path.dirname(path[1].split(".orbax-checkpoint-tmp")[0]) if path else ""
     where = f" holding {known}" if known else ""
@@ -227,7 +232,10 @@ def _no_device(error: Exception) -> tuple[int, str] | None:
     why = re.sub(r" \(set JAX_PLATFORMS.*", "", str(error)) or "it is not known to this jax"
     unknown = "not known to this jax|^Unknown backend|is not in the list of known backends"
     code = BAD_INPUT if re.search(unknown, why) else FAILED
-    return code, f"JAX_PLATFORMS={wanted}: no such device could be started ({why.rstrip('.')})"
+    why = why.rstrip(".")
+    if not wanted:
+        return code, f"no device could be started ({why})"
+    return code, f"JAX_PLATFORMS={wanted}: no such device could be started ({why})"
 
 
 def _bad_path(error: OSError, argv: Sequence[str]) -> tuple[int, str]:
@@ -266,10 +274,11 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _cache_compiled_programs() -> None:
+def _cache_compiled_programs() -> str:
     """Keeps compiled programs on disk, so that a command that starts again compiles nothing twice.
 
     In ~/.cache/var_jax, or where JAX_COMPILATION_CACHE_DIR says; an empty value turns it off.
+    Returns that folder, or "" where nothing is kept.
     """
     import jax  # most commands have it already; --help of others need not
 
@@ -280,3 +289,34 @@ def _cache_compiled_programs() -> None:
         except BadInput:  # no home, or no right to write there: nothing is kept
             cache = None
         jax.config.update("jax_compilation_cache_dir", cache)
+    return cache or ""
+
+
+def _tell_compilations(cache: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Says on stderr what is being compiled, once that lasts a few seconds: it may take minutes.
+
+    Returns what jax calls at the begin and the end of each compilation; `cache` is where programs
+    are kept.
+    """
+    import jax.monitoring
+    from tqdm import tqdm
+
+    waiting: dict[int, threading.Timer] = {}  # by the thread that compiles
+
+    def begin(event: str, value: float, **about: str | int) -> None:
+        if event == COMPILES and jax.process_index() == 0:
+            kept = f"; it is kept in {cache} for the next start" if cache else ""
+            name = re.sub(r"^jit[_(]|\)$", "", str(about.get("fun_name", "")))
+            line = f"compiling {name}{kept}"
+            timer = threading.Timer(SILENT, tqdm.write, (line,), {"file": sys.stderr})
+            timer.daemon = True
+            timer.start()
+            waiting[threading.get_ident()] = timer
+
+    def end(event: str, duration_secs: float, **about: str | int) -> None:
+        if event == COMPILES and (timer := waiting.pop(threading.get_ident(), None)):
+            timer.cancel()
+
+    jax.monitoring.register_scalar_listener(begin)
+    jax.monitoring.register_event_duration_secs_listener(end)
+    return begin, end

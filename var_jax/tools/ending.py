@@ -110,9 +110,22 @@ _from_the_start = listening()  # kept, as its end would be the end of listening
 
 
 def listen_from_the_start() -> None:
-    """Hears signals from the imports of a command to the end of its process."""
+    """Hears signals from the imports of a command to the end of its process.
+
+    Tells of a variable of the environment that these imports fail for.
+    """
     _from_the_start.__enter__()
     process.starting = True
+    sys.excepthook = _tell
+
+
+def _tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Ends with a sentence where jax refuses a variable, else with the traceback."""
+    from var_jax.tools.settings import refused_variable  # later than this module
+
+    if sentence := refused_variable(error):
+        exit_at_once(2, f"error: {sentence}")
+    sys.__excepthook__(kind, error, trace)
 
 
 def _handle(number: int, frame: object) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 
 from var_jax import BadInput
@@ -17,12 +18,26 @@ OF_JAX = {
     "jax_disable_jit": False,
     "jax_disable_most_optimizations": False,
     "jax_enable_x64": False,
+    "jax_error_checking_behavior_divide": "ignore",
+    "jax_error_checking_behavior_nan": "ignore",
+    "jax_error_checking_behavior_oob": "ignore",
     "jax_high_dynamic_range_gumbel": False,
+    "jax_no_execution": False,
+    "jax_no_tracing": False,
     "jax_numpy_dtype_promotion": "standard",
     "jax_numpy_rank_promotion": "allow",
     "jax_random_seed_offset": 0,
     "jax_softmax_custom_jvp": False,
     "jax_threefry_partitionable": True,
+    **dict.fromkeys(
+        (
+            "jax_transfer_guard",
+            "jax_transfer_guard_device_to_device",
+            "jax_transfer_guard_device_to_host",
+            "jax_transfer_guard_host_to_device",
+        ),
+        None,
+    ),
 }
 OF_FLAX = {"nnx_graph_mode": True, "nnx_graph_updates": True}
 OF_LIBRARIES = ("NVIDIA_TF32_OVERRIDE",)
@@ -47,6 +62,26 @@ def pin_settings() -> None:
                 unused.append(name.upper())
     if unused:
         print(f"not used, as results would be others: {', '.join(unused)}", file=sys.stderr)
+
+
+def refused_variable(error: BaseException) -> str:
+    """A sentence on the JAX_* variable whose value jax refused with `error`; "" for other errors.
+
+    jax reads these variables while it is imported; its messages hold the name or else the value.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    importing = any(
+        f.name == "<module>" and f"{os.sep}jax{os.sep}_src" in f.filename for f in frames
+    )
+    if not importing or not isinstance(error, ValueError):
+        return ""
+    given = {name: value for name, value in os.environ.items() if name.startswith("JAX_")}
+    text = " ".join(str(error).split())
+    calls = lambda name: name.lower().replace("jax_", r"\bjax[_.]", 1) + r"\b"
+    named = [name for name in given if re.search(calls(name), text, re.IGNORECASE)]
+    named = named or [name for name, value in given.items() if repr(value) in text]
+    what = ", ".join(f"{name}={given[name]}" for name in named)
+    return f"{what}: jax refuses this value ({text}); correct it or unset it." if named else ""
 
 
 @contextlib.contextmanager
