@@ -1,5 +1,6 @@
 """The library: the same model for notebooks and commands, with a mesh and without."""
 
+import inspect
 import io
 import subprocess
 import sys
@@ -16,6 +17,11 @@ from var_jax.sampling.autoregressive import sample
 from var_jax.sharding.mesh import AXES, make_mesh
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+
+
+def unchecked(call, *args, **kwargs):
+    """A call as programs make it, without the tests' own check of types."""
+    return inspect.unwrap(call)(*args, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +176,29 @@ def test_a_model_without_a_mesh_says_so_where_one_is_set(model):
         (lambda m: m.sample("Flags", seed=-1), "seed=-1; expected"),
         (lambda m: m.sample("Flags", seed=2**32), "0 to 4294967295"),
         (lambda m: m.sample("Flags", cfg=1e9), r"cfg=1000000000\.0; expected 0 to 1000"),
-        (lambda m: m.encode(np.zeros((1, 32, 32, 3), np.uint8), batch_size=0), "batch_size=0; ex"),
+        *(
+            (lambda m, size=size: unchecked(type(m).encode, m, IMAGES, batch_size=size), sentence)
+            for size, sentence in ((0, "size=0; ex"), (1.5, "size=1.5; ex"), ("8", "size='8'; ex"))
+        ),
+        *(
+            (lambda m, path=path: unchecked(var_jax.load, path), f"checkpoint is {path!r}; expec")
+            for path in (None, 3, b"emoji")
+        ),
+        *(
+            (lambda m, shape=shape: m.crop(np.zeros(shape, np.uint8)), "image is uint8 of shape")
+            for shape in ((9, 9, 1), (9, 9, 5), (3, 9, 9))
+        ),
+        (lambda m: unchecked(type(m).crop, m, [[1], [1, 2]]), "image cannot be read as an array"),
+        (lambda m: unchecked(type(m).encode, m, [[1], [1, 2]]), "images cannot be read as an arr"),
+        (lambda m: unchecked(type(m).decode, m, [[1], [1, 2]]), "tokens cannot be read as an arr"),
+        (lambda m: unchecked(type(m).sample, m, [["Flags"], [1, 2]]), "labels cannot be read as"),
+        (
+            lambda m: unchecked(
+                type(m).edit_tokens, m, IMAGES[0], np.full((32, 32), "a"), settings=m.settings()
+            ),
+            "the mask is <U1; expected bool",
+        ),
+        (lambda m: m.edit(IMAGES[0], (0, 0, 1, 1), num=2**40), "; expected 1 to 10000"),
         (lambda m: m.log_likelihood(np.zeros((2, 123), int), [0, 1, 2]), "3 labels for 2 images"),
         (lambda m: m.log_likelihood(np.zeros((2, 7), int)), r"tokens are int64 of shape \(2, 7\)"),
         (lambda m: m.crop(np.zeros((0, 9, 3), np.uint8)), r"image is uint8 of shape \(0, 9, 3\)"),
@@ -189,7 +217,7 @@ def test_a_model_without_a_mesh_says_so_where_one_is_set(model):
             "has other axes than explicit",
         ),
         (lambda m: m.sample(np.array([99])), "label holds 99; classes are 0 to 8"),
-        (lambda m: m.sample("Flags", batch_size=0), "batch_size=0 and seed=0; expected whole"),
+        (lambda m: m.sample("Flags", batch_size=0), "batch_size=0; expected a whole number"),
         (lambda m: m.decode(np.zeros((1, 7), np.int32)), r"tokens are int32 of shape \(1, 7\)"),
         (
             lambda m: m.decode(np.full((1, 123), 9999)),

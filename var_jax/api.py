@@ -86,6 +86,7 @@ def load(
 
     Raises: BadInput if there is no such checkpoint, or it is damaged; Failure of a download.
     """
+    user_path(checkpoint, "checkpoint")  # what is no path at all
     current = jax.sharding.get_mesh()
     mesh = mesh or (None if current.empty else current)
     if mesh is not None:
@@ -175,7 +176,8 @@ class Model:
 
         Raises: BadInput unless they are uint8 of the model's size (`crop` makes them so).
         """
-        images = np.asarray(images)
+        check_batch_size(batch_size)
+        images = as_array("images", images)
         images = images[None] if images.ndim == 3 else images
         shape = (self.image_size, self.image_size, 3)
         if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
@@ -188,6 +190,7 @@ class Model:
 
     def decode(self, tokens: Shaped[np.ndarray, "..."], *, batch_size: int = 64) -> Images:
         """The images of tokens."""
+        check_batch_size(batch_size)
         tokens = self._check_tokens(tokens)
         with self._using():
             images = in_batches(decode_tokens, self.models.tokenizer, tokens, batch_size)
@@ -213,7 +216,8 @@ class Model:
 
         Raises: BadInput for an unknown class, another number of labels, or other images or tokens.
         """
-        images = np.asarray(images)
+        check_batch_size(batch_size)
+        images = as_array("images", images)
         tokens = self.encode(images) if images.ndim > 2 else self._check_tokens(images)
         none = np.array([len(self.class_names)], np.int32)
         numbers = none if labels is None else self._numbers(labels)
@@ -264,8 +268,8 @@ class Model:
         batch_size: int = 8,
     ) -> tuple[Generated, Bool[np.ndarray, " L"]]:
         """`edit` with its tokens, and which tokens were kept."""
-        if not is_whole(num, 1):
-            raise BadInput(f"num={num}; expected at least 1.")
+        if not is_whole(num, 1) or num > MOST_EDITS:
+            raise BadInput(f"num={num}; expected 1 to {MOST_EDITS}.")
         tokens, keep = self._known(image, repaint)
         known = KnownTokens(np.stack([tokens] * num), np.stack([keep] * num))  # type: ignore
         label, settings = self._condition(label, settings)
@@ -315,18 +319,12 @@ class Model:
         """
         if isinstance(image, (str, PurePath)):
             opened = read_image(image)
-        elif isinstance(image, Image.Image):
+        else:
+            opened = image if isinstance(image, Image.Image) else as_image(image)
             try:
-                opened = upright(image)
+                opened = upright(opened)
             except (Unreadable, OSError) as error:
                 raise BadInput(f"image cannot be read: {error}.") from error
-        else:
-            array = np.asarray(image)
-            if array.dtype != np.uint8 or array.ndim not in (2, 3) or not array.size:
-                raise BadInput(
-                    f"image is {array.dtype} of shape {array.shape}; expected uint8 (H, W, 3)."
-                )
-            opened = Image.fromarray(array).convert("RGB")
         return crop(opened, self.image_size, resize=1).view(Images)
 
     def settings(
@@ -362,10 +360,11 @@ class Model:
         """
         return class_index(self.class_names, label, name)
 
-    def _numbers(self, labels: Label | Sequence[Label] | np.ndarray) -> Int32[np.ndarray, " N"]:
+    def _numbers(self, labels: Any) -> Int32[np.ndarray, " N"]:
         if isinstance(labels, (np.ndarray, jax.Array)):
             labels = np.asarray(labels).tolist()
-        several = [labels] if np.ndim(labels) == 0 else list(labels)  # type: ignore[arg-type]
+        alone = as_array("labels", labels).ndim == 0
+        several = [labels] if alone else list(labels)  # type: ignore[arg-type]
         if not several:
             raise BadInput("no labels are given; expected at least one class.")
         several = [x.item() if isinstance(x, jax.Array) and x.ndim == 0 else x for x in several]
@@ -384,23 +383,24 @@ class Model:
     ) -> tuple[Int32[np.ndarray, " L"], Bool[np.ndarray, " L"]]:
         """The tokens of an image, and which of them an edit keeps."""
         cells, size = self.patch_nums[-1], self.image_size
-        if (shape := np.shape(np.asarray(image))) != (size, size, 3):
+        if (shape := as_array("image", image).shape) != (size, size, 3):
             raise BadInput(f"an image of shape {shape} is given; expected ({size}, {size}, 3).")
-        if np.shape(repaint) == (size, size):
-            where = pool_mask(as_mask(np.asarray(repaint)), cells)
-        elif np.shape(repaint) == (4,):
+        area = as_array("repaint", repaint)
+        if area.shape == (size, size):
+            where = pool_mask(as_mask(area), cells)
+        elif area.shape == (4,):
             where = box_mask(as_box(f"box {repaint}", to_numbers("repaint", repaint)), cells)
         else:
             raise BadInput(
-                f"repaint has shape {np.shape(repaint)}; expected a mask of ({size}, {size}) or a"
+                f"repaint has shape {area.shape}; expected a mask of ({size}, {size}) or a"
                 " box (y0, x0, y1, x1)."
             )
         if not where.any():
             raise BadInput(f"nothing is left to repaint on the {cells} x {cells} cells.")
         return self.encode(np.asarray(image))[0], known_mask(where, self.patch_nums)
 
-    def _check_tokens(self, tokens: Shaped[np.ndarray, "..."]) -> Int32[np.ndarray, "N L"]:
-        tokens, codes = np.asarray(tokens), self.models.tokenizer.config.vocab_size
+    def _check_tokens(self, tokens: Any) -> Int32[np.ndarray, "N L"]:
+        tokens, codes = as_array("tokens", tokens), self.models.tokenizer.config.vocab_size
         length = num_tokens(self.patch_nums)
         integers = np.issubdtype(tokens.dtype, np.integer)
         if not integers or tokens.ndim != 2 or tokens.shape[1] != length or not len(tokens):
@@ -424,7 +424,8 @@ class Model:
         smooth: bool = False,
         known: KnownTokens | None = None,
     ) -> Generated:
-        check_seed(seed, batch_size)
+        check_seed(seed)
+        check_batch_size(batch_size)
         weights = Weights(self.models.tokenizer, self.models.transformer)
         how = {"batch_size": few_sizes(len(labels), batch_size), "seed": seed, "known": known}
         with self._using():
@@ -444,19 +445,39 @@ class Model:
         )
 
 
-def check_seed(seed: Any, batch_size: Any = 1) -> None:
-    """Raises BadInput unless both are whole numbers in range."""
-    if not (is_whole(batch_size, 1) and is_whole(seed, 0) and seed <= MAX_SEED):
-        raise BadInput(
-            f"batch_size={batch_size} and seed={seed}; expected whole numbers of at least 1 and"
-            f" 0 to {MAX_SEED}."
-        )
+def check_seed(seed: Any) -> None:
+    """Raises BadInput unless it is a whole number in range."""
+    if not is_whole(seed, 0) or seed > MAX_SEED:
+        raise BadInput(f"seed={seed!r}; expected a whole number of 0 to {MAX_SEED}.")
+
+
+def check_batch_size(batch_size: Any) -> None:
+    """Raises BadInput unless it is a whole number of at least 1."""
+    if not is_whole(batch_size, 1):
+        raise BadInput(f"batch_size={batch_size!r}; expected a whole number of at least 1.")
 
 
 def is_whole(value: Any, least: int) -> bool:
     """Whether a value is a whole number of at least `least`."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     return whole and int(value) >= least
+
+
+def as_array(name: str, value: Any) -> np.ndarray:
+    """A NumPy array. Raises: BadInput, naming the argument, for lists of unequal lengths."""
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise BadInput(f"{name} cannot be read as an array ({error}).") from error
+
+
+def as_image(pixels: Any) -> Image.Image:
+    """An array as an image: grey (H, W), RGB (H, W, 3) or RGBA. Raises: BadInput for any other."""
+    array = as_array("image", pixels)
+    known = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if array.dtype != np.uint8 or not known or not array.size:
+        raise BadInput(f"image is {array.dtype} of shape {array.shape}; expected uint8 (H, W, 3).")
+    return Image.fromarray(array)
 
 
 def to_numbers(name: str, value: Any) -> tuple[float, ...]:

@@ -36,8 +36,10 @@ def as_mask(values: Shaped[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
 
     Integers of which none is above 1 count as they are, so that masks of 0 and 1 mean what they do.
 
-    Raises: BadInput if a number is out of range.
+    Raises: BadInput if they are no numbers, or one is out of range.
     """
+    if values.dtype.kind not in "biuf":
+        raise BadInput(f"the mask is {values.dtype}; expected bool, 0 to 1, or integers 0 to 255.")
     numbers = values.astype(np.float32)
     if np.issubdtype(values.dtype, np.integer) and values.max(initial=0) > 1:
         numbers = numbers / 255
