@@ -310,6 +310,27 @@ def test_no_file(tmp_path):
     refused(tmp_path, "cannot be read: Is a directory")
 
 
+def of_kind(kind, rebuild="_rebuild_tensor_v2", more=""):
+    """The pickle of one tensor that torch would make of a storage of this kind."""
+    storage = f"(X\x07\0\0\0storagectorch\n{kind}\nX\1\0\0\x000X\3\0\0\0cpuK\x08tQ"
+    text = f"\x80\2}}X\1\0\0\0wctorch._utils\n{rebuild}\n({storage}K\0K\2\x85K\1\x85\x89N{more}tRs."
+    return text.encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("pickled", "kind"),
+    [
+        (of_kind("ComplexFloatStorage"), "ComplexFloat"),
+        (of_kind("QInt8Storage", "_rebuild_qtensor"), "QInt8"),
+        (of_kind("UntypedStorage", "_rebuild_tensor_v3", "ctorch\nfloat8_e5m2\n"), "float8_e5m2"),
+        (of_kind("UntypedStorage", "_rebuild_tensor_v3", "ctorch\nuint16\n"), "uint16"),
+    ],
+)
+def test_other_types_are_named(tmp_path, pickled, kind):
+    path = archive(tmp_path / "t.pth", pickled, np.zeros(8, np.uint8))
+    refused(path, f"holds a tensor of type '{kind}', which is not read; expected real floats")
+
+
 @pytest.mark.parametrize(
     "pickled",
     [

@@ -14,7 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from var_jax.checkpoints.torch.pth import MAX_DESCRIPTION, Archive, NotWeights, Tensor, Unpickler
+from var_jax.checkpoints.torch.pth import (
+    MAX_DESCRIPTION,
+    Archive,
+    NotWeights,
+    Tensor,
+    Unpickler,
+    is_untyped,
+)
 
 MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, 2)[:-1]
 
@@ -78,9 +85,11 @@ class LegacyUnpickler(Unpickler):
 
     archive: LegacyFile
 
-    def persistent_load(self, pid: Any) -> Tensor:
+    def persistent_load(self, pid: Any) -> Any:
         """The storage that a pickle refers to, as the tensor of its first value."""
         tag, dtype, key, _, count, view = pid
+        if is_untyped(tag, dtype):
+            return dtype
         if tag != "storage" or not isinstance(dtype, np.dtype) or type(key) is not str or view:
             raise NotWeights("a persistent object")
         if type(count) is not int or count < 0:

@@ -93,6 +93,11 @@ class Archive:
             yield
         except BadInput:
             raise
+        except OtherType as error:
+            raise BadInput(
+                f"{self.path} holds a tensor of type {str(error)[:40]!r}, which is not read;"
+                " expected real floats or integers: convert it in PyTorch (`tensor.float()`)."
+            ) from None
         except NotWeights as error:
             raise BadInput(
                 f"{self.path} holds more than weights ({error}), which could run code; it was not"
@@ -155,6 +160,10 @@ class NotWeights(Exception):
     """The pickle holds an instruction or a name that no description of tensors needs."""
 
 
+class OtherType(Exception):
+    """The pickle holds a tensor of another type than those of `DTYPES`: the message is its name."""
+
+
 class Dict(dict):
     """A dict that keeps plain keys only: hashing a deep tuple would overflow the C stack."""
 
@@ -185,6 +194,12 @@ def ordered_dict(pairs: Iterable[Any] = ()) -> Dict:
     return made
 
 
+def of_other_type(*arguments: Any) -> None:
+    """Raises OtherType: a tensor of a type that has no storage class, such as float8, names it."""
+    kinds = [a.args[0] for a in arguments[1:] if isinstance(a, functools.partial)]  # no storage
+    raise OtherType(kinds[-1] if kinds else "unknown")
+
+
 # What a pickle may name: nothing of it is looked up or imported.
 NAMES = {
     "collections.OrderedDict": ordered_dict,
@@ -192,6 +207,7 @@ NAMES = {
     "torch._utils._rebuild_tensor_v2": lambda storage, offset, shape, strides, *_: (
         dataclasses.replace(storage, offset=offset, shape=shape, strides=strides)
     ),
+    "torch._utils._rebuild_tensor_v3": of_other_type,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
 } | {f"torch.{name}": dtype for name, dtype in DTYPES.items()}
 # Nothing is called, but no file of weights asks for these.
@@ -206,6 +222,18 @@ INSTRUCTIONS = """
     LONG_BINPUT MEMOIZE BINGET LONG_BINGET SETITEM SETITEMS APPEND APPENDS GLOBAL STACK_GLOBAL
     BINPERSID REDUCE BINBYTES SHORT_BINBYTES ADDITEMS POP
 """
+
+
+def is_untyped(tag: Any, dtype: Any) -> bool:
+    """Whether a storage has no type of its own, so that its tensor names it (`of_other_type`).
+
+    Raises: OtherType for a storage of torch's whose values are not read.
+    """
+    if tag != "storage" or not isinstance(dtype, functools.partial):
+        return False
+    if (kind := dtype.args[0]) != "UntypedStorage":
+        raise OtherType(kind.removesuffix("Storage"))
+    return True
 
 
 class Unpickler(pickle._Unpickler):
@@ -225,9 +253,11 @@ class Unpickler(pickle._Unpickler):
             raise NotWeights(f"it asks for {f'{module}.{name}'!r}")
         return functools.partial(Opaque, name)
 
-    def persistent_load(self, pid: Any) -> Tensor:
+    def persistent_load(self, pid: Any) -> Any:
         """The entry that a pickle refers to, as the tensor of its first value."""
         tag, dtype, key, _, count = pid
+        if is_untyped(tag, dtype):
+            return dtype
         if tag != "storage" or not isinstance(dtype, np.dtype) or type(key) is not str:
             raise NotWeights("a persistent object")
         entry = self.archive.entry(f"data/{key}")
