@@ -32,7 +32,7 @@ from var_jax.sharding.rows import in_batches
 from var_jax.tools import cli
 from var_jax.tools.files import output_folder
 from var_jax.tools.logs import progress
-from var_jax.tools.npz import NpzImages, save_npz
+from var_jax.tools.npz import NpzImages, is_npz, save_npz
 
 OF_CACHE = ("copies", "resize", "flip", "shift", "seed")
 
@@ -54,7 +54,7 @@ def define_flags() -> None:
 
 def main(args: flags.FlagValues) -> None:
     """Encodes an npz, or writes a token cache."""
-    if not args.images.endswith(".npz") or args.cache:
+    if not is_npz(args.images) or args.cache:
         return write_token_cache(args)
     if hosts.are_several(args):
         raise BadInput(f"--distributed: {args.images} is one host's work; caches are shared.")

@@ -24,6 +24,7 @@ from var_jax.data.sources.packed import pack
 from var_jax.data.sources.tfds import prepare_idx
 from var_jax.tools import cli
 from var_jax.tools.files import output_folder
+from var_jax.tools.npz import is_npz
 
 
 def define_flags() -> None:
@@ -37,7 +38,7 @@ def main(args: flags.FlagValues) -> None:
     if args.tfds:
         prepare_tfds(args)
         return
-    if args.source == "emoji" or args.source.endswith(".npz") or args.source.startswith("idx:"):
+    if args.source == "emoji" or is_npz(args.source) or args.source.startswith("idx:"):
         raise BadInput(f"--source={args.source} needs no packing; it is a data.source as it is.")
     out = output_folder(args.out)
     splits = {split: open_encoded(args.source, split) for split in SPLITS}

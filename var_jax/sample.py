@@ -23,7 +23,7 @@ from var_jax import BadInput
 from var_jax.checkpoints.export import load_fingerprint
 from var_jax.config import MAX_SEED
 from var_jax.data.classes import class_index, meanings
-from var_jax.data.sources import open_source
+from var_jax.data.sources import Emoji
 from var_jax.sampling.autoregressive import Weights, sampler
 from var_jax.sampling.exports import mesh_for_sampling
 from var_jax.sampling.to_disk import Job, Score
@@ -183,7 +183,7 @@ def load_scorer(args: flags.FlagValues, model: var_jax.Model) -> Score:
     """
     if args.scorer is not None:
         return of_user(find_function("--scorer", args.scorer, 2), args.scorer)
-    emoji = open_source("emoji", "train", min(model.image_size, 64))
+    emoji = Emoji("train", min(model.image_size, 64))
     if model.class_names == emoji.class_names:
         from var_jax.evaluation.pixel_report import scorer  # scikit-learn takes seconds
 

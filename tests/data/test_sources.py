@@ -305,3 +305,23 @@ def test_tfds(tree, tmp_path, monkeypatch):
         BadInput, match=r"prepared as tfrecord, .* expected array_record: tfds build"
     ):
         open_encoded("tfds:tiny", "train")
+
+
+def test_folders_that_are_called_or_filled_as_files_are(tmp_path):
+    tree = write_tree(tmp_path / "tree.npz", {"train": 2, "val": 1})
+    assert len(open_source(str(tree), "train", 16)) == 2 * len(COLOURS)
+    (tmp_path / "idx").mkdir()
+    (tmp_path / "idx" / "train-labels-idx1-ubyte.gz").touch()
+    with pytest.raises(BadInput, match="holds IDX files; expected idx:"):
+        open_source(str(tmp_path / "idx"), "train", 16)
+
+
+def test_emoji_is_the_package_unless_a_folder_of_that_name_holds_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "emoji" / "checkpoint").mkdir(parents=True)  # a run
+    assert len(open_source("emoji", "train", 16)) > 1000
+    (tmp_path / "emoji" / "checkpoint").rmdir()
+    write_tree(tmp_path / "emoji", {"train": 2, "val": 1})
+    with pytest.raises(BadInput, match=r"may mean the images of the package or .* say \./emoji"):
+        open_source("emoji", "train", 16)
+    assert len(open_source("./emoji", "train", 16)) == 2 * len(COLOURS)

@@ -14,7 +14,7 @@ from var_jax.data.decoding import Unreadable, decode
 from var_jax.data.sources import Source, open_source
 from var_jax.data.sources.folders import flat_images
 from var_jax.evaluation.reading import in_order
-from var_jax.tools.npz import NpzImages
+from var_jax.tools.npz import NpzImages, is_npz
 from var_jax.tools.paths import user_path
 
 THREADS = 8  # that decode files
@@ -97,7 +97,7 @@ def open_images(
 
     Raises: BadInput if there are none, or of a data source no size is given.
     """
-    if spec.endswith(".npz"):
+    if is_npz(spec):
         return NpzImages(spec)
     if names := flat_folder(spec):
         return FolderImages(user_path(spec), names)

@@ -59,6 +59,11 @@ def check_unpacked_size(path: str | PurePath, file: IO[bytes]) -> None:
     file.seek(0)
 
 
+def is_npz(spec: str) -> bool:
+    """Whether what names images names an npz: by its suffix, in any case; a folder is none."""
+    return spec.lower().endswith(".npz") and not user_path(spec).is_dir()
+
+
 class NpzImages:
     """`arr_0` of an npz, uint8 (N,H,W,3), of which only one batch is in memory.
 

@@ -11,6 +11,7 @@ from var_jax.data.sources.packed import open_packed
 from var_jax.data.sources.tars import TARS, open_tars
 from var_jax.data.sources.tfds import open_tfds
 from var_jax.tools.files import local_path
+from var_jax.tools.npz import is_npz
 from var_jax.tools.paths import user_path
 
 __all__ = [
@@ -37,11 +38,12 @@ def open_source(spec: str, split: str, size: int, resize: float = 1.125) -> Sour
     if size < 1 or resize < 1:
         raise BadInput(f"data.size={size} and data.resize={resize} must be at least 1.")
     if spec == "emoji":
+        check_only_packaged(split)
         return Emoji(split, size)
-    if spec.endswith(".npz"):
-        return open_npz(spec, split, size, resize)
     if spec.startswith("idx:"):
         return open_idx(spec.removeprefix("idx:"), split, size, resize)
+    if is_npz(spec):
+        return open_npz(spec, split, size, resize)
     is_path = spec.startswith("~") or "/" in spec or user_path(spec, "data.source").exists()
     if not (is_path or spec.startswith("tfds:")):
         known = "emoji, a folder, X.npz, idx:DIR or tfds:NAME"
@@ -50,6 +52,18 @@ def open_source(spec: str, split: str, size: int, resize: float = 1.125) -> Sour
     if not len(encoded):
         raise BadInput(f"data source {spec!r} has no {split} images.")
     return ImageSource(encoded, size, resize)
+
+
+def check_only_packaged(split: str) -> None:
+    """Raises BadInput if "emoji" may mean a folder of images here, too."""
+    try:
+        open_encoded("emoji", split)
+    except (BadInput, OSError):  # there is none, or it holds other things, such as a run
+        return
+    raise BadInput(
+        "data source 'emoji' may mean the images of the package or those in the folder emoji here;"
+        " say ./emoji for the folder, or rename it for the package."
+    )
 
 
 def open_encoded(spec: str, split: str) -> EncodedImages:
@@ -65,7 +79,9 @@ def open_encoded(spec: str, split: str) -> EncodedImages:
     if not folder.exists():
         raise BadInput(f"data source {spec!r}: there is no such folder.")
     if not folder.is_dir():
-        raise BadInput(f"data source {spec!r} is a file; expected a folder or an .npz.")
+        raise BadInput(
+            f"data source {spec!r} is a file; expected a folder, or an npz called X.npz."
+        )
     if (folder / MANIFEST).exists() or (folder / UNFINISHED).exists():
         return open_packed(folder, split)
     if any((folder / name).exists() for name in TARS.values()):

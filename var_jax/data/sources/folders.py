@@ -75,6 +75,8 @@ def _open_classes(
         found += [(f"{name}/{image}", size) for image, size in images]
         labels += [label] * len(images)
         left_out |= {f"{name}/{other}": why for other, why in others.items()}
+    if not found and any(name.removesuffix(".gz").endswith("-ubyte") for name in left_out):
+        raise BadInput(f"{folder} holds IDX files; expected idx:{folder}.")
     if not found:
         raise _no_images(folder, {})
     if hold_out:

@@ -115,7 +115,7 @@ def load_lpips(net: str, *paths: str | Path) -> Lpips:
     tensors: dict[str, Any] = {}
     for path in found:
         with expecting(path, what):
-            read = read_ckpt if Path(path).suffix == ".ckpt" else open_tensors
+            read = read_ckpt if Path(path).suffix.lower() == ".ckpt" else open_tensors
             tensors |= {short(name): tensor for name, tensor in read(path).items()}
     with expecting(" and ".join(map(str, found)), what):
         return pick(tensors, NETS[net])
