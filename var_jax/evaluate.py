@@ -62,6 +62,7 @@ from var_jax.evaluation.memorization import (
     neighbours_of,
 )
 from var_jax.evaluation.quality import (
+    check_reference,
     distance,
     distance_name,
     figures,
@@ -177,7 +178,17 @@ def validation_source(args: flags.FlagValues, size: int) -> Source:
 def check_classes(args: flags.FlagValues, source: Source, model: var_jax.Model) -> None:
     """Raises: BadInput if labels of the source mean other classes than those of the model."""
     if source.class_names != model.class_names:
-        raise BadInput(f"{args.source} has other classes than {args.checkpoint}.")
+        pairs = itertools.zip_longest(source.class_names, model.class_names)
+        number, (there, here) = next((i, pair) for i, pair in enumerate(pairs) if len({*pair}) > 1)
+        raise BadInput(
+            f"{args.source} has other classes than {args.checkpoint}: class {number} is"
+            f" {called(there)}, not {called(here)}."
+        )
+
+
+def called(name: str | None) -> str:
+    """A class name in a sentence."""
+    return "none" if name is None else repr(name)
 
 
 def likelihood(args: flags.FlagValues, model: var_jax.Model) -> dict[str, float]:
@@ -239,15 +250,17 @@ def quality(
     Process 0 has them.
     """
     sets: dict[str, ImageSet] = {}
+    split = args.split or "train"
     if model is None:
         sets[""] = open_images(args.samples)
     else:
+        check_reference(args.reference, network, split, args.size or model.image_size)
         for name, settings in sweep(args, model).items():
             num, folder = args.num or 50_000, out / (name or "samples")
             sets[name] = NpzImages(draw(args, model, settings, num, folder))
     count, size = next(iter(sets.values())).shape[:2]
     check_count(count)  # ahead of the features of the reference
-    folder, split = out / "features", args.split or "train"
+    folder = out / "features"
     where = {"size": args.size or size, "split": split}
     reference = open_reference(args.reference, network, folder, **where, batch_size=args.batch_size)
     if held_out := held_out_images(args.reference, split, count, where["size"]):

@@ -450,6 +450,13 @@ def test_sets_that_cannot_be_compared(tmp_path, mean_colours, flag, content, sen
     assert "too few" not in sentence or not (tmp_path / "out").exists()
 
 
+def test_a_reference_is_refused_before_samples_are_drawn(untrained, tmp_path, mean_colours):
+    np.savez(tmp_path / "few.npz", arr_0=IMAGES[:3])
+    flags = ("--checkpoint", untrained, "--num", 4, "--reference", tmp_path / "few.npz")
+    assert "3 images are too few" in complaint("evaluate", *flags, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

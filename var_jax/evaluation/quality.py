@@ -18,7 +18,7 @@ from var_jax.evaluation.image_sets import ImageSet, SourceImages, flat_folder, o
 from var_jax.evaluation.reading import READ
 from var_jax.evaluation.scores import BLOCK, inception_score, kernel_distance, precision_recall
 from var_jax.sharding.mesh import of_first
-from var_jax.tools.npz import is_whole, load_npz, load_others, save_npz
+from var_jax.tools.npz import is_npz, is_whole, load_npz, load_others, save_npz
 
 MOST_NEIGHBOURS = 10_000  # images of a reference that precision and recall compare with, as ADM's
 MOST_SAMPLES = 50_000  # images whose neighbours are looked for, as many as papers sample
@@ -42,7 +42,7 @@ def open_reference(
 
     Raises: BadInput if it holds neither, or features of another network.
     """
-    given = load_others(spec) if spec.endswith(".npz") else {}
+    given = load_others(spec) if is_npz(spec) else {}
     if "features" in given:
         return saved_by_us(spec, given, network)
     images, path, of = open_images(spec, split, size), folder / "reference.npz", ""
@@ -65,6 +65,16 @@ def open_reference(
     about = {"network": np.array(network.fingerprint), "of": np.array(of)}
     save_npz(path, **named, **about, features=reference.pool)
     return reference
+
+
+def check_reference(spec: str, network: Network, split: str, size: int) -> None:
+    """Raises BadInput for what `open_reference` would refuse, ahead of all features and samples."""
+    given = load_others(spec) if is_npz(spec) else {}
+    if "features" in given:
+        saved_by_us(spec, given, network)
+        return
+    published(given, spec)
+    check_count(open_images(spec, split, size).shape[0])
 
 
 def saved_by_us(spec: str, given: dict[str, np.ndarray], network: Network) -> Reference:
@@ -113,7 +123,7 @@ def reference_of(found: Features) -> Reference:
 
 def held_out_images(spec: str, split: str, count: int, size: int) -> ImageSet | None:
     """As many real images of a data source that are not in the reference: the floor of figures."""
-    if spec.endswith(".npz") or flat_folder(spec):
+    if is_npz(spec) or flat_folder(spec):
         return None
     other = next(name for name in SPLITS if name != split)
     return open_images(spec, other, size, count)
