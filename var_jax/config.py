@@ -40,20 +40,32 @@ def check_schedule(patch_nums: tuple[int, ...]) -> None:
 # What no known model comes near; more would take all memory before it fails.
 MOST = {
     "depth": 1024, "num_res_blocks": 64, "num_phi": 64, "patch_nums": 512, "batch_size": 2**20,
-    "size": 2**14, **dict.fromkeys(("width", "channels", "latent_dim", "vocab_size"), 2**24),
+    "size": 2**14, "patch_size": 2**14, "channel_mults": 1024, "mlp_ratio": 1024, "resize": 64,
+    "num_classes": 2**24, "workers": 2**12,
+    **dict.fromkeys(("width", "channels", "latent_dim", "vocab_size"), 2**24),
 }  # fmt: skip
+MOST_VALUES = 64  # of a field
 
 
 def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
-    """Raises BadInput unless each named field lies in its range, both ends included."""
+    """Raises BadInput unless each named field lies in its range, both ends included.
+
+    And unless all fields are sizes of some model.
+    """
     for name, (least, most) in ranges.items():
         if not least <= (value := getattr(config, name)) <= most:
             wanted = f"at least {least}" if most == math.inf else f"{least} to {most}"
             if most == PART[1]:
                 wanted = f"{least} to less than 1"
             raise BadInput(f"{name}={value}; expected {wanted}.")
-        if value > MOST.get(name, math.inf):
-            raise BadInput(f"{name}={value} is beyond any model; expected at most {MOST[name]}.")
+    for name, most in MOST.items():
+        value = getattr(config, name, 0)
+        values = value if isinstance(value, tuple) else (value,)
+        if max(values, default=0) > most:
+            found = f"{name}={str(value)[:60]}"
+            raise BadInput(f"{found} is beyond any model; expected at most {most}.")
+        if len(values) > MOST_VALUES:
+            raise BadInput(f"{name} has {len(values)} numbers; expected at most {MOST_VALUES}.")
 
 
 SOME, ANY, SHARE = (1, math.inf), (0, math.inf), (0, 1)  # ranges

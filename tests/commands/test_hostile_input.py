@@ -179,6 +179,10 @@ FOLDERS = {
     ],
 }
 
+# A pipe, which nobody writes to, as what would be read.
+PIPES = ("manifest.json", "ILSVRC2012_img_train.tar", "train-labels-idx1-ubyte", "x.npz")
+FOLDERS |= {f"pipe_{name}": lambda folder, name=name: os.mkfifo(folder / name) for name in PIPES}
+
 # A checkpoint: how a good one is spoiled.
 CHECKPOINTS = {
     "config_text": lambda folder: (folder / "config.json").write_text("hello"),
@@ -190,6 +194,9 @@ CHECKPOINTS = {
     "config_type": lambda folder: _edit(folder, "tokenizer", "patch_nums", {"a": 1}),
     "no_weights": lambda folder: shutil.rmtree(folder / "weights"),
     "empty_weights": lambda folder: [p.unlink() for p in _files(folder / "weights")],
+    "config_pipe": lambda folder: _pipe(folder / "config.json"),
+    "weights_pipe": lambda folder: _pipe(max(_files(folder / "weights"))),
+    "record_pipe": lambda folder: _pipe(folder / "weights" / "files.json"),
     "bit": lambda folder: _flip(max(_files(folder / "weights"), key=lambda p: p.stat().st_size)),
 }
 
@@ -215,6 +222,13 @@ CASES = [
     ("train", *TRAIN, "--config.train_tokenizer.steps=1e400"),
     ("train", *TRAIN, "--config.train_tokenizer.batch_size=999999999"),
     ("train", *TRAIN, "--config.transformer.depth=1000000000"),
+    ("train", *TRAIN, "--config.transformer.mlp_ratio=1e9"),
+    ("train", *TRAIN, "--config.transformer.num_classes=1000000000000"),
+    ("train", *TRAIN, "--config.tokenizer.channel_mults=(1,1000000000)"),
+    ("train", *TRAIN, f"--config.tokenizer.patch_nums=({'1,' * 100})"),
+    ("train", *TRAIN, "--config.data.source=FOLDERS/pipe_x.npz/x.npz"),
+    ("train", *TRAIN, "--config.data.source=GS:///x"),
+    ("encode", "--checkpoint", "GOOD", "--images", f"{'a/' * 1500}x.npz"),
     *(("encode", "--checkpoint", "GOOD", "--images", f"FILES/{name}") for name in sorted(
         DATA - {"float_labels.npz", "huge_label.npz", "negative.npz", "no_labels.npz",
                 "pickled_labels.npz", "same_names.npz"}
@@ -252,6 +266,11 @@ def _edit(folder, part, name, value):
     config[part][name] = value
     del config["checksums"]  # so that the value itself is seen
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def _pipe(path):
+    path.unlink()
+    os.mkfifo(path)
 
 
 def _flip(path):

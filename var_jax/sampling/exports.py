@@ -18,6 +18,7 @@ from var_jax.checkpoints.export import export_config, find_export, load_weights,
 from var_jax.checkpoints.torch.convert import read_models
 from var_jax.config import (
     MOST,
+    MOST_VALUES,
     Config,
     MeshConfig,
     SamplingConfig,
@@ -34,7 +35,6 @@ from var_jax.models.var import Transformer
 from var_jax.sharding.mesh import check_hosts, sampling_mesh, shard
 
 T = TypeVar("T")
-MOST_VALUES = 64  # of a field of config.json
 
 
 class Models(NamedTuple):
