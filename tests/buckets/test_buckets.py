@@ -206,6 +206,21 @@ def test_what_may_pass_is_tried_again(monkeypatch):
     assert len(errors) == 4
 
 
+def test_a_bucket_that_is_lost_is_told_in_time(monkeypatch):
+    now, tries = [0.0], []
+    monkeypatch.setattr(buckets.time, "sleep", lambda pause: now.append(now[-1] + pause))
+
+    def call():
+        tries.append(now[-1])
+        now.append(now[-1] + 64)  # gcsfs repeats each request by itself
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        buckets.retrying(call, lambda: now[-1])
+    assert len(tries) == 2 and max(tries) < buckets.LAST_TRY
+    assert now[-1] < buckets.LAST_TRY + 64
+
+
 def test_damage_in_a_bucket_is_found_by_one_listing(server, tmp_path):
     folder = epath.Path("gs://bucket/c")
     for name, data in {"a": b"one", "d/b": b"two", "d/c": b""}.items():

@@ -30,6 +30,7 @@ from var_jax.tools import ending
 
 T = TypeVar("T")
 PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds between the tries of `retrying`
+LAST_TRY = 90.0  # seconds after the first try no more begins; gcsfs may take a minute for each
 LASTING = (errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ELOOP)
 LASTING += (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.EINVAL, errno.EFBIG)
 REFRESHED, DEAD = 20.0, 120.0  # seconds: how often locks are, and after how long without
@@ -50,13 +51,18 @@ def filesystem() -> Any:
         raise BadInput(sentence) from error
 
 
-def retrying(call: Callable[[], T]) -> T:
-    """What `call` returns; an error that may pass is tried again after 1, 2, 4 and 8 seconds."""
+def retrying(call: Callable[[], T], clock: Callable[[], float] = time.monotonic) -> T:
+    """What `call` returns; an error that may pass is tried again after 1, 2, 4 and 8 seconds.
+
+    No try begins over `LAST_TRY` seconds by `clock` after the first: a bucket that is lost is told
+    after that time and one more request at the latest.
+    """
+    begun = clock()
     for pause in PAUSES:
         try:
             return call()
         except Exception as error:
-            if not may_pass(error):
+            if not may_pass(error) or clock() + pause > begun + LAST_TRY:
                 raise
         time.sleep(pause * random.uniform(0.5, 1.0))
     return call()
@@ -96,7 +102,7 @@ def check_buckets(words: Iterable[str]) -> None:
 
     Raises: BadInput if it is not there or may not be listed, or gcsfs reads a name as a pattern.
     """
-    for address in (found for word in words for found in re.findall("gs://[^/,].*", word)):
+    for address in (found for word in words for found in re.findall("(?i)gs://[^/,].*", word)):
         if wrong := re.search(r"[*?#[\]]", address):
             raise BadInput(f"{address} holds {wrong[0]!r}, which means something else in a bucket.")
         check_bucket(re.split("[/,]", address)[2])
