@@ -29,7 +29,7 @@ from var_jax.tools.streams import keep_streams_open
 Main = Callable[[flags.FlagValues], None]
 FAILED, BAD_INPUT = 1, 2
 COMPILES = "/jax/core/compile/backend_compile_duration"  # of jax.monitoring: begin and end
-SILENT = 3.0  # seconds of compiling of which nothing is said
+SILENT = 10.0  # seconds of compiling of which nothing is said
 # What a path can be wrong in, where the user named it.
 WRONG_PATHS = (
     FileExistsError,
@@ -293,7 +293,7 @@ def _cache_compiled_programs() -> str:
 
 
 def _tell_compilations(cache: str) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Says on stderr what is being compiled, once that lasts a few seconds: it may take minutes.
+    """Says on stderr what is being compiled, once that lasts ten seconds: it may take minutes.
 
     Returns what jax calls at the begin and the end of each compilation; `cache` is where programs
     are kept.
