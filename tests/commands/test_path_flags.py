@@ -30,6 +30,8 @@ PNG = ROOT / "benchmarks" / "emoji" / "edit.png"
         ("convert", "--to_torch o --checkpoint", ""),
         ("convert", "--checkpoint emoji --to_torch", "--to_torch"),
         ("prepare", "--out o --source", "data.source"),
+        ("scaling", "--runs", "--runs"),
+        ("scaling", "--runs r --out", "--out"),
     ],
 )
 @pytest.mark.parametrize("text", [" ", "~nobody-of-this-name/x", "s3://bucket/x"])
@@ -58,6 +60,7 @@ def test_both_forms_of_home(tmp_path, monkeypatch):
         ("edit", "--checkpoint emoji --box 0,0,1,1 --image {image}", "--out"),
         ("encode", "--checkpoint emoji --images emoji", "--out"),
         ("prepare", "--source {image}/..", "--out"),
+        ("scaling", "--runs {image}", "--out"),
         ("convert", "--tokenizer {image}", "--out"),
         ("convert", "--checkpoint emoji", "--to_torch"),
     ],

@@ -17,7 +17,7 @@ from absl import flags
 from var_jax.tools import cli
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("aot", "convert", "demo", "edit", "encode", "prepare", "sample", "train")
+COMMANDS = ("aot", "convert", "demo", "edit", "encode", "prepare", "sample", "scaling", "train")
 
 SCRIPT = '''
 """A command for the tests."""

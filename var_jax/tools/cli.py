@@ -152,6 +152,7 @@ def _parse(args: flags.FlagValues, argv: Sequence[str]) -> None:
     for i in reversed(range(len(words) - 1)):  # --config.a.b v
         if re.fullmatch(r"--config_field=[\w.]+", words[i]) and not words[i + 1].startswith("--"):
             words[i : i + 2] = [f"{words[i]}={words[i + 1]}"]
+    words = _spread(words, args)
     try:
         rest = args(["", *words])
     except flags.UnrecognizedFlagError as error:
@@ -168,6 +169,20 @@ def _parse(args: flags.FlagValues, argv: Sequence[str]) -> None:
     for name, value in args.flag_values_dict().items():
         if isinstance(value, float) and not math.isfinite(value):
             raise BadInput(f"--{name}={value}; expected a finite number.")
+
+
+def _spread(words: Sequence[str], args: flags.FlagValues) -> list[str]:
+    """`--runs A B`, as a shell expands `--runs runs/*`, as `--runs=A --runs=B`."""
+    found, several = [], ""
+    for word in words:
+        name = word.lstrip("-")
+        if word.startswith("-"):
+            is_multi = "=" not in name and name in args and isinstance(args[name], flags.MultiFlag)
+            several = f"--{name}" if is_multi else ""
+            found += [] if several else [word]
+        else:
+            found.append(f"{several}={word}" if several else word)
+    return found
 
 
 def _help(main: Main, names: list[str]) -> str:

@@ -31,16 +31,26 @@ def peak_flops(device_kind: str) -> float | None:
 def transformer_flops(config: TransformerConfig, *, backward: bool = True) -> int:
     """Matrix products of one image's forward pass, three times that with the backward pass.
 
-    Weights that every token meets count for L tokens, AdaLN's for one; attention counts the pairs
-    that a token may see. Nothing recomputed is counted.
+    Nothing recomputed is counted.
     """
-    D, F = config.width, round(config.width * config.mlp_ratio)
-    C, V = config.latent_dim, config.vocab_size
-    by_token = config.depth * (4 * D * D + 2 * D * F) + C * D + D * V
-    by_image = 2 * D * D + 6 * D * D * (1 if config.shared_adaln else config.depth)
+    return sum(flops_by_part(config).values()) * (3 if backward else 1)
+
+
+def flops_by_part(config: TransformerConfig) -> dict[str, int]:
+    """Matrix products of one image's forward pass: in the blocks, their attention, and the head.
+
+    Weights that every token meets count for L tokens, AdaLN's for one; attention counts the pairs
+    that a token may see.
+    """
+    D, F, L = config.width, round(config.width * config.mlp_ratio), config.num_tokens
+    by_token = config.depth * (4 * D * D + 2 * D * F) + config.latent_dim * D
+    adaln = 6 * D * D * (1 if config.shared_adaln else config.depth)
     pairs = sum(s.stop * (s.stop - s.start) for s in slices(config.patch_nums))
-    forward = 2 * (by_token * config.num_tokens + by_image) + 4 * config.depth * D * pairs
-    return forward * (3 if backward else 1)
+    return {
+        "blocks": 2 * (by_token * L + adaln),
+        "attention": 4 * config.depth * D * pairs,
+        "head": 2 * (D * config.vocab_size * L + 2 * D * D),
+    }
 
 
 def matmul_flops(f: Callable[..., Any], *args: Any) -> int:

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import PurePath
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -83,33 +84,48 @@ def curves(
     path: str | PurePath, series: dict[str, dict[str, tuple]], x_label: str = "step"
 ) -> None:
     """Writes a PNG with one small line chart for each title: {title: {label: (x, y)}}."""
+    figure, axes = charts(len(series))
+    for axis, (title, lines) in zip(axes, series.items(), strict=False):
+        if len(lines) > 5:  # a series, such as scales: from dark to light
+            from matplotlib import colormaps
+
+            axis.set_prop_cycle(color=colormaps["viridis"](np.linspace(0, 0.9, len(lines))))
+        for label, (x, y) in lines.items():
+            axis.plot(x, y, label=label, linewidth=1.6, marker="o" if len(x) < 12 else None, ms=3.5)
+        axis.set(title=title, xlabel=x_label)
+    save_charts(path, figure, axes)
+
+
+def charts(count: int) -> tuple[Any, list[Any]]:
+    """A matplotlib figure of `count` small charts, up to three in a row, and their axes."""
     # A notebook's name of a backend, of which nothing is drawn here, is unknown outside of it.
     backend = os.environ.pop("MPLBACKEND", None)
     try:
-        from matplotlib import colormaps
         from matplotlib.figure import Figure
     finally:
         os.environ |= {"MPLBACKEND": backend} if backend else {}
 
-    columns = min(len(series), 3)
-    rows = -(-len(series) // columns)
+    columns = min(count, 3)
+    rows = -(-count // columns)
     figure = Figure(figsize=(4.2 * columns, 3 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat[len(series) :]:
+    for axis in axes.flat[count:]:
         axis.set_visible(False)
-    for axis, (title, lines) in zip(axes.flat, series.items(), strict=False):
-        if len(lines) > 5:  # a series, such as scales: from dark to light
-            axis.set_prop_cycle(color=colormaps["viridis"](np.linspace(0, 0.9, len(lines))))
-        for label, (x, y) in lines.items():
-            axis.plot(x, y, label=label, linewidth=1.6, marker="o" if len(x) < 12 else None, ms=3.5)
-        axis.set_title(title, fontsize=11, loc="left")
-        axis.set_xlabel(x_label, fontsize=9)
-        axis.tick_params(labelsize=8, length=0)
+    return figure, list(axes.flat[:count])
+
+
+def save_charts(path: str | PurePath, figure: Any, axes: list[Any]) -> None:
+    """Writes a figure of `charts` as PNG, all in one style."""
+    for axis in axes:
+        axis.set_title(axis.get_title(), fontsize=11, loc="left")
+        axis.set_title("")
+        axis.xaxis.label.set_size(9)
+        axis.tick_params(which="both", labelsize=8, length=0)
         axis.grid(color="0.9", linewidth=0.8)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color("0.7")
-        if len(lines) > 1:
-            axis.legend(frameon=False, fontsize=8, ncols=1 + len(lines) // 8)
+        if (lines := len(axis.get_legend_handles_labels()[0])) > 1:
+            axis.legend(frameon=False, fontsize=8, ncols=1 + lines // 8)
     with replacing(path) as beside, beside.open("wb") as file:
         figure.savefig(file, format="png", dpi=150)

@@ -1,0 +1,76 @@
+"""Trains the ladder of configs/ladder.py: a tokenizer for all, its tokens, and every size.
+
+    python benchmarks/ladder.py --out runs/ladder
+    python benchmarks/ladder.py --out runs/rates --depths 2,4,8 --two_seeds= --factors 0.5,1,2
+
+A stopped command continues. The second tries learning rates beside the transferred one; of runs
+that differ in the rate alone, var_jax.scaling keeps the best.
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+
+from absl import flags
+from etils import epath
+
+from var_jax.config import Config, from_dict
+from var_jax.tools import cli
+from var_jax.tools.configs import load_config
+from var_jax.tools.files import output_path
+from var_jax.training.run import train
+
+
+def define_flags() -> None:
+    """Defines the flags of this benchmark."""
+    flags.DEFINE_string("out", "runs/ladder", "Folder of the runs.")
+    flags.DEFINE_list("depths", ["2", "3", "4", "5", "6", "8"], "Sizes.")
+    flags.DEFINE_list("two_seeds", ["2", "3", "4"], "Sizes that are trained with a second seed.")
+    flags.DEFINE_list("factors", ["1"], "On the learning rate of each size.")
+    flags.DEFINE_integer("steps", 0, "Of each size; 0: the config's.", 0)
+
+
+def main(args: flags.FlagValues) -> None:
+    """Trains what is missing, a line for each run."""
+    out = output_path(args.out)
+    prepare(out, 2 if args.two_seeds else 1)
+    for depth, factor in itertools.product(args.depths, args.factors):
+        for seed in range(2 if depth in args.two_seeds else 1):
+            name = f"d{depth}-seed{seed}" + (f"-rate{factor}" if factor != "1" else "")
+            started, workdir = time.monotonic(), out / name
+            if not (workdir / "summary.json").exists():
+                train(config_of(out, depth, seed, float(factor), args.steps), workdir)
+            summary = json.loads((workdir / "summary.json").read_text())
+            loss = summary["validation loss (nats a token)"]
+            print(f"{name}: validation loss {loss:.4f}, {time.monotonic() - started:.0f} s")
+
+
+def prepare(out: epath.Path, seeds: int) -> None:
+    """Trains the tokenizer and writes a token cache for each seed, unless they are there."""
+    if not (out / "tokenizer" / "summary.json").exists():
+        train(from_dict(Config, load_config("ladder:tokenizer")), out / "tokenizer")
+    source = load_config("ladder:tokenizer").data.source
+    for seed in range(seeds):
+        words = ["--checkpoint", out / "tokenizer/checkpoint", "--images", source, "--resize", 1,
+                 "--seed", seed, "--batch_size", 256, "--out", out / f"tokens-{seed}"]  # fmt: skip
+        if code := subprocess.call([sys.executable, "-m", "var_jax.encode", *map(str, words)]):
+            sys.exit(code)
+
+
+def config_of(out: epath.Path, depth: str, seed: int, factor: float, steps: int) -> Config:
+    """The config of one run."""
+    config = load_config(f"ladder:{depth}")
+    config.seed = seed
+    config.pretrained_tokenizer = str(out / "tokenizer/checkpoint")
+    config.data.tokens = str(out / f"tokens-{seed}")
+    config.train_transformer.learning_rate *= factor
+    if steps:
+        config.train_transformer.steps = steps
+        config.every.update(evaluate=max(1, steps // 5), save=steps)
+    return from_dict(Config, config)
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)

@@ -1,0 +1,208 @@
+"""Laws from what runs leave: constants come back, and what is no ladder is refused."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+from running import complaint, run
+
+from var_jax import scaling
+from var_jax.config import Config, TransformerConfig, from_dict, settings
+from var_jax.evaluation.scaling_report import best_rates
+from var_jax.sampling.exports import build
+from var_jax.tools import cli
+from var_jax.tools.configs import load_config
+from var_jax.tools.flops import flops_by_part, matmul_flops
+from var_jax.training.results import parameters, read_rows
+
+DEPTHS = (2, 3, 4, 5, 6, 8)
+SURFACE = (2.0, 0.05, 0.3, 1.0, 0.25)  # E + A·N^-α + B·D^-β, N in billions, D in images
+STEPS = 100
+
+
+def write_run(folder, depth, *, seed=0, summary=True, last=STEPS, **changes):
+    """A work directory as a training of this depth leaves it, with losses of SURFACE."""
+    config = load_config(f"ladder:{depth}")
+    config.seed, config.transformer.num_classes = seed, 10
+    config.train_transformer.steps = STEPS
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        config[section][field] = value
+    config = from_dict(Config, config)
+    folder.mkdir(parents=True)
+    fields = settings(config) | {"fingerprint": "abc", "copies": 1}
+    (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "data.json").write_text(json.dumps([{"train": {"images": 60_000}}]))
+    size = parameters(config.transformer, config.tokenizer)["parameters"]
+    records = [validation(size, step, seed) for step in range(20, last + 1, 20)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    if summary:
+        (folder / "summary.json").write_text("{}")
+    return folder
+
+
+def validation(parameters, step, seed):
+    """A record of the validation hook."""
+    E, A, alpha, B, beta = SURFACE
+    loss = E + A * (parameters / 1e9) ** -alpha + B * (step * 32) ** -beta + 0.001 * seed
+    figures = {f"val_loss{k}": loss for k in ("", "_last", "_scale1", "_scale2", "_scale3")}
+    accuracy = {name.replace("loss", "accuracy"): 1 - loss / 10 for name in figures}
+    return {"stage": "transformer", "step": step, "hook": "validation"} | figures | accuracy
+
+
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory):
+    """A ladder of six sizes, two seeds of the smaller ones."""
+    out = tmp_path_factory.mktemp("ladder")
+    for depth in DEPTHS:
+        for seed in range(2 if depth <= 4 else 1):
+            write_run(out / f"d{depth}-seed{seed}", depth, seed=seed)
+    return out
+
+
+@pytest.fixture(scope="module")
+def laws(ladder, tmp_path_factory):
+    """What the command wrote of the ladder, and printed."""
+    out = tmp_path_factory.mktemp("scaling") / "laws"
+    code, printed, err = run("scaling", "--runs", ladder, "--out", out)
+    assert (code, err) == (0, "")
+    return out, printed
+
+
+def test_the_command_fits_draws_and_prints(laws):
+    out, printed = laws
+    assert "loss_last(N)" in printed and "0.23" in printed and "Markov-VAR" in printed
+    fit = json.loads((out / "fit.json").read_text())
+    assert fit["runs"] == 9 and len(fit["sizes"]) == 6 and fit["images"] == 32 * STEPS
+    law = fit["laws"]["loss_all(N)"]
+    E, _, alpha, B, beta = SURFACE
+    assert law["alpha"]["value"] == pytest.approx(alpha, rel=0.05)
+    assert law["E"]["value"] == pytest.approx(E + B * (32 * STEPS) ** -beta, rel=0.01)
+    low, high = law["alpha"]["interval"]
+    assert low <= alpha <= high
+    assert abs(fit["largest, held out"]["loss_all"]["residual, percent"]) < 0.1
+    assert fit["loss_all(N, D)"]["alpha"]["value"] == pytest.approx(alpha, rel=0.1)
+    assert fit["isoFLOP"]["budgets"]
+    with Image.open(out / "laws.png") as image:
+        assert image.size[0] > 1000
+
+
+def test_the_points_stand_for_the_runs(laws, ladder):
+    assert read_rows([str(laws[0] / "runs.csv")]) == read_rows([str(ladder)])
+    header = (laws[0] / "runs.csv").read_text().splitlines()[0]
+    assert header.endswith("loss_scale1,loss_scale2,loss_scale3")
+
+
+def test_runs_may_be_listed_as_a_shell_expands_them():
+    seen = []
+    argv = ["--runs", "a", "b,c", "--out", "x", "--runs=d"]
+    assert cli.call(lambda args: seen.extend(args.runs), scaling.define_flags, argv) == 0
+    assert seen == ["a", "b,c", "d"]
+
+
+def test_unfinished_runs_are_told_and_left_out(ladder, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    shutil.copytree(ladder, runs)
+    write_run(runs / "d7", 7, summary=False, last=40)
+    write_run(runs / "tokenizer", 4, train_transformer__steps=0)
+    assert {row["depth"] for row in read_rows([str(runs)])} == {*DEPTHS}
+    told = f"{runs / 'd7'}: left out, unfinished (step 40 of {STEPS})\n"
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
+    "spoil, sentence",
+    [
+        (lambda f: [shutil.rmtree(f / f"d{d}-seed0") for d in (4, 5, 6, 8)],
+         "a law needs 3 sizes trained on equally many images; found sizes of 1"),
+        (lambda f: (f / "d5-seed0/metrics.jsonl").write_text(""),
+         "d5-seed0: metrics.jsonl holds no validation of the transformer"),
+        (lambda f: write_run(f / "d7", 7, data__flip=True), "differ in data.flip: "),
+        (lambda f: write_run(f / "d7", 7, train_transformer__schedule="cos"),
+         "differ in train_transformer.schedule: "),
+        (lambda f: write_run(f / "d7", 7, tokenizer__vocab_size=64), "differ in tokenizer.vocab"),
+        (lambda f: (f / "d8-seed0/data.json").write_text("[3]"), "differ in images: "),
+        (lambda f: (f / "d8-seed0/config.json").write_text("{"), "config.json cannot be read"),
+        (lambda f: (f / "d8-seed0/config.json").write_text('{"no": 1}'), "has no field 'no'"),
+        (lambda f: [path.unlink() for path in f.glob("*/config.json")], "expected a work dir"),
+        (lambda f: [path.unlink() for path in f.glob("*/summary.json")], "no finished training"),
+    ],
+)  # fmt: skip
+def test_what_is_no_ladder(ladder, tmp_path, spoil, sentence):
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    shutil.copytree(ladder, runs)
+    shutil.rmtree(runs / "d4-seed1")  # so that no second seed stands for a size
+    spoil(epath.Path(runs))
+    code, _, err = run("scaling", "--runs", runs, "--out", out)
+    assert code == 2 and sentence in err, err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("", "has no column 'run'"),
+        ("run,step\nd2,3\n", "has no column 'recipe'"),
+        (",x,", "line 2: depth='x'; expected a number"),
+        (",-1,", "line 2: depth='-1'; expected a number"),
+    ],
+)
+def test_what_is_no_table(laws, tmp_path, text, sentence):
+    path = tmp_path / "runs.csv"
+    if text.startswith(","):
+        lines = (laws[0] / "runs.csv").read_text().splitlines()
+        cells = lines[1].split(",")
+        cells[2] = text.strip(",")
+        text = "\n".join([lines[0], ",".join(cells), *lines[2:]])
+    path.write_text(text)
+    assert sentence in complaint("scaling", "--runs", path, "--out", tmp_path / "new")
+
+
+def test_of_runs_at_several_rates_the_best_counts():
+    row = dict(depth=2, width=64, seed=0, steps=9)
+    rows = [
+        row | {"run": name, "step": step, "loss_all": loss}
+        for name, step, loss in [("a", 4, 1.0), ("a", 9, 3.0), ("b", 4, 5.0), ("b", 9, 2.0)]
+    ]
+    assert {row["run"] for row in best_rates(rows)} == {"b"}
+
+
+def test_weights_by_kind_are_all_weights(ladder):
+    config = TransformerConfig(depth=3, width=96, num_heads=3, vocab_size=64, latent_dim=8)
+    counts = parameters(config, from_dict(Config, load_config("ladder:tokenizer")).tokenizer)
+    whole = sum(leaf.size for leaf in jax.tree.leaves(build(config)))
+    kinds = [counts[f"{kind}parameters"] for kind in ("", "head_", "embedding_")]
+    assert sum(kinds) == whole
+    assert kinds[0] == pytest.approx(18 * 3 * 96**2, rel=0.02)  # biases beside the paper's count
+    assert kinds[1] == 96 * 64 + 64 + 2 * 96 * 96 + 2 * 96
+
+
+def test_operations_by_kind_are_those_of_the_program():
+    config = TransformerConfig(
+        depth=2, width=64, num_heads=2, vocab_size=32, latent_dim=8, patch_nums=(1, 2, 3),
+        attention="masked", num_classes=10,
+    )  # fmt: skip
+    model, L = build(config), config.num_tokens
+    labels = jax.ShapeDtypeStruct((1,), np.int32)
+    inputs = jax.ShapeDtypeStruct((1, L - 1, 8), np.float32)
+    parts = flops_by_part(config)
+    all_pairs = 4 * config.depth * config.width * L * L  # which this implementation computes
+    start = 2 * config.latent_dim * config.width  # the first token is no word
+    counted = matmul_flops(type(model).__call__, model, labels, inputs)
+    biases = 2 * config.depth * config.width**2  # of the values, through the output projection
+    assert counted == parts["blocks"] + parts["head"] + all_pairs - start + biases
+
+
+def test_rows_have_the_sizes_and_costs_of_their_run(ladder):
+    rows = read_rows([str(ladder / "d2-seed0")])
+    assert [row["step"] for row in rows] == [20, 40, 60, 80, 100]
+    last = rows[-1]
+    parts = last["attention_flops"] + last["head_flops"] + last["blocks_flops"]
+    assert last["compute"] == parts == 5 * rows[0]["compute"]
+    assert last["tokens"] == 30 * last["images"] == 30 * 32 * STEPS
+    assert last["error_last"] == pytest.approx(last["loss_last"] / 10)
+    assert last["tokenizer_flops"] > 0
