@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import minimize, nnls
-from scipy.stats import norm, t
+from scipy.special import ndtr, stdtrit
 
 FEWEST = 3  # sizes: a law has three unknowns
 CONFIDENCE = 0.9
@@ -150,7 +150,7 @@ def interval(
     spare = runs - unknowns
     if spare < 1 or not len(samples):
         return None
-    tail = float(norm.cdf(-np.sqrt(runs / spare) * t.ppf(0.975, spare)))
+    tail = float(ndtr(-np.sqrt(runs / spare) * stdtrit(spare, 0.975)))
     low, high = np.quantile(samples, (tail, 1 - tail), method="inverted_cdf")
     return float(low), float(high)
 
