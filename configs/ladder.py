@@ -5,9 +5,9 @@
 
 The first trains the tokenizer that all sizes share, encodes the images once, and trains each size;
 a stopped ladder continues. A variant is a depth (`ladder:4`) or `ladder:tokenizer`. All sizes see
-equally many images, in an order that depends on the seed alone. Learning rates are transferred: they
-fall as 1/width. The cost of a size on two CPU cores in batches of 32 (d2, d4 and d8 measured as CPU
-time, the others by their operations in between):
+equally many images, in an order that depends on the seed alone. Learning rates are transferred:
+they fall as 1/width. The cost of a size on two CPU cores in batches of 32 (d2, d4 and d8 measured
+as CPU time, the others by their operations in between):
 
     depth                          2      3      4      5      6      8
     weights of the blocks     149 K  502 K 1.19 M 2.32 M 4.00 M 9.47 M
@@ -25,7 +25,6 @@ from var_jax import BadInput
 from var_jax.config import defaults
 from var_jax.schedule import PATCH_NUMS_256
 
-DEPTHS = (2, 3, 4, 5, 6, 8)
 STEPS = 1200  # of 32 images: 0.64 epochs
 
 
