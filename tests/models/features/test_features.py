@@ -7,13 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from evaluation_cases import weight, weights_file
 from golden_cases import load
 from PIL import Image
 
 from var_jax import BadInput
 from var_jax.checkpoints.torch.pth import write_pth
-from var_jax.models.features.dino import dinov2, load_dinov2
+from var_jax.models.features.dino import (
+    abstract_dino_s16,
+    dino_s16,
+    dinov2,
+    load_dino_s16,
+    load_dinov2,
+)
 from var_jax.models.features.efficientnet import efficientnet, load_efficientnet
 from var_jax.models.features.inception import inception, load_inception
 from var_jax.models.features.lpips import ALEXNET, load_lpips, lpips, pick, unit
@@ -64,7 +71,7 @@ def test_another_network_is_no_inception(tmp_path, name, tensor, sentence):
         assert part in str(raised.value)
 
 
-@pytest.mark.parametrize("loader", [load_inception, load_efficientnet, load_dinov2])
+@pytest.mark.parametrize("loader", [load_inception, load_efficientnet, load_dinov2, load_dino_s16])
 def test_no_file_of_weights(tmp_path, loader):
     path = tmp_path / "weights.pth"
     with pytest.raises(BadInput, match=r"No such file or directory; expected .*\.pth"):
@@ -96,6 +103,62 @@ def test_dinov2_with_registers_is_refused(tmp_path):
     path = weights_file(tmp_path, "features", "dinov2_224", **extra)
     with pytest.raises(BadInput, match="another network; expected DINOv2 without registers"):
         load_dinov2(path)
+
+
+def dino_tensors():
+    """Seeded weights under the names of DINO ViT-S/16's file."""
+    rng, D = np.random.default_rng(0), 384
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    tensors = {"cls_token": draw(1, 1, D), "pos_embed": draw(1, 197, D)}
+    linears = {"attn.qkv": (3 * D, D), "attn.proj": (D, D), "mlp.fc1": (4 * D, D)}
+    linears = {f"blocks.{i}.{n}": s for i in range(12) for n, s in linears.items()}
+    linears |= {f"blocks.{i}.mlp.fc2": (D, 4 * D) for i in range(12)}
+    linears["patch_embed.proj"] = D, 3, 16, 16
+    for name, shape in linears.items():
+        tensors[f"{name}.weight"] = draw(*shape) * np.prod(shape[1:]) ** -0.5
+        tensors[f"{name}.bias"] = draw(shape[0])
+    for name in ("norm", *(f"blocks.{i}.norm{j}" for i in range(12) for j in (1, 2))):
+        tensors[f"{name}.weight"], tensors[f"{name}.bias"] = 1 + 0.1 * draw(D), 0.1 * draw(D)
+    return tensors
+
+
+def dino_in_numpy(tensors, image):
+    """Tokens after the embedding and each block, of one image in [-1, 1]."""
+    get = lambda name: (tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+    linear = lambda name, x: x @ get(name)[0].T + get(name)[1]
+    norm = lambda x: (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-6)
+    image = ((image + 1) / 2 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    patches = image.reshape(14, 16, 14, 16, 3).transpose(0, 2, 4, 1, 3).reshape(196, -1)
+    kernel, bias = get("patch_embed.proj")
+    x = np.concatenate([tensors["cls_token"][0], patches @ kernel.reshape(384, -1).T + bias])
+    x = x + tensors["pos_embed"][0]
+    found = [x]
+    for i in range(12):
+        at = f"blocks.{i}"
+        scaled = lambda name, x: norm(x) * get(name)[0] + get(name)[1]
+        qkv = linear(f"{at}.attn.qkv", scaled(f"{at}.norm1", x)).reshape(197, 3, 6, 64)
+        q, k, v = qkv.transpose(1, 2, 0, 3)
+        weight = scipy.special.softmax(q @ k.transpose(0, 2, 1) / 8, axis=-1)
+        mixed = (weight @ v).transpose(1, 0, 2).reshape(197, 384)
+        x = x + linear(f"{at}.attn.proj", mixed)
+        hidden = linear(f"{at}.mlp.fc1", scaled(f"{at}.norm2", x))
+        hidden = hidden * scipy.special.ndtr(hidden)
+        x = x + linear(f"{at}.mlp.fc2", hidden)
+        found.append(x)
+    return found
+
+
+@pytest.mark.slow
+def test_dino_s16(tmp_path):
+    tensors = dino_tensors()
+    write_pth(tmp_path / "dino.pth", tensors)
+    weights = load_dino_s16(tmp_path / "dino.pth")
+    shapes = lambda tree: [leaf.shape for leaf in jax.tree.leaves(tree)]
+    assert shapes(weights) == shapes(abstract_dino_s16())
+    image = np.random.default_rng(1).uniform(-1, 1, (1, 224, 224, 3)).astype(np.float32)
+    theirs = dino_in_numpy(tensors, image[0])
+    for ours, i in zip(jax.jit(dino_s16)(weights, image), (0, 3, 6, 9, 12), strict=True):
+        np.testing.assert_allclose(ours[0], theirs[i][1:], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

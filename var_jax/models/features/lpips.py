@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from var_jax import BadInput
@@ -63,24 +64,40 @@ class Lpips(NamedTuple):
 
 
 def lpips(
-    weights: Lpips, image0: Float[Array, "B H W 3"], image1: Float[Array, "B H W 3"]
+    weights: Lpips,
+    image0: Float[Array, "B H W 3"],
+    image1: Float[Array, "B H W 3"],
+    dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, " B"]:
-    """The distances of pairs of images in [-1, 1]. Single-device code."""
+    """The distances of pairs of images in [-1, 1]; `dtype` is of activations.
+
+    Features are compared in float32. Single-device code.
+    """
     if min(image0.shape[1:3]) < SMALLEST:
         H, W = image0.shape[1:3]
         raise BadInput(f"images have {H} by {W} pixels; LPIPS takes {SMALLEST} a side or more.")
+    # Apart: where one image's gradient is wanted, nothing is computed backward for the other.
+    pairs = zip(*(features(weights, image, dtype) for image in (image0, image1)), strict=True)
+    total = jnp.zeros(image0.shape[0])
+    for channels, (a, b) in zip(weights.channels, pairs, strict=True):
+        total += jnp.einsum("BHWC,C->BHW", (a - b) ** 2, channels).mean((1, 2))
+    return total
+
+
+def features(
+    weights: Lpips, image: Float[Array, "B H W 3"], dtype: DTypeLike
+) -> list[Float[Array, "B _ _ _"]]:
+    """The compared layers' features of images in [-1, 1], each pixel's of length 1."""
     net = next(net for net in NETS.values() if len(net) == len(weights.convs))
-    x = jnp.concatenate([image0, image1])
-    x = (x - jnp.array(SHIFT)[None, None, None]) / jnp.array(SCALE)[None, None, None]
-    channels, total = iter(weights.channels), jnp.zeros(image0.shape[0])
+    x = (image - jnp.array(SHIFT)[None, None, None]) / jnp.array(SCALE)[None, None, None]
+    x, found = x.astype(dtype), []
     for layer, conv in zip(net, weights.convs, strict=True):
         if layer.pool:
             x = max_pool(x, layer.pool)
         x = jax.nn.relu(convolve(conv, x, layer.stride, same_or(layer)))
         if layer.compared:
-            a, b = jnp.split(unit(x), 2)
-            total += jnp.einsum("BHWC,C->BHW", (a - b) ** 2, next(channels)).mean((1, 2))
-    return total
+            found.append(unit(x.astype(jnp.float32)))
+    return found
 
 
 def same_or(layer: Layer) -> str | list[tuple[int, int]]:
@@ -119,6 +136,17 @@ def load_lpips(net: str, *paths: str | Path) -> Lpips:
             tensors |= {short(name): tensor for name, tensor in read(path).items()}
     with expecting(" and ".join(map(str, found)), what):
         return pick(tensors, NETS[net])
+
+
+def abstract_lpips(net: str) -> Lpips:
+    """The shapes of the weights, of which no file is needed."""
+    shape = lambda *sides: jax.ShapeDtypeStruct(sides, jnp.float32)
+    inputs = (3, *(layer.channels for layer in NETS[net]))
+    convs = tuple(
+        Conv(shape(layer.kernel, layer.kernel, width, layer.channels), shape(layer.channels))  # type: ignore
+        for layer, width in zip(NETS[net], inputs, strict=False)
+    )
+    return Lpips(convs, tuple(shape(layer.channels) for layer in NETS[net] if layer.compared))  # type: ignore
 
 
 def short(name: str) -> str:

@@ -29,12 +29,12 @@ class Conv(NamedTuple):
 def convolve(
     conv: Conv, x: Float[Array, "B H W C"], stride: int = 1, padding: Any = "SAME"
 ) -> Float[Array, "B _ _ F"]:
-    """The convolution of NHWC images, with its bias."""
+    """The convolution of NHWC images, with its bias, in their dtype."""
     made = backend.convolve(
-        x, jnp.asarray(conv.kernel), (stride, stride), padding,
+        x, jnp.asarray(conv.kernel, x.dtype), (stride, stride), padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=HIGHEST,
     )  # fmt: skip
-    return made + conv.bias[None, None, None]
+    return made + jnp.asarray(conv.bias, x.dtype)[None, None, None]
 
 
 def depthwise(conv: Conv, x: Float[Array, "B H W C"], stride: int = 1) -> Float[Array, "B _ _ C"]:
