@@ -34,6 +34,7 @@ from var_jax.config import (
         ("imagenet", ()),
         ("imagenet", ("d36",)),
         ("tokenizer", ()),
+        ("tokenizer", ("512_patchgan",)),
         ("finetune", ("emoji",)),
     ],
 )
@@ -63,6 +64,34 @@ def test_one_number_stands_for_a_tuple_of_it():
 def test_bad_training(fields, sentence):
     with pytest.raises(BadInput, match=sentence):
         TrainTransformerConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"lpips_weight": 1}, r"lpips_weight=1\.0 takes images of 32 pixels .* data\.size=16"),
+        ({"gan": {"weight": 1}}, r"gan\.layers=3 takes images of 24 pixels .* data\.size=16"),
+        ({"gan": {"weight": 1, "layers": 2, "start": 9}}, r"gan\.start=9 leaves .* steps=9"),
+        (
+            {"gan": {"discriminator": "cnn"}},
+            r"train_tokenizer\.gan\.discriminator='cnn' is not one",
+        ),
+        (
+            {"gan": {"dino_file": "a.pth"}},
+            r"dino_file=a\.pth is of discriminator='dino', not 'patc",
+        ),
+        ({"l2_weight": 0}, r"l2_weight=l1_weight=lpips_weight=0 leaves nothing"),
+        ({"perturbation": 2}, r"perturbation=2\.0; expected 0 to 1"),
+        ({"scale_dropout": 0.1}, r"keeps at least 3 scales; tokenizer\.patch_nums=\(1, 2, 4\) has"),
+    ],
+)
+def test_losses_that_do_not_fit(fields, sentence):
+    tokenizer = {"patch_nums": (1, 2, 4), "channel_mults": (1, 1, 1)}
+    training = {"steps": 9, "l2_weight": 1} | fields
+    with pytest.raises(BadInput, match=sentence):
+        from_dict(
+            Config, {"tokenizer": tokenizer, "train_tokenizer": training, "data": {"size": 16}}
+        )
 
 
 @pytest.mark.parametrize(

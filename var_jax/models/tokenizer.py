@@ -1,8 +1,9 @@
 """The image tokenizer: a convolutional encoder and decoder around the residual quantizer.
 
 The CNN is that of VQGAN f16 (VAR §3.1, appendix): residual blocks by level, attention at the lowest
-resolution, halving between levels. Images are NHWC in [-1, 1], float32 throughout: products are
-three bfloat16 passes on TPU (`HIGH`), one alone changes which code is nearest.
+resolution, halving between levels. Images are NHWC in [-1, 1]. Activations are float32, products
+three bfloat16 passes on TPU (`HIGH`): one alone changes which code is nearest. Training may ask for
+bfloat16 activations; norms, softmax, latents and the quantizer stay float32.
 """
 
 import itertools
@@ -10,6 +11,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, UInt8
 
 from var_jax.config import TokenizerConfig
@@ -20,19 +22,32 @@ from var_jax.sharding.ops import data_parallel, in_parts
 HIGH = jax.lax.Precision.HIGH
 
 
+def activation_dtype(arrays: tuple, dtype: DTypeLike | None = None) -> tuple:
+    """Input, kernel and bias of a convolution, all in the dtype of the input."""
+    return tuple(None if x is None else x.astype(arrays[0].dtype) for x in arrays)
+
+
 def conv(c_in: int, c_out: int, size: int, rngs: nnx.Rngs, **kwargs) -> nnx.Conv:
     """A square convolution with torch's default initialization, as the release trains from."""
     bound = (c_in * size * size) ** -0.5
     draw = lambda key, shape, dtype, **_: jax.random.uniform(key, shape, dtype, -bound, bound)
     return nnx.Conv(
         c_in, c_out, (size, size), rngs=rngs, kernel_init=draw, bias_init=draw, precision=HIGH,
-        conv_general_dilated=backend.convolve, **kwargs,
+        conv_general_dilated=backend.convolve, promote_dtype=activation_dtype,  # type: ignore
+        **kwargs,
     )  # fmt: skip
 
 
-def group_norm(channels: int, groups: int) -> nnx.GroupNorm:
-    """Normalizes groups of channels over the whole image; variance about the mean, in float32."""
-    return nnx.GroupNorm(channels, groups, epsilon=1e-6, use_fast_variance=False, rngs=nnx.Rngs(0))
+class GroupNorm(nnx.GroupNorm):
+    """Normalizes groups of channels over the whole image, in float32 whatever the input's dtype."""
+
+    def __call__(self, x: Float[Array, "B H W C"], *, mask=None) -> Float[Array, "B H W C"]:
+        return super().__call__(x.astype(jnp.float32), mask=mask).astype(x.dtype)
+
+
+def group_norm(channels: int, groups: int) -> GroupNorm:
+    """A `GroupNorm` with the variance about the mean."""
+    return GroupNorm(channels, groups, epsilon=1e-6, use_fast_variance=False, rngs=nnx.Rngs(0))
 
 
 class ResBlock(nnx.Module):
@@ -62,8 +77,11 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         B, H, W, C = x.shape
         q, k, v = jnp.split(self.qkv(self.norm(x)).reshape(B, H * W, 3 * C), 3, axis=-1)
-        score = jnp.einsum("BLC,BSC->BLS", q * C**-0.5, k, precision=HIGH)
-        mean = jnp.einsum("BLS,BSC->BLC", jax.nn.softmax(score, axis=-1), v, precision=HIGH)
+        score = jnp.einsum(
+            "BLC,BSC->BLS", q * C**-0.5, k, precision=HIGH, preferred_element_type=jnp.float32
+        )
+        weight = jax.nn.softmax(score, axis=-1).astype(x.dtype)
+        mean = jnp.einsum("BLS,BSC->BLC", weight, v, precision=HIGH)
         return x + self.proj(mean.reshape(B, H, W, C))
 
 
@@ -165,13 +183,17 @@ class Tokenizer(nnx.Module):
         self.pre_conv = conv(config.latent_dim, config.latent_dim, 3, rngs)
         self.post_conv = conv(config.latent_dim, config.latent_dim, 3, rngs)
 
-    def latent(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
-        """The latent that the quantizer explains."""
-        return self.pre_conv(self.encoder(image))
+    def latent(
+        self, image: Float[Array, "B H W 3"], dtype: DTypeLike = jnp.float32
+    ) -> Float[Array, "B h w C"]:
+        """The latent that the quantizer explains, in float32; `dtype` is of the activations."""
+        return self.pre_conv(self.encoder(image.astype(dtype)).astype(jnp.float32))
 
-    def reconstruct(self, f_hat: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
-        """Quantized latent → image, not clipped."""
-        return self.decoder(self.post_conv(f_hat))
+    def reconstruct(
+        self, f_hat: Float[Array, "B h w C"], dtype: DTypeLike = jnp.float32
+    ) -> Float[Array, "B H W 3"]:
+        """Quantized latent → image in float32, not clipped; `dtype` is of the activations."""
+        return self.decoder(self.post_conv(f_hat).astype(dtype)).astype(jnp.float32)
 
     def encode(self, image: Float[Array, "B H W 3"]) -> Int32[Array, "B L"]:
         """Image in [-1, 1] → codes 0..V-1, coarse scale first."""
@@ -185,10 +207,19 @@ class Tokenizer(nnx.Module):
         """Codes → image in [-1, 1]."""
         return self.decode_latent(self.quantizer.decode(idx_BL)[-1])
 
-    def __call__(self, image: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B H W 3"], Quantized]:
-        """Reconstruction (not clipped), straight-through; and the quantizer's part."""
-        quantized = self.quantizer(self.latent(image))
-        return self.reconstruct(quantized.f_hat), quantized
+    def __call__(
+        self,
+        image: Float[Array, "B H W 3"],
+        scales_B: Int32[Array, " B"] | None = None,
+        rank_BL: Int32[Array, "B L"] | None = None,
+        dtype: DTypeLike = jnp.float32,
+    ) -> tuple[Float[Array, "B H W 3"], Quantized]:
+        """Reconstruction (not clipped), straight-through; and the quantizer's part.
+
+        `scales_B` and `rank_BL` are the quantizer's, `dtype` is of the activations.
+        """
+        quantized = self.quantizer(self.latent(image, dtype), scales_B, rank_BL)
+        return self.reconstruct(quantized.f_hat, dtype), quantized
 
 
 def to_float(image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:

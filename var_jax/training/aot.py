@@ -30,6 +30,7 @@ from var_jax.sharding.ops import data_parallel
 from var_jax.tools import tpu_cost
 from var_jax.tools.flops import matmul_flops, transformer_flops
 from var_jax.training.autoregressive import autoregressive_task
+from var_jax.training.loss_networks import abstract_loss_networks, loss_flops
 from var_jax.training.state import Learner
 from var_jax.training.task import Task
 from var_jax.training.tokenizer import tokenizer_task
@@ -188,14 +189,16 @@ def lower(config: Config, program: str, mesh: Mesh, batch_size: int):
         "transformer": {"tokens": tokens, "label": label},
     }[program]
     frozen = {
-        "tokenizer": {},
+        "tokenizer": shard(abstract_loss_networks(config.train_tokenizer), mesh),
         "pixels": {"tokenizer": tokenizer},
         "transformer": {"quantizer": tokenizer.quantizer},
     }[program]
     task = task_of(config, program)
     state = shard(jax.eval_shape(task.init, key), mesh, task.layout)
     step, count = jax.jit(task.step, donate_argnums=0), jax.ShapeDtypeStruct((), jnp.int32)
-    params = [part.params for part in state if isinstance(part, Learner)]
+    is_learner = lambda part: isinstance(part, Learner)
+    learners = filter(is_learner, jax.tree.leaves(state, is_leaf=is_learner))
+    params = [learner.params for learner in learners]
     return step.lower(state, count, batch, frozen, key), {
         "bytes_parameters": local_bytes((params, frozen)),
         "bytes_optimizer": local_bytes(state) - local_bytes(params),
@@ -223,7 +226,8 @@ def model_flops(config: Config, program: str) -> float:
     codes = jax.ShapeDtypeStruct((1, config.transformer.num_tokens), jnp.int32)
     with backend.assume("tpu"):
         if program == "tokenizer":
-            return 3 * matmul_flops(type(tokenizer).__call__, tokenizer, image)
+            losses = loss_flops(config.train_tokenizer, size)
+            return 3 * matmul_flops(type(tokenizer).__call__, tokenizer, image) + losses
         if program == "pixels":
             return transformer + matmul_flops(type(tokenizer).encode, tokenizer, image)
         guided = 2 * transformer_flops(config.transformer, backward=False)

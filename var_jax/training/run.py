@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 
 from var_jax import BadInput
 from var_jax.checkpoints.export import check_replaceable, load_fingerprint
@@ -39,6 +40,7 @@ from var_jax.tools.trees import path_name
 from var_jax.training import hooks, loop
 from var_jax.training.autoregressive import TransformerState, autoregressive_task
 from var_jax.training.init_from import check_source, transformer_from
+from var_jax.training.loss_networks import loss_networks
 from var_jax.training.tokenizer import tokenizer_task
 from var_jax.training.workdir import occupy
 
@@ -100,6 +102,8 @@ class Run:
         check_start(config)
         if config.report:
             find_function("config.report", config.report, REPORT_ARGUMENTS)
+        # Read ahead of the first step, so that a file that is missing is said now.
+        self.networks = {} if config.pretrained_tokenizer else loss_networks(config.train_tokenizer)
         self.pretrained: Tokenizer | None = None
         self.cached: tuple[TokenCache, TokenCache] | None = None
         inputs: dict[str, Any] = {"fingerprint": "", "copies": 0}
@@ -140,6 +144,7 @@ class Run:
             return self.pretrained
         task = tokenizer_task(self.config.tokenizer, self.config.train_tokenizer)
         every, where = self.config.every, {"workdir": self.workdir}
+        frozen = jax.device_put(self.networks, NamedSharding(self.mesh, PartitionSpec()))
         state = loop.run(
             task,
             self.batches(self.train, task.config.batch_size),
@@ -148,8 +153,11 @@ class Run:
             directory=self.workdir / "tokenizer",
             metrics=self.metrics,
             every=every,
+            frozen=frozen,
             hooks=(
-                hooks.validation(every.evaluate, task, self.validation, mesh=self.mesh),
+                hooks.validation(
+                    every.evaluate, task, self.validation, mesh=self.mesh, frozen=frozen
+                ),
                 hooks.reconstructions(every.sample, task, self.validation, self.metrics, **where),
             ),
             profile=self.profile,

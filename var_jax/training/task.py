@@ -36,12 +36,13 @@ class Task(NamedTuple):
         frozen: Frozen,
         key: Key[Array, ""],
     ) -> tuple[Any, Int32[Array, ""], Metrics]:
-        """A training step that keeps the state, all but its `step`, if loss or gradient overflow.
+        """A training step that keeps the state, all but its `step`, if loss or gradients overflow.
 
         `skipped` counts such steps in a row. The metric of that name counts all of the training.
         """
         new, metrics = self.train_step(state, batch, frozen, key)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        norms = [metrics[name] for name in metrics if name.endswith("grad_norm")]
+        finite = jnp.isfinite(jnp.stack([metrics["loss"], *norms])).all()
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
         kept = kept._replace(step=new.step)
         metrics |= {"skipped": kept.step - updates(kept)}

@@ -1,36 +1,49 @@
 """Training of the tokenizer: it learns to reconstruct images (VAR eq. 5)."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32, Key, UInt8
 
-from var_jax.config import TokenizerConfig, TrainTokenizerConfig
+from var_jax.config import LEAST_SCALES, TokenizerConfig, TrainTokenizerConfig
+from var_jax.models import backend
+from var_jax.models.features.lpips import Lpips, lpips
 from var_jax.models.patch_codec import make_tokenizer
+from var_jax.models.quantizer import NEIGHBOURS, Quantized
 from var_jax.models.tokenizer import Tokenizer, to_float
-from var_jax.sharding.mesh import replicated
-from var_jax.sharding.ops import data_parallel
+from var_jax.schedule import num_tokens
+from var_jax.sharding.mesh import BATCH, replicated
+from var_jax.sharding.ops import data_parallel, reshard
 from var_jax.tools.trees import path_name
+from var_jax.training.adversarial import Adversary, adversarial_step, start_adversary
 from var_jax.training.codebook import CodebookStats, codes_by_scale, init_stats, update_codebook
-from var_jax.training.losses import psnr_of_error, squared_error
+from var_jax.training.losses import absolute_error, psnr_of_error, squared_error
 from var_jax.training.optimizer import learning_rate, make_optimizer, rate_factor
 from var_jax.training.state import Batch, Learner, apply_gradients, start_learner, update_ema
 from var_jax.training.task import Frozen, Metrics, Task, updates
 
+ANNEALED = (0.2, 0.6)  # shares of the steps between which perturbation ends
+
 
 class TokenizerState(NamedTuple):
-    """The tokenizer and the statistics of its codes."""
+    """The tokenizer, the statistics of its codes, and what it plays against, if anything."""
 
     step: Int32[Array, ""]
     autoencoder: Learner
     codebook: CodebookStats
+    adversary: Adversary | None = None
 
 
 def tokenizer_task(model_config: TokenizerConfig, config: TrainTokenizerConfig) -> Task:
-    """Trains a tokenizer on batches of `image`, uint8 (B,H,W,3)."""
+    """Trains a tokenizer on batches of `image`, uint8 (B,H,W,3).
+
+    `frozen` holds the networks of the losses that the config has: see `loss_networks`.
+    """
     optimizer, schedule = make_optimizer(config), learning_rate(config)
     frozen_codes = rate_factor(config, "quantizer.codebook") == 0
 
@@ -38,18 +51,43 @@ def tokenizer_task(model_config: TokenizerConfig, config: TrainTokenizerConfig) 
         tokenizer = make_tokenizer(model_config, rngs=nnx.Rngs(key))
         learner = start_learner(tokenizer, optimizer, config.ema_decay)
         return TokenizerState(
-            jnp.zeros((), jnp.int32), learner, init_stats(tokenizer.quantizer.codebook[...])
+            jnp.zeros((), jnp.int32),
+            learner,
+            init_stats(tokenizer.quantizer.codebook[...]),
+            start_adversary(config, jax.random.fold_in(key, 1)),
         )
-
-    def loss_fn(tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"]):
-        error, code = data_parallel(reconstruction_error)(tokenizer, image)
-        return jnp.mean(error + code.loss), (error, code)
 
     def train_step(state: TokenizerState, batch: Batch, frozen: Frozen, key: Key[Array, ""]):
-        old = state.autoencoder.params
-        (loss, (error, code)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-            old, batch["image"]
+        old, image, adversary = state.autoencoder.params, batch["image"], state.adversary
+        dtype = backend.compute_dtype(config.dtype)
+
+        draw = jax.random.fold_in(jax.random.fold_in(key, state.step), 2)
+        scales, ranks = regularization(config, model_config, len(image), state.step, draw)
+
+        def forward(tokenizer: Tokenizer):
+            run = data_parallel(partial(reconstruct, dtype=dtype))
+            made, code = run(tokenizer, image, scales, ranks)
+            return (made, code.loss), code
+
+        def loss_fn(made, vq_loss):
+            terms = data_parallel(partial(distances, config, dtype))(frozen, made, image)
+            weighted = weighted_sum(config, terms)
+            return jnp.mean(weighted + vq_loss), terms
+
+        (made, vq_loss), pull_back, code = jax.vjp(forward, old, has_aux=True)
+        (loss, terms), (by_made, by_vq) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(
+            made, vq_loss
         )
+        metrics = {}
+        if adversary is not None:
+            # What is not asked of the gradients is not computed.
+            last_layer = lambda g: pull_back((g, by_vq))[0].decoder.conv_out.kernel[...]
+            more, adversary, metrics = adversarial_step(
+                config, adversary, image, made, by_made, last_layer, state.step, frozen,
+                jax.random.fold_in(jax.random.fold_in(key, state.step), 1),
+            )  # fmt: skip
+            by_made += more
+        (gradients,) = pull_back((by_made, by_vq))
         if config.codebook_decay:  # then the codebook is not the optimizer's
             gradients = with_codebook(gradients, jnp.zeros_like(old.quantizer.codebook[...]))
         learner = apply_gradients(state.autoencoder, gradients, optimizer)
@@ -70,10 +108,12 @@ def tokenizer_task(model_config: TokenizerConfig, config: TrainTokenizerConfig) 
             learner = learner._replace(ema=with_codebook(learner.ema, kept))
         share = stats.hits / stats.hits.sum()
         used = codes_by_scale(code.idx, len(codebook), model_config.patch_nums)
-        return TokenizerState(state.step + 1, learner, stats), {
+        return TokenizerState(state.step + 1, learner, stats, adversary), {
             "loss": loss,
-            "psnr": jnp.mean(psnr_of_error(error)),
+            "psnr": jnp.mean(psnr_of_error(terms["l2"])),
             "vq_loss": jnp.mean(code.loss),
+            **{f"{name}_loss": jnp.mean(terms[name]) for name in terms if name != "l2"},
+            **metrics,
             "codebook_perplexity": jnp.exp(-jnp.sum(share * jnp.log(share + 1e-12))),
             "codes_restarted": dead.sum(),
             **{f"codes_scale{k + 1}": used[k] for k in range(len(model_config.patch_nums))},
@@ -82,22 +122,88 @@ def tokenizer_task(model_config: TokenizerConfig, config: TrainTokenizerConfig) 
         }
 
     def eval_step(state: TokenizerState, batch: Batch, frozen: Frozen) -> Metrics:
-        return {"psnr": data_parallel(reconstruction_psnr)(state.autoencoder.best, batch["image"])}
+        weights = state.autoencoder.best, frozen.get("lpips")
+        return data_parallel(reconstruction_figures)(weights, batch["image"])
 
     return Task("tokenizer", config, init, train_step, eval_step, replicated)
 
 
-def reconstruction_error(tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"]):
-    """The squared error of each image, and its quantization."""
-    target = to_float(image)
-    made, code = tokenizer(target)
-    return squared_error(made, target), code
+def reconstruct(
+    tokenizer: Tokenizer,
+    image: UInt8[Array, "B H W 3"],
+    scales: Int32[Array, " B"] | None,
+    ranks: Int32[Array, "B L"] | None,
+    *,
+    dtype: DTypeLike,
+) -> tuple[Float[Array, "B H W 3"], Quantized]:
+    """The reconstructions, not clipped, and their quantization."""
+    return tokenizer(to_float(image), scales, ranks, dtype)
 
 
-def reconstruction_psnr(tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"]) -> Float[Array, " B"]:
-    """PSNR in dB of each image, by way of its codes."""
+def regularization(
+    config: TrainTokenizerConfig,
+    model_config: TokenizerConfig,
+    batch: int,
+    step: Int32[Array, ""],
+    key: Key[Array, ""],
+) -> tuple[Int32[Array, " B"] | None, Int32[Array, "B L"] | None]:
+    """What the quantizer takes at random of so many images: scales that count, ranks of codes.
+
+    Of an image whose codes are perturbed all are at first, none at last: the share falls from 1 to
+    0 over the steps in ANNEALED.
+    """
+    scales = ranks = None
+    K, L = len(model_config.patch_nums), num_tokens(model_config.patch_nums)
+    of_scales, count, of_images, of_codes, rank = jax.random.split(key, 5)
+    if config.scale_dropout:
+        some = jax.random.randint(count, (batch,), LEAST_SCALES, K + 1)
+        dropped = jax.random.bernoulli(of_scales, config.scale_dropout, (batch,))
+        scales = reshard(jnp.where(dropped, some, K), BATCH)
+    if config.perturbation:
+        first, last = (share * config.steps for share in ANNEALED)
+        share = ((last - step.astype(jnp.float32)) / (last - first)).clip(0, 1)
+        images = jax.random.bernoulli(of_images, config.perturbation, (batch, 1))
+        replaced = images & (jax.random.uniform(of_codes, (batch, L)) < share)
+        ranks = jnp.where(replaced, jax.random.randint(rank, (batch, L), 0, NEIGHBOURS), -1)
+        ranks = reshard(ranks, BATCH)
+    return scales, ranks
+
+
+def distances(
+    config: TrainTokenizerConfig,
+    dtype: DTypeLike,
+    frozen: Frozen,
+    made: Float[Array, "B H W 3"],
+    image: UInt8[Array, "B H W 3"],
+) -> dict[str, Float[Array, " B"]]:
+    """How far each reconstruction is from its image: l2, and what else has a weight."""
     target = to_float(image)
-    return psnr_of_error(squared_error(tokenizer.decode(tokenizer.encode(target)), target))
+    terms = {"l2": squared_error(made, target)}
+    if config.l1_weight:
+        terms["l1"] = absolute_error(made, target)
+    if config.lpips_weight:
+        terms["lpips"] = lpips(frozen["lpips"], target, made, dtype)
+    return terms
+
+
+def weighted_sum(
+    config: TrainTokenizerConfig, terms: dict[str, Float[Array, " B"]]
+) -> Float[Array, " B"]:
+    """The reconstruction loss of each image."""
+    weighted = [getattr(config, f"{name}_weight") * term for name, term in terms.items()]
+    return jnp.sum(jnp.stack(weighted), axis=0)
+
+
+def reconstruction_figures(
+    weights: tuple[Tokenizer, Lpips | None], image: UInt8[Array, "B H W 3"]
+) -> dict[str, Float[Array, " B"]]:
+    """PSNR in dB of each image, by way of its codes; LPIPS too where its weights are given."""
+    (tokenizer, perceptual), target = weights, to_float(image)
+    made = tokenizer.decode(tokenizer.encode(target))
+    figures = {"psnr": psnr_of_error(squared_error(made, target))}
+    if perceptual is not None:
+        figures["lpips"] = lpips(perceptual, target, made)
+    return figures
 
 
 def with_codebook(tokenizer: Tokenizer, codebook: Float[Array, "V C"]) -> Tokenizer:

@@ -1,0 +1,185 @@
+"""The tokenizer's perceptual and adversarial training, and what regularizes it."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_loop import train as train_in_loop
+from test_tasks import TOKENIZER, TRAIN_TOKENIZER, assert_moved_alike, data, train
+
+from var_jax import BadInput
+from var_jax.config import GanConfig, TrainTokenizerConfig
+from var_jax.models.discriminator import (
+    SpectralConv,
+    augment,
+    power_iteration,
+    select,
+)
+from var_jax.models.quantizer import Quantizer
+from var_jax.training.loss_networks import abstract_loss_networks, loss_networks
+from var_jax.training.losses import adaptive_weight, discriminator_hinge, generator_loss, lecam
+from var_jax.training.tokenizer import regularization, tokenizer_task
+
+GAN = GanConfig(weight=0.5, layers=2, channels=8, start=2, ramp=2, lecam=0.01, augment=True)
+CONFIG = dataclasses.replace(
+    TRAIN_TOKENIZER, gan=GAN, l1_weight=0.2, scale_dropout=0.0, perturbation=0.5
+)
+
+
+@functools.cache
+def task_of(config):
+    """One task, so one compiled step, for all runs of a config."""
+    return tokenizer_task(TOKENIZER, config)
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (lambda: discriminator_hinge(jnp.array([[2.0, 0.5]]), jnp.array([[-2.0, 0.0]])), 0.375),
+        (lambda: generator_loss(jnp.array([[1.0, -4.0]])), 1.5),
+        (lambda: lecam(jnp.array([[1.0]]), jnp.array([[-1.0]]), jnp.array([0.5, -0.5])), 4.5),
+        (lambda: lecam(jnp.array([[-1.0]]), jnp.array([[1.0]]), jnp.array([0.5, -0.5])), 0.0),
+        (lambda: adaptive_weight(jnp.array([3.0, 4.0]), jnp.array([0.0, 0.5])), 10.0),
+        (lambda: adaptive_weight(jnp.array([1.0]), jnp.array([0.0])), 1e4),
+        (lambda: adaptive_weight(jnp.array([0.0]), jnp.array([1.0])), 0.015),
+    ],
+)
+def test_losses(loss, expected):
+    assert loss() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("gan", "sentence"),
+    [
+        ({}, "needs the weights of DINO ViT-S/16, https://.*gan.dino_file"),
+        ({"dino_file": "none.pth"}, "No such file or directory; expected DINO ViT-S/16"),
+    ],
+)
+def test_no_random_features(gan, sentence):
+    gan = GanConfig(weight=0.4, discriminator="dino", **gan)
+    with pytest.raises(BadInput, match=sentence):
+        loss_networks(TrainTokenizerConfig(steps=10, gan=gan))
+
+
+def test_losses_that_are_off_need_no_networks():
+    gan = GanConfig(weight=0.0, discriminator="dino")
+    assert loss_networks(TrainTokenizerConfig(steps=10, gan=gan)) == {}
+    assert loss_networks(TrainTokenizerConfig(lpips_weight=1.0)) == {}  # trains nothing
+
+
+def test_a_spectral_convolution_gets_the_largest_singular_value():
+    discriminator = [SpectralConv(6, 4, 3, rngs=nnx.Rngs(0))]
+    for _ in range(100):
+        discriminator = power_iteration(discriminator)
+    conv = discriminator[0]
+    sigma = np.linalg.svd(np.asarray(conv.matrix), compute_uv=False)[0]
+    u = conv.u[...]
+    assert np.linalg.norm(conv.matrix @ u) == pytest.approx(sigma, rel=1e-4)
+
+
+def test_select_shifts_and_crops():
+    image = jnp.arange(75.0).reshape(5, 5, 3)
+    np.testing.assert_array_equal(select(image, jnp.int32(1), jnp.int32(2), 3), image[1:4, 2:5])
+    shifted = select(image, jnp.int32(-2), jnp.int32(1), 5)
+    np.testing.assert_array_equal(shifted[2:, :4], image[:3, 1:])
+    assert (shifted[:2] == 0).all() and (shifted[:, 4] == 0).all()
+
+
+def test_augmentation_differs_by_key_and_has_a_gradient():
+    image = jax.random.uniform(jax.random.key(0), (16, 16, 3), minval=-1.0)
+    a, b = (augment(image, jax.random.key(i)) for i in (1, 2))
+    assert a.shape == image.shape and not np.allclose(a, b)
+    gradient = jax.grad(lambda x: augment(x, jax.random.key(1)).sum())(image)
+    assert np.isfinite(gradient).all() and (gradient != 0).any()
+
+
+def test_scales_left_out_and_codes_replaced():
+    quantizer = Quantizer(TOKENIZER, rngs=nnx.Rngs(0))
+    f = jax.random.normal(jax.random.key(1), (2, 4, 4, 16))
+    plain, sums = quantizer(f), quantizer.encode(f).sums
+    fewer = quantizer(f, jnp.array([3, 1]))
+    np.testing.assert_allclose(fewer.f_hat, jnp.stack([sums[2][0], sums[0][1]]), atol=1e-5)
+    assert fewer.loss[0] == pytest.approx(plain.loss[0], rel=1e-5) != fewer.loss[1]
+    ranks = jnp.full(plain.idx.shape, -1)
+    np.testing.assert_allclose(quantizer(f, None, ranks).f_hat, plain.f_hat, atol=1e-5)
+    nearest = quantizer.perturb(plain.idx, ranks.at[0, 5].set(0))
+    assert (nearest != plain.idx).sum() == 1
+    codebook = np.asarray(quantizer.codebook[...])
+    away = np.linalg.norm(codebook - codebook[plain.idx[0, 5]], axis=1)
+    assert nearest[0, 5] == np.argsort(away)[1]
+
+
+def test_regularization_is_of_some_images_and_ends():
+    config = dataclasses.replace(CONFIG, scale_dropout=0.5, steps=10)
+    longer = dataclasses.replace(TOKENIZER, patch_nums=(1, 1, 2, 2, 4))
+    draw = lambda step: regularization(config, longer, 400, jnp.int32(step), jax.random.key(0))
+    scales, ranks = map(np.asarray, draw(0))
+    assert set(np.unique(scales)) == {3, 4, 5} and 0.2 < (scales < 5).mean() < 0.45
+    assert (ranks >= 0).any(axis=1).mean() == pytest.approx(0.5, abs=0.1)
+    assert ((ranks >= 0).all(axis=1) == (ranks >= 0).any(axis=1)).all()
+    assert (np.asarray(draw(6)[1]) == -1).all()
+    nothing = regularization(TRAIN_TOKENIZER, longer, 4, jnp.int32(0), jax.random.key(0))
+    assert nothing == (None, None)
+
+
+def test_a_step_with_all_losses_keeps_types():
+    """Traced only, with DINO and LPIPS of the right shapes."""
+    gan = GanConfig(weight=0.4, discriminator="dino", start=2, lecam=0.1, augment=True)
+    config = dataclasses.replace(CONFIG, gan=gan, lpips_weight=1.0, dtype="bfloat16")
+    tokenizer = dataclasses.replace(TOKENIZER, patch_size=8)
+    task, key = tokenizer_task(tokenizer, config), jax.random.key(0)
+    state = jax.eval_shape(task.init, key)
+    image = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.uint8)
+    networks = abstract_loss_networks(config)
+    after, metrics = jax.eval_shape(task.train_step, state, {"image": image}, networks, key)
+    types = lambda tree: [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
+    assert types(after) == types(state)
+    assert {"lpips_loss", "generator_loss", "discriminator_loss"} <= metrics.keys()
+
+
+@pytest.mark.slow
+def test_before_its_start_the_discriminator_changes_nothing():
+    plain = dataclasses.replace(CONFIG, gan=GanConfig())
+    (_, without), (_, waiting) = (
+        train(None, task_of(config), steps=2) for config in (plain, CONFIG)
+    )
+    chex.assert_trees_all_equal(without.autoencoder, waiting.autoencoder)
+    start = jax.device_get(jax.jit(task_of(CONFIG).init)(jax.random.key(0)))
+    chex.assert_trees_all_equal(waiting.adversary, start.adversary)
+
+
+@pytest.mark.slow
+def test_meshes_agree_on_the_adversarial_step():
+    seen, state = train(None, task_of(CONFIG))
+    here, there = train((2, 2, 2), task_of(CONFIG))
+    np.testing.assert_allclose(here, seen, rtol=1e-4)
+    assert_moved_alike(task_of(CONFIG), state, there)
+
+
+@pytest.mark.slow
+def test_resuming_includes_the_discriminator(tmp_path):
+    config = dataclasses.replace(CONFIG, steps=9)
+    whole = train_in_loop(tmp_path / "a", config, task=task_of(config))
+    with pytest.raises(OSError):
+        train_in_loop(tmp_path / "b", config, until=4, task=task_of(config))
+    resumed = train_in_loop(tmp_path / "b", config, task=task_of(config))
+    chex.assert_trees_all_equal(whole, resumed)
+
+
+@pytest.mark.slow
+def test_the_discriminator_learns_to_separate():
+    """Against a tokenizer that stays as it is, it tells nearly all patches apart."""
+    gan = dataclasses.replace(GAN, start=0, ramp=0, augment=False, learning_rate=0.05)
+    config = dataclasses.replace(CONFIG, gan=gan, lr_scale=".*=0", steps=150)
+    task = task_of(config)
+    state, step = jax.jit(task.init)(jax.random.key(0)), jax.jit(task.train_step)
+    seen = []
+    for _ in range(150):
+        state, metrics = step(state, data(), {}, jax.random.key(0))
+        seen.append(float(metrics["discriminator_accuracy"]))
+    assert np.mean(seen[-10:]) > 0.9 > np.mean(seen[:3]) + 0.1
