@@ -25,7 +25,11 @@ from var_jax.models.resize import (
 from var_jax.schedule import phi_indices, slices
 
 HIGHEST = jax.lax.Precision.HIGHEST
-NEIGHBOURS = 100  # codes that one may be replaced by
+
+
+def neighbours(vocab_size: int) -> int:
+    """How many codes count as near to one: 100 of 4096 (RobustTok)."""
+    return max(round(vocab_size * 100 / 4096), 1)
 
 
 class Encoded(NamedTuple):
@@ -147,14 +151,16 @@ class Quantizer(nnx.Module):
     def perturb(
         self, idx_BL: Int32[Array, "B L"], rank_BL: Int32[Array, "B L"]
     ) -> Int32[Array, "B L"]:
-        """Codes, replaced by their neighbour of rank 0..NEIGHBOURS-1 where that is not -1."""
+        """Codes, replaced by their neighbour of rank 0, 1, ... where that is not -1."""
         codebook = jax.lax.stop_gradient(self.codebook[...])
+        if self.config.codebook_znorm:
+            codebook = codebook / jnp.linalg.norm(codebook, axis=-1, keepdims=True).clip(1e-12)
         dot = jnp.einsum("VC,WC->VW", codebook, codebook, precision=HIGHEST)
         nearness = 2 * dot - jnp.sum(codebook**2, axis=-1)[None]
         itself = jnp.eye(len(codebook), dtype=bool)
-        count = min(NEIGHBOURS, len(codebook) - 1)
-        _, nearest = jax.lax.top_k(jnp.where(itself, -jnp.inf, nearness), count)
-        return jnp.where(rank_BL < 0, idx_BL, nearest[idx_BL, rank_BL.clip(0) % count])
+        nearness = jnp.where(itself, -jnp.inf, nearness)
+        _, nearest = jax.lax.top_k(nearness, neighbours(len(codebook)))
+        return jnp.where(rank_BL < 0, idx_BL, nearest[idx_BL, rank_BL.clip(0)])
 
     def decode(self, idx_BL: Int32[Array, "B L"]) -> list[Float[Array, "B h w C"]]:
         """The running sum after each scale, from codes (algorithm 2)."""

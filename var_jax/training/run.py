@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
 
 from var_jax import BadInput
 from var_jax.checkpoints.export import check_replaceable, load_fingerprint
@@ -31,6 +30,7 @@ from var_jax.sampling.exports import (
 )
 from var_jax.sampling.generate import reconstruct_images
 from var_jax.sharding.mesh import check_batch, check_hosts, check_model, make_mesh
+from var_jax.sharding.rows import replicate
 from var_jax.tools.files import replacing
 from var_jax.tools.images import curves, going_on_without, save_png
 from var_jax.tools.logs import Metrics
@@ -144,7 +144,7 @@ class Run:
             return self.pretrained
         task = tokenizer_task(self.config.tokenizer, self.config.train_tokenizer)
         every, where = self.config.every, {"workdir": self.workdir}
-        frozen = jax.device_put(self.networks, NamedSharding(self.mesh, PartitionSpec()))
+        frozen = replicate(self.networks)
         state = loop.run(
             task,
             self.batches(self.train, task.config.batch_size),

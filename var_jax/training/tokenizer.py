@@ -14,7 +14,7 @@ from var_jax.config import LEAST_SCALES, TokenizerConfig, TrainTokenizerConfig
 from var_jax.models import backend
 from var_jax.models.features.lpips import Lpips, lpips
 from var_jax.models.patch_codec import make_tokenizer
-from var_jax.models.quantizer import NEIGHBOURS, Quantized
+from var_jax.models.quantizer import Quantized, neighbours
 from var_jax.models.tokenizer import Tokenizer, to_float
 from var_jax.schedule import num_tokens
 from var_jax.sharding.mesh import BATCH, replicated
@@ -164,7 +164,8 @@ def regularization(
         share = ((last - step.astype(jnp.float32)) / (last - first)).clip(0, 1)
         images = jax.random.bernoulli(of_images, config.perturbation, (batch, 1))
         replaced = images & (jax.random.uniform(of_codes, (batch, L)) < share)
-        ranks = jnp.where(replaced, jax.random.randint(rank, (batch, L), 0, NEIGHBOURS), -1)
+        near = neighbours(model_config.vocab_size)
+        ranks = jnp.where(replaced, jax.random.randint(rank, (batch, L), 0, near), -1)
         ranks = reshard(ranks, BATCH)
     return scales, ranks
 
