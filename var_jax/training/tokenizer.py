@@ -57,12 +57,12 @@ def tokenizer_task(model_config: TokenizerConfig, config: TrainTokenizerConfig) 
             start_adversary(config, jax.random.fold_in(key, 1)),
         )
 
-    def train_step(state: TokenizerState, batch: Batch, frozen: Frozen, key: Key[Array, ""]):
-        old, image, adversary = state.autoencoder.params, batch["image"], state.adversary
-        dtype = backend.compute_dtype(config.dtype)
-
-        draw = jax.random.fold_in(jax.random.fold_in(key, state.step), 2)
-        scales, ranks = regularization(config, model_config, len(image), state.step, draw)
+    def differentiate(state: TokenizerState, image: Array, frozen: Frozen, key: Key[Array, ""]):
+        """Gradients of the tokenizer, the adversary after the step, the quantization, figures."""
+        dtype, adversary = backend.compute_dtype(config.dtype), state.adversary
+        scales, ranks = regularization(
+            config, model_config, len(image), state.step, jax.random.fold_in(key, 2)
+        )
 
         def forward(tokenizer: Tokenizer):
             run = data_parallel(partial(reconstruct, dtype=dtype))
@@ -71,30 +71,37 @@ def tokenizer_task(model_config: TokenizerConfig, config: TrainTokenizerConfig) 
 
         def loss_fn(made, vq_loss):
             terms = data_parallel(partial(distances, config, dtype))(frozen, made, image)
-            weighted = weighted_sum(config, terms)
-            return jnp.mean(weighted + vq_loss), terms
+            return jnp.mean(weighted_sum(config, terms) + vq_loss), terms
 
-        (made, vq_loss), pull_back, code = jax.vjp(forward, old, has_aux=True)
-        (loss, terms), (by_made, by_vq) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(
-            made, vq_loss
-        )
-        metrics = {}
+        (made, vq_loss), pull_back, code = jax.vjp(forward, state.autoencoder.params, has_aux=True)
+        with_gradients = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+        (loss, terms), (by_made, by_vq) = with_gradients(made, vq_loss)
+        metrics = {
+            "loss": loss,
+            "psnr": jnp.mean(psnr_of_error(terms.pop("l2"))),
+            "vq_loss": jnp.mean(vq_loss),
+            **{f"{name}_loss": jnp.mean(term) for name, term in terms.items()},
+        }
         if adversary is not None:
             # What is not asked of the gradients is not computed.
             last_layer = lambda g: pull_back((g, by_vq))[0].decoder.conv_out.kernel[...]
-            more, adversary, metrics = adversarial_step(
+            more, adversary, figures = adversarial_step(
                 config, adversary, image, made, by_made, last_layer, state.step, frozen,
-                jax.random.fold_in(jax.random.fold_in(key, state.step), 1),
+                jax.random.fold_in(key, 1),
             )  # fmt: skip
-            by_made += more
+            by_made, metrics = by_made + more, metrics | figures
         (gradients,) = pull_back((by_made, by_vq))
+        return gradients, adversary, code, metrics
+
+    def train_step(state: TokenizerState, batch: Batch, frozen: Frozen, key: Key[Array, ""]):
+        old, key = state.autoencoder.params, jax.random.fold_in(key, state.step)
+        gradients, adversary, code, metrics = differentiate(state, batch["image"], frozen, key)
         if config.codebook_decay:  # then the codebook is not the optimizer's
             gradients = with_codebook(gradients, jnp.zeros_like(old.quantizer.codebook[...]))
         learner = apply_gradients(state.autoencoder, gradients, optimizer)
         trained = (old if config.codebook_decay else learner.params).quantizer.codebook[...]
         codebook, stats, dead = update_codebook(
-            trained, state.codebook, code.idx, code.residual,
-            jax.random.fold_in(key, state.step), config.codebook_decay,
+            trained, state.codebook, code.idx, code.residual, key, config.codebook_decay
         )  # fmt: skip
         if frozen_codes:  # nor averaged or restarted
             codebook, dead = trained, jnp.zeros_like(dead)
@@ -109,10 +116,6 @@ def tokenizer_task(model_config: TokenizerConfig, config: TrainTokenizerConfig) 
         share = stats.hits / stats.hits.sum()
         used = codes_by_scale(code.idx, len(codebook), model_config.patch_nums)
         return TokenizerState(state.step + 1, learner, stats, adversary), {
-            "loss": loss,
-            "psnr": jnp.mean(psnr_of_error(terms["l2"])),
-            "vq_loss": jnp.mean(code.loss),
-            **{f"{name}_loss": jnp.mean(terms[name]) for name in terms if name != "l2"},
             **metrics,
             "codebook_perplexity": jnp.exp(-jnp.sum(share * jnp.log(share + 1e-12))),
             "codes_restarted": dead.sum(),

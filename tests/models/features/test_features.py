@@ -1,5 +1,6 @@
 """Published feature networks compute what their public implementations compute."""
 
+import math
 import pickle
 from importlib.util import find_spec
 
@@ -110,12 +111,13 @@ def dino_tensors():
     rng, D = np.random.default_rng(0), 384
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     tensors = {"cls_token": draw(1, 1, D), "pos_embed": draw(1, 197, D)}
-    linears = {"attn.qkv": (3 * D, D), "attn.proj": (D, D), "mlp.fc1": (4 * D, D)}
-    linears = {f"blocks.{i}.{n}": s for i in range(12) for n, s in linears.items()}
+    shapes = {"attn.qkv": (3 * D, D), "attn.proj": (D, D), "mlp.fc1": (4 * D, D)}
+    linears: dict[str, tuple[int, ...]]
+    linears = {f"blocks.{i}.{n}": s for i in range(12) for n, s in shapes.items()}
     linears |= {f"blocks.{i}.mlp.fc2": (D, 4 * D) for i in range(12)}
     linears["patch_embed.proj"] = D, 3, 16, 16
     for name, shape in linears.items():
-        tensors[f"{name}.weight"] = draw(*shape) * np.prod(shape[1:]) ** -0.5
+        tensors[f"{name}.weight"] = draw(*shape) * math.prod(shape[1:]) ** -0.5
         tensors[f"{name}.bias"] = draw(shape[0])
     for name in ("norm", *(f"blocks.{i}.norm{j}" for i in range(12) for j in (1, 2))):
         tensors[f"{name}.weight"], tensors[f"{name}.bias"] = 1 + 0.1 * draw(D), 0.1 * draw(D)
