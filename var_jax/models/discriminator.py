@@ -31,7 +31,10 @@ class PatchGan(nnx.Module):
         pairs = zip([3, *widths[:-1]], widths, strides, strict=True)
         pad = {"padding": ((1, 1), (1, 1))}
         self.convs = nnx.List([conv(a, b, 4, rngs, strides=s, **pad) for a, b, s in pairs])
-        self.norms = nnx.List([group_norm(width, math.gcd(width, 32)) for width in widths[1:]])
+        # 32 groups, or fewer: a group of one channel would leave its bias without effect.
+        groups = [max(math.gcd(width, 128) // 4, 1) for width in widths[1:]]
+        pairs = zip(widths[1:], groups, strict=True)
+        self.norms = nnx.List([group_norm(width, count) for width, count in pairs])
         self.conv_out = conv(widths[-1], 1, 4, rngs, **pad)
 
     def __call__(
