@@ -72,6 +72,7 @@ def test_losses_that_are_off_need_no_networks():
     assert loss_networks(TrainTokenizerConfig(lpips_weight=1.0)) == {}  # trains nothing
 
 
+@pytest.mark.slow
 def test_a_spectral_convolution_gets_the_largest_singular_value():
     discriminator = [SpectralConv(6, 4, 3, rngs=nnx.Rngs(0))]
     for _ in range(100):
@@ -90,6 +91,7 @@ def test_select_shifts_and_crops():
     assert (shifted[:2] == 0).all() and (shifted[:, 4] == 0).all()
 
 
+@pytest.mark.slow
 def test_augmentation_differs_by_key_and_has_a_gradient():
     image = jax.random.uniform(jax.random.key(0), (16, 16, 3), minval=-1.0)
     a, b = (augment(image, jax.random.key(i)) for i in (1, 2))
@@ -98,6 +100,7 @@ def test_augmentation_differs_by_key_and_has_a_gradient():
     assert np.isfinite(gradient).all() and (gradient != 0).any()
 
 
+@pytest.mark.slow
 def test_scales_left_out_and_codes_replaced():
     quantizer = Quantizer(TOKENIZER, rngs=nnx.Rngs(0))
     f = jax.random.normal(jax.random.key(1), (2, 4, 4, 16))
