@@ -1,4 +1,4 @@
-"""Discriminators: they tell images from their reconstructions. Single-device code."""
+"""Discriminators: networks that tell images from reconstructions. Single-device code."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ SHIFT, CUTOUT = 1 / 8, 0.2  # of DiffAug, in sides of the image
 
 
 class PatchGan(nnx.Module):
-    """A CNN that judges overlapping patches, of 70 pixels with three halving convolutions.
+    """A CNN with a logit for each of overlapping patches, of 70 pixels where `layers` is 3.
 
     Isola et al., arXiv 1611.07004, §3.2; with GroupNorm, so that the logits of an image depend on
     no other.
@@ -70,8 +70,8 @@ class SpectralConv(nnx.Module):
         kernel = (self.kernel[...] / (v @ self.matrix @ u)).astype(x.dtype)
         x = jnp.pad(x, ((0, 0), (around, around), (0, 0)), mode="wrap")
         dimensions = ("NWC", "WIO", "NWC")
-        made = jax.lax.conv_general_dilated(x, kernel, (1,), "VALID", dimension_numbers=dimensions)
-        return made + self.bias[...].astype(x.dtype)[None, None]
+        x = jax.lax.conv_general_dilated(x, kernel, (1,), "VALID", dimension_numbers=dimensions)
+        return x + self.bias[...].astype(x.dtype)[None, None]
 
     @property
     def matrix(self) -> Float[Array, "kC F"]:

@@ -28,7 +28,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def neighbours(vocab_size: int) -> int:
-    """How many codes count as near to one: 100 of 4096 (RobustTok)."""
+    """How many codes are neighbours of a code: 100 of 4096 (RobustTok)."""
     return max(round(vocab_size * 100 / 4096), 1)
 
 
@@ -128,8 +128,8 @@ class Quantizer(nnx.Module):
         """Quantizes, with each image's loss (VAR eq. 5): mean of codebook + beta · commitment.
 
         Of an image only the first `scales_B` scales count, in f_hat and loss (quantizer dropout:
-        SoundStream, arXiv 2107.03312, §III-C). Where `rank_BL` is not -1, f_hat has another code,
-        the so-manieth of those next to it (latent perturbation: RobustTok, arXiv 2503.08354).
+        SoundStream, arXiv 2107.03312, §III-C). Where `rank_BL` is r ≥ 0, f_hat has the neighbour of
+        rank r in place of the code (latent perturbation: RobustTok, arXiv 2503.08354).
         """
         code = self.encode(f_BhwC)
         fixed = jax.lax.stop_gradient
@@ -151,7 +151,7 @@ class Quantizer(nnx.Module):
     def perturb(
         self, idx_BL: Int32[Array, "B L"], rank_BL: Int32[Array, "B L"]
     ) -> Int32[Array, "B L"]:
-        """Codes, replaced by their neighbour of rank 0, 1, ... where that is not -1."""
+        """Codes, replaced by the neighbour of rank r, nearest first, where r is not -1."""
         codebook = jax.lax.stop_gradient(self.codebook[...])
         if self.config.codebook_znorm:
             codebook = codebook / jnp.linalg.norm(codebook, axis=-1, keepdims=True).clip(1e-12)

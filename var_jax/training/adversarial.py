@@ -1,15 +1,17 @@
-"""The adversarial part of the tokenizer's training: a discriminator that learns beside it."""
+"""The adversarial loss of the tokenizer, and the discriminator that learns beside it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, Key, UInt8
 
-from var_jax.config import TrainTokenizerConfig
+from var_jax.config import GanConfig, TrainTokenizerConfig
 from var_jax.models import backend
 from var_jax.models.discriminator import augment, make_discriminator, power_iteration
 from var_jax.models.tokenizer import to_float
@@ -45,27 +47,25 @@ def adversarial_step(
     config: TrainTokenizerConfig,
     adversary: Adversary,
     image: UInt8[Array, "B H W 3"],
-    made: Image,
+    output: Image,
     gradient: Image,
     last_layer: Callable[[Image], Array],
     step: Int32[Array, ""],
     frozen: Frozen,
     key: Key[Array, ""],
 ) -> tuple[Image, Adversary, Metrics]:
-    """What the adversarial loss adds to `gradient`, that of the other losses by the
-    reconstructions `made`; the adversary after the step; and figures.
+    """The adversarial loss's gradient by the reconstructions `output`, and the next adversary.
 
-    `last_layer` takes such a gradient to that of the decoder's last convolution. Before `gan.start`
-    nothing is added and nothing learned.
+    `gradient` is that of the other losses; `last_layer` takes a gradient by `output` to that of the
+    decoder's last convolution. Before `gan.start` the gradient is 0 and nothing is learned.
     """
 
     def active():
-        return compete(config, adversary, image, made, gradient, last_layer, step, frozen, key)
+        return compete(config, adversary, image, output, gradient, last_layer, step, frozen, key)
 
     def idle():
         _, _, metrics = jax.eval_shape(active)
-        nothing = {name: jnp.zeros(()) for name in metrics}
-        return jnp.zeros_like(made), adversary, nothing
+        return jnp.zeros_like(output), adversary, {name: jnp.zeros(()) for name in metrics}
 
     if not config.gan.start:
         return active()
@@ -76,56 +76,74 @@ def compete(
     config: TrainTokenizerConfig,
     adversary: Adversary,
     image: UInt8[Array, "B H W 3"],
-    made: Image,
+    output: Image,
     gradient: Image,
     last_layer: Callable[[Image], Array],
     step: Int32[Array, ""],
     frozen: Frozen,
     key: Key[Array, ""],
 ) -> tuple[Image, Adversary, Metrics]:
-    """`adversarial_step` after its start: one pass of the discriminator serves both sides."""
-    gan, learner = config.gan, adversary.discriminator
-    dtype = backend.compute_dtype(config.dtype)
+    """`adversarial_step` from `gan.start` on: one forward pass serves both losses."""
+    learner, dtype = adversary.discriminator, backend.compute_dtype(config.dtype)
+    run = data_parallel(partial(logits, config.gan, dtype))
     keys = reshard(jax.random.split(key, len(image)), BATCH)
-
-    def logits(discriminator: Any, made: Image) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
-        def judge(weights, image, made, keys):
-            discriminator, features = weights
-            both = jnp.concatenate([to_float(image), made])
-            more = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
-            keys = jnp.concatenate([keys, more])
-            if gan.augment:
-                both = jax.vmap(augment)(both, keys)
-            real, fake = jnp.split(discriminator(both, keys, features, dtype), 2)
-            return real, fake
-
-        return data_parallel(judge)((discriminator, frozen.get("dino")), image, made, keys)
-
-    def discriminator_loss(real, fake):
-        loss = discriminator_hinge(real, fake)
-        if gan.lecam:
-            loss += gan.lecam * lecam(real, fake, adversary.logits)
-        return loss
-
-    (real, fake), pull_back = jax.vjp(logits, learner.params, made)
-    d_loss, cotangents = jax.value_and_grad(discriminator_loss, argnums=(0, 1))(real, fake)
-    d_gradients, _ = pull_back(cotangents)
-    g_loss, cotangent = jax.value_and_grad(generator_loss)(fake)
-    _, g_gradient = pull_back((jnp.zeros_like(real), cotangent))
-    weight = adaptive_weight(last_layer(gradient), last_layer(g_gradient))
-    weight *= gan.weight * ramp(config, step)
+    (real, fake), pull_back = jax.vjp(
+        lambda discriminator, output: run((discriminator, frozen.get("dino")), image, output, keys),
+        learner.params, output,
+    )  # fmt: skip
+    loss_fn = partial(discriminator_loss, config, adversary.logits)
+    d_loss, by_logits = jax.value_and_grad(loss_fn, argnums=(0, 1))(real, fake)
+    d_gradients, _ = pull_back(by_logits)
+    g_loss, by_fake = jax.value_and_grad(generator_loss)(fake)
+    _, by_output = pull_back((jnp.zeros_like(real), by_fake))
+    weight = adaptive_weight(last_layer(gradient), last_layer(by_output))
+    weight *= config.gan.weight * ramp(config, step)
     learner = apply_gradients(learner, d_gradients, make_optimizer(config.discriminator()))
     learner = learner._replace(params=power_iteration(learner.params))
     means = jnp.stack([real.mean(), fake.mean()])
     averages = LECAM_DECAY * adversary.logits + (1 - LECAM_DECAY) * means
-    metrics = {
-        "generator_loss": g_loss,
-        "discriminator_loss": d_loss,
-        "discriminator_accuracy": 0.5 * ((real > 0).mean() + (fake < 0).mean()),
-        "discriminator_grad_norm": optax.tree.norm(d_gradients),
-        "adversarial_weight": weight,
-    }
-    return weight * g_gradient, Adversary(learner, averages), metrics
+    return (
+        weight * by_output,
+        Adversary(learner, averages),
+        {
+            "generator_loss": g_loss,
+            "discriminator_loss": d_loss,
+            "discriminator_accuracy": 0.5 * ((real > 0).mean() + (fake < 0).mean()),
+            "discriminator_grad_norm": optax.tree.norm(d_gradients),
+            "adversarial_weight": weight,
+        },
+    )
+
+
+def logits(
+    gan: GanConfig,
+    dtype: DTypeLike,
+    weights: tuple[Any, Any],
+    image: UInt8[Array, "B H W 3"],
+    output: Image,
+    keys: Key[Array, " B"],
+) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
+    """The logits of images and of reconstructions, each augmented by itself. Single-device code."""
+    discriminator, features = weights
+    both = jnp.concatenate([to_float(image), output])
+    keys = jnp.concatenate([keys, jax.vmap(jax.random.fold_in, (0, None))(keys, 1)])
+    if gan.augment:
+        both = jax.vmap(augment)(both, keys)
+    real, fake = jnp.split(discriminator(both, keys, features, dtype), 2)
+    return real, fake
+
+
+def discriminator_loss(
+    config: TrainTokenizerConfig,
+    averages: Float[Array, "2"],
+    real: Float[Array, "B N"],
+    fake: Float[Array, "B N"],
+) -> Float[Array, ""]:
+    """Hinge loss, and LeCAM where it has a weight."""
+    loss = discriminator_hinge(real, fake)
+    if config.gan.lecam:
+        loss += config.gan.lecam * lecam(real, fake, averages)
+    return loss
 
 
 def ramp(config: TrainTokenizerConfig, step: Int32[Array, ""]) -> Float[Array, ""]:

@@ -31,7 +31,7 @@ ANNEALED = (0.2, 0.6)  # shares of the steps between which perturbation ends
 
 
 class TokenizerState(NamedTuple):
-    """The tokenizer, the statistics of its codes, and what it plays against, if anything."""
+    """The tokenizer, the statistics of its codes, the discriminator if there is one."""
 
     step: Int32[Array, ""]
     autoencoder: Learner
@@ -45,90 +45,107 @@ def tokenizer_task(model_config: TokenizerConfig, config: TrainTokenizerConfig) 
     `frozen` holds the networks of the losses that the config has: see `loss_networks`.
     """
     optimizer, schedule = make_optimizer(config), learning_rate(config)
-    frozen_codes = rate_factor(config, "quantizer.codebook") == 0
+    patch_nums = model_config.patch_nums
 
     def init(key: Key[Array, ""]) -> TokenizerState:
         tokenizer = make_tokenizer(model_config, rngs=nnx.Rngs(key))
         learner = start_learner(tokenizer, optimizer, config.ema_decay)
-        return TokenizerState(
-            jnp.zeros((), jnp.int32),
-            learner,
-            init_stats(tokenizer.quantizer.codebook[...]),
-            start_adversary(config, jax.random.fold_in(key, 1)),
-        )
-
-    def differentiate(state: TokenizerState, image: Array, frozen: Frozen, key: Key[Array, ""]):
-        """Gradients of the tokenizer, the adversary after the step, the quantization, figures."""
-        dtype, adversary = backend.compute_dtype(config.dtype), state.adversary
-        scales, ranks = regularization(
-            config, model_config, len(image), state.step, jax.random.fold_in(key, 2)
-        )
-
-        def forward(tokenizer: Tokenizer):
-            run = data_parallel(partial(reconstruct, dtype=dtype))
-            made, code = run(tokenizer, image, scales, ranks)
-            return (made, code.loss), code
-
-        def loss_fn(made, vq_loss):
-            terms = data_parallel(partial(distances, config, dtype))(frozen, made, image)
-            return jnp.mean(weighted_sum(config, terms) + vq_loss), terms
-
-        (made, vq_loss), pull_back, code = jax.vjp(forward, state.autoencoder.params, has_aux=True)
-        with_gradients = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
-        (loss, terms), (by_made, by_vq) = with_gradients(made, vq_loss)
-        metrics = {
-            "loss": loss,
-            "psnr": jnp.mean(psnr_of_error(terms.pop("l2"))),
-            "vq_loss": jnp.mean(vq_loss),
-            **{f"{name}_loss": jnp.mean(term) for name, term in terms.items()},
-        }
-        if adversary is not None:
-            # What is not asked of the gradients is not computed.
-            last_layer = lambda g: pull_back((g, by_vq))[0].decoder.conv_out.kernel[...]
-            more, adversary, figures = adversarial_step(
-                config, adversary, image, made, by_made, last_layer, state.step, frozen,
-                jax.random.fold_in(key, 1),
-            )  # fmt: skip
-            by_made, metrics = by_made + more, metrics | figures
-        (gradients,) = pull_back((by_made, by_vq))
-        return gradients, adversary, code, metrics
+        stats = init_stats(tokenizer.quantizer.codebook[...])
+        adversary = start_adversary(config, jax.random.fold_in(key, 1))
+        return TokenizerState(jnp.zeros((), jnp.int32), learner, stats, adversary)
 
     def train_step(state: TokenizerState, batch: Batch, frozen: Frozen, key: Key[Array, ""]):
-        old, key = state.autoencoder.params, jax.random.fold_in(key, state.step)
-        gradients, adversary, code, metrics = differentiate(state, batch["image"], frozen, key)
-        if config.codebook_decay:  # then the codebook is not the optimizer's
-            gradients = with_codebook(gradients, jnp.zeros_like(old.quantizer.codebook[...]))
-        learner = apply_gradients(state.autoencoder, gradients, optimizer)
-        trained = (old if config.codebook_decay else learner.params).quantizer.codebook[...]
-        codebook, stats, dead = update_codebook(
-            trained, state.codebook, code.idx, code.residual, key, config.codebook_decay
-        )  # fmt: skip
-        if frozen_codes:  # nor averaged or restarted
-            codebook, dead = trained, jnp.zeros_like(dead)
-        learner = learner._replace(
-            params=with_codebook(learner.params, codebook),
-            opt_state=forget_codes(learner.opt_state, dead),
+        key = jax.random.fold_in(key, state.step)
+        gradients, adversary, code, metrics = differentiate(
+            config, model_config, state, batch["image"], frozen, key
         )
-        learner = update_ema(learner, state.step, config.ema_decay)
-        if learner.ema is not None:  # an average with a dead code would bring it back
-            kept = jnp.where(dead[:, None], codebook, learner.ema.quantizer.codebook[...])
-            learner = learner._replace(ema=with_codebook(learner.ema, kept))
+        if config.codebook_decay:  # then the codebook is not the optimizer's
+            gradients = with_codebook(gradients, jnp.zeros_like(state.codebook.total))
+        learner, stats, dead = update(config, optimizer, state, gradients, code, key)
         share = stats.hits / stats.hits.sum()
-        used = codes_by_scale(code.idx, len(codebook), model_config.patch_nums)
+        used = codes_by_scale(code.idx, model_config.vocab_size, patch_nums)
         return TokenizerState(state.step + 1, learner, stats, adversary), {
             **metrics,
             "codebook_perplexity": jnp.exp(-jnp.sum(share * jnp.log(share + 1e-12))),
             "codes_restarted": dead.sum(),
-            **{f"codes_scale{k + 1}": used[k] for k in range(len(model_config.patch_nums))},
+            **{f"codes_scale{k + 1}": used[k] for k in range(len(patch_nums))},
             "grad_norm": optax.tree.norm(gradients),
             "learning_rate": schedule(updates(state)),
         }
 
     def eval_step(state: TokenizerState, batch: Batch, frozen: Frozen) -> Metrics:
         weights = state.autoencoder.best, frozen.get("lpips")
-        return data_parallel(reconstruction_figures)(weights, batch["image"])
+        return data_parallel(similarity)(weights, batch["image"])
 
     return Task("tokenizer", config, init, train_step, eval_step, replicated)
+
+
+def differentiate(
+    config: TrainTokenizerConfig,
+    model_config: TokenizerConfig,
+    state: TokenizerState,
+    image: UInt8[Array, "B H W 3"],
+    frozen: Frozen,
+    key: Key[Array, ""],
+) -> tuple[Tokenizer, Adversary | None, Quantized, Metrics]:
+    """Gradients of the tokenizer, the discriminator after the step, the quantization, metrics."""
+    of_discriminator, of_quantizer = (jax.random.fold_in(key, i) for i in (1, 2))
+    dtype = backend.compute_dtype(config.dtype)
+    scales, ranks = regularization(config, model_config, len(image), state.step, of_quantizer)
+
+    def forward(tokenizer: Tokenizer):
+        run = data_parallel(partial(reconstruct, dtype=dtype))
+        output, code = run(tokenizer, image, scales, ranks)
+        return (output, code.loss), code
+
+    def loss_fn(output: Array, vq_loss: Array):
+        terms = data_parallel(partial(distances, config, dtype))(frozen, output, image)
+        return jnp.mean(weighted_sum(config, terms) + vq_loss), terms
+
+    (output, vq_loss), pull_back, code = jax.vjp(forward, state.autoencoder.params, has_aux=True)
+    gradient = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+    (loss, terms), (by_output, by_vq) = gradient(output, vq_loss)
+    metrics = {"loss": loss, "psnr": jnp.mean(psnr_of_error(terms.pop("l2")))}
+    terms["vq"] = vq_loss
+    metrics |= {f"{name}_loss": jnp.mean(term) for name, term in terms.items()}
+    adversary = state.adversary
+    if adversary is not None:
+        # Of the tokenizer's gradients only this one is computed: nothing asks for the others.
+        last_layer = lambda g: pull_back((g, by_vq))[0].decoder.conv_out.kernel[...]
+        by_adversary, adversary, more = adversarial_step(
+            config, adversary, image, output, by_output, last_layer, state.step, frozen,
+            of_discriminator,
+        )  # fmt: skip
+        by_output, metrics = by_output + by_adversary, metrics | more
+    return pull_back((by_output, by_vq))[0], adversary, code, metrics
+
+
+def update(
+    config: TrainTokenizerConfig,
+    optimizer: optax.GradientTransformation,
+    state: TokenizerState,
+    gradients: Tokenizer,
+    code: Quantized,
+    key: Key[Array, ""],
+) -> tuple[Learner, CodebookStats, Bool[Array, " V"]]:
+    """The tokenizer after a step, the statistics of its codes, and which of these restarted."""
+    old = state.autoencoder.params
+    learner = apply_gradients(state.autoencoder, gradients, optimizer)
+    trained = (old if config.codebook_decay else learner.params).quantizer.codebook[...]
+    codebook, stats, dead = update_codebook(
+        trained, state.codebook, code.idx, code.residual, key, config.codebook_decay
+    )
+    if rate_factor(config, "quantizer.codebook") == 0:  # frozen: not averaged or restarted either
+        codebook, dead = trained, jnp.zeros_like(dead)
+    learner = learner._replace(
+        params=with_codebook(learner.params, codebook),
+        opt_state=forget_codes(learner.opt_state, dead),
+    )
+    learner = update_ema(learner, state.step, config.ema_decay)
+    if learner.ema is not None:  # an average with a dead code would bring it back
+        kept = jnp.where(dead[:, None], codebook, learner.ema.quantizer.codebook[...])
+        learner = learner._replace(ema=with_codebook(learner.ema, kept))
+    return learner, stats, dead
 
 
 def reconstruct(
@@ -150,10 +167,10 @@ def regularization(
     step: Int32[Array, ""],
     key: Key[Array, ""],
 ) -> tuple[Int32[Array, " B"] | None, Int32[Array, "B L"] | None]:
-    """What the quantizer takes at random of so many images: scales that count, ranks of codes.
+    """Random scale counts and neighbour ranks for a batch, as `Quantizer` takes them; or None.
 
-    Of an image whose codes are perturbed all are at first, none at last: the share falls from 1 to
-    0 over the steps in ANNEALED.
+    Of an image that is perturbed, the share of codes that are replaced falls from 1 to 0 between
+    the steps in ANNEALED.
     """
     scales = ranks = None
     K, L = len(model_config.patch_nums), num_tokens(model_config.patch_nums)
@@ -177,16 +194,16 @@ def distances(
     config: TrainTokenizerConfig,
     dtype: DTypeLike,
     frozen: Frozen,
-    made: Float[Array, "B H W 3"],
+    output: Float[Array, "B H W 3"],
     image: UInt8[Array, "B H W 3"],
 ) -> dict[str, Float[Array, " B"]]:
-    """How far each reconstruction is from its image: l2, and what else has a weight."""
+    """The distances of reconstructions from their images: l2, and the others of the loss."""
     target = to_float(image)
-    terms = {"l2": squared_error(made, target)}
+    terms = {"l2": squared_error(output, target)}
     if config.l1_weight:
-        terms["l1"] = absolute_error(made, target)
+        terms["l1"] = absolute_error(output, target)
     if config.lpips_weight:
-        terms["lpips"] = lpips(frozen["lpips"], target, made, dtype)
+        terms["lpips"] = lpips(frozen["lpips"], target, output, dtype)
     return terms
 
 
@@ -198,15 +215,15 @@ def weighted_sum(
     return jnp.sum(jnp.stack(weighted), axis=0)
 
 
-def reconstruction_figures(
+def similarity(
     weights: tuple[Tokenizer, Lpips | None], image: UInt8[Array, "B H W 3"]
 ) -> dict[str, Float[Array, " B"]]:
     """PSNR in dB of each image, by way of its codes; LPIPS too where its weights are given."""
     (tokenizer, perceptual), target = weights, to_float(image)
-    made = tokenizer.decode(tokenizer.encode(target))
-    figures = {"psnr": psnr_of_error(squared_error(made, target))}
+    output = tokenizer.decode(tokenizer.encode(target))
+    figures = {"psnr": psnr_of_error(squared_error(output, target))}
     if perceptual is not None:
-        figures["lpips"] = lpips(perceptual, target, made)
+        figures["lpips"] = lpips(perceptual, target, output)
     return figures
 
 
