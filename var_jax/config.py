@@ -287,6 +287,8 @@ class TrainTokenizerConfig(TrainConfig):
     """The first training; `steps` of 0 leave it out."""
 
     codebook_decay: float = 0.99  # codes as moving averages; 0: learned by gradient
+    kmeans_steps: int = 0  # first steps, in which only codes are learned: k-means of the residuals
+    rotation: bool = False  # gradients pass the quantizer by the rotation trick
     l2_weight: float = 1.0  # of the mean squared error
     l1_weight: float = 0.0  # of the mean absolute error
     lpips_weight: float = 0.0  # of the perceptual distance, LPIPS in VGG16
@@ -301,9 +303,19 @@ class TrainTokenizerConfig(TrainConfig):
         super().__post_init__()
         check_ranges(
             self, codebook_decay=PART, l2_weight=ANY, l1_weight=ANY, lpips_weight=ANY,
-            scale_dropout=SHARE, perturbation=SHARE,
+            kmeans_steps=ANY, scale_dropout=SHARE, perturbation=SHARE,
         )  # fmt: skip
         check_dtype(self.dtype)
+        if self.kmeans_steps and not self.codebook_decay:
+            raise BadInput(
+                f"kmeans_steps={self.kmeans_steps} averages residuals, but codebook_decay=0 learns"
+                " codes by gradient; set one of them."
+            )
+        if self.steps and self.kmeans_steps >= self.steps:
+            raise BadInput(
+                f"kmeans_steps={self.kmeans_steps} leaves nothing of steps={self.steps} to train"
+                " encoder and decoder; expected less."
+            )
         if not self.l2_weight + self.l1_weight + self.lpips_weight:
             raise BadInput(
                 "l2_weight=l1_weight=lpips_weight=0 leaves nothing that tells reconstructions from"

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 from running import TINY, complaint, run, run_alone, start, wait_for
 
+from var_jax.checkpoints.torch.pth import write_pth
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -84,6 +86,33 @@ def test_train_bad_input(tmp_path):
     for flags, expected in said.items():
         assert expected in complaint("train", "--workdir", workdir, *flags)
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"lpips_file": "none.ckpt"}, "none.ckpt: No such file"),
+        ({"lpips_file": "other.pth"}, "other.pth"),
+        ({"gan.discriminator": "dino"}, "needs the weights of DINO ViT-S/16, https://"),
+        ({"gan.discriminator": "dino", "gan.dino_file": "none.pth"}, "none.pth: No such file"),
+        ({"gan.discriminator": "dino", "gan.dino_file": "other.pth"}, "other.pth"),
+        ({"gan.start": 2}, "gan.start=2 leaves the discriminator out of all steps=2"),
+        ({"gan.dino_file": "other.pth"}, "is of discriminator='dino', not 'patchgan'"),
+        ({"gan.layers": 4}, "gan.layers=4 takes images of 48 pixels a side or more, not"),
+        ({"kmeans_steps": 1, "codebook_decay": 0}, "codebook_decay=0 learns codes by gradient"),
+        ({"kmeans_steps": 2}, "kmeans_steps=2 leaves nothing of steps=2"),
+        ({"dtype": "float16"}, "dtype='float16' is not one of auto, float32, bfloat16"),
+    ],
+)
+def test_losses_of_the_tokenizer_that_cannot_be(tmp_path, monkeypatch, changes, sentence):
+    """Weights that are missing or another network's, and options that contradict each other."""
+    monkeypatch.chdir(tmp_path)
+    write_pth(tmp_path / "other.pth", {"fc.weight": np.zeros((2, 2), np.float32)})
+    changes = {"steps": 2, "gan.weight": 0.1} | changes
+    changes |= {"lpips_weight": 1} if "lpips_file" in changes else {}
+    flags = [f"--config.train_tokenizer.{name}={value}" for name, value in changes.items()]
+    assert sentence in complaint("train", "--config", "emoji", "--workdir", "run", *flags)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -20,15 +20,13 @@ from var_jax.models.discriminator import (
     power_iteration,
     select,
 )
-from var_jax.models.quantizer import Quantizer, neighbours
+from var_jax.models.quantizer import Quantizer, neighbours, rotation
 from var_jax.training.loss_networks import abstract_loss_networks, loss_networks
 from var_jax.training.losses import adaptive_weight, discriminator_hinge, generator_loss, lecam
-from var_jax.training.tokenizer import regularization, tokenizer_task
+from var_jax.training.tokenizer import regularization, tokenizer_task, with_codebook
 
 GAN = GanConfig(weight=0.5, layers=2, channels=8, start=2, ramp=2, lecam=0.01, augment=True)
-CONFIG = dataclasses.replace(
-    TRAIN_TOKENIZER, gan=GAN, l1_weight=0.2, scale_dropout=0.0, perturbation=0.5
-)
+CONFIG = dataclasses.replace(TRAIN_TOKENIZER, gan=GAN, l1_weight=0.2, perturbation=0.5)
 
 
 @functools.cache
@@ -116,6 +114,30 @@ def test_scales_left_out_and_codes_replaced():
     codebook = np.asarray(quantizer.codebook[...])
     away = np.linalg.norm(codebook - codebook[plain.idx[0, 5]], axis=1)
     assert nearest[0, 5] == np.argsort(away)[1]
+
+
+def test_rotation_gives_the_code_and_keeps_the_angle_of_the_gradient():
+    f, f_hat, g = jax.random.normal(jax.random.key(0), (3, 5, 4))
+    value, pull_back = jax.vjp(lambda f: rotation(f, f_hat), f)
+    np.testing.assert_allclose(value, f_hat, rtol=1e-4, atol=1e-5)
+    (gradient,) = pull_back(g)
+    length = lambda x: np.linalg.norm(x, axis=-1)
+    cosine = lambda a, b: (a * b).sum(-1) / length(a) / length(b)
+    np.testing.assert_allclose(cosine(gradient, f), cosine(g, f_hat), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(length(gradient) / length(g), length(f_hat) / length(f), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_kmeans_steps_move_the_codes_only():
+    task = tokenizer_task(TOKENIZER, dataclasses.replace(TRAIN_TOKENIZER, kmeans_steps=4))
+    start = jax.device_get(jax.jit(task.init)(jax.random.key(0))).autoencoder.params
+    (early, state), (_, later) = (train(None, task, steps=steps) for steps in (4, 5))
+    assert early[-1, 0] < early[0, 0]
+    codes = lambda state: state.autoencoder.params.quantizer.codebook[...]
+    assert (codes(state) != start.quantizer.codebook[...]).any()
+    same_codes = with_codebook(state.autoencoder.params, start.quantizer.codebook[...])
+    chex.assert_trees_all_equal(same_codes, start)
+    assert (later.autoencoder.params.analysis[...] != start.analysis[...]).any()
 
 
 def test_neighbours_are_as_many_as_the_paper_takes():

@@ -32,6 +32,21 @@ def neighbours(vocab_size: int) -> int:
     return max(round(vocab_size * 100 / 4096), 1)
 
 
+def rotation(f: Float[Array, "*B C"], f_hat: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+    """`f_hat` as a function of `f`: a rotation and a factor, both constant backward.
+
+    So a gradient keeps its angle to the vector that it is of (the rotation trick: Fifty et al.,
+    arXiv 2410.06424, eq. 4), where passed straight through it keeps its direction.
+    """
+    dot = lambda a, b: jnp.sum(a * b, axis=-1, keepdims=True)
+    length = lambda x: jnp.sqrt(dot(x, x)) + 1e-6
+    start, end = jax.lax.stop_gradient((f, f_hat))
+    factor = length(end) / length(start)
+    start, end = start / length(start), end / length(end)
+    middle = (start + end) / length(start + end)
+    return factor * (f - 2 * dot(f, middle) * middle + 2 * dot(f, start) * end)
+
+
 class Encoded(NamedTuple):
     """A latent as codes, with the vectors the codes stand for and the running sum of each scale.
 
@@ -124,12 +139,14 @@ class Quantizer(nnx.Module):
         f_BhwC: Float[Array, "B h w C"],
         scales_B: Int32[Array, " B"] | None = None,
         rank_BL: Int32[Array, "B L"] | None = None,
+        rotate: bool = False,
     ) -> Quantized:
         """Quantizes, with each image's loss (VAR eq. 5): mean of codebook + beta · commitment.
 
         Of an image only the first `scales_B` scales count, in f_hat and loss (quantizer dropout:
         SoundStream, arXiv 2107.03312, §III-C). Where `rank_BL` is r ≥ 0, f_hat has the neighbour of
-        rank r in place of the code (latent perturbation: RobustTok, arXiv 2503.08354).
+        rank r in place of the code (latent perturbation: RobustTok, arXiv 2503.08354). The gradient
+        passes straight through, or by `rotation`.
         """
         code = self.encode(f_BhwC)
         fixed = jax.lax.stop_gradient
@@ -145,7 +162,7 @@ class Quantizer(nnx.Module):
             counts = jnp.arange(len(sums))[:, None] < scales_B[None]
             loss = jnp.mean(jnp.stack(losses), axis=0, where=counts)
             f_hat = jnp.stack(sums)[scales_B - 1, jnp.arange(len(scales_B))]
-        f_hat = f_BhwC + fixed(f_hat - f_BhwC)
+        f_hat = rotation(f_BhwC, f_hat) if rotate else f_BhwC + fixed(f_hat - f_BhwC)
         return Quantized(f_hat, code.idx, fixed(code.residual), loss)
 
     def perturb(

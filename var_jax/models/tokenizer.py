@@ -212,13 +212,14 @@ class Tokenizer(nnx.Module):
         image: Float[Array, "B H W 3"],
         scales_B: Int32[Array, " B"] | None = None,
         rank_BL: Int32[Array, "B L"] | None = None,
+        rotate: bool = False,
         dtype: DTypeLike = jnp.float32,
     ) -> tuple[Float[Array, "B H W 3"], Quantized]:
-        """Reconstruction (not clipped), straight-through; and the quantizer's part.
+        """Reconstruction (not clipped) and the quantizer's part.
 
-        `scales_B` and `rank_BL` are the quantizer's, `dtype` is of the activations.
+        `scales_B`, `rank_BL` and `rotate` are the quantizer's, `dtype` is of the activations.
         """
-        quantized = self.quantizer(self.latent(image, dtype), scales_B, rank_BL)
+        quantized = self.quantizer(self.latent(image, dtype), scales_B, rank_BL, rotate)
         return self.reconstruct(quantized.f_hat, dtype), quantized
 
 

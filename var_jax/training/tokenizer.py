@@ -94,7 +94,7 @@ def differentiate(
     scales, ranks = regularization(config, model_config, len(image), state.step, of_quantizer)
 
     def forward(tokenizer: Tokenizer):
-        run = data_parallel(partial(reconstruct, dtype=dtype))
+        run = data_parallel(partial(reconstruct, rotate=config.rotation, dtype=dtype))
         output, code = run(tokenizer, image, scales, ranks)
         return (output, code.loss), code
 
@@ -131,6 +131,9 @@ def update(
     """The tokenizer after a step, the statistics of its codes, and which of these restarted."""
     old = state.autoencoder.params
     learner = apply_gradients(state.autoencoder, gradients, optimizer)
+    if config.kmeans_steps:
+        held = lambda new, old: jnp.where(state.step < config.kmeans_steps, old, new)
+        learner = learner._replace(params=jax.tree.map(held, learner.params, old))
     trained = (old if config.codebook_decay else learner.params).quantizer.codebook[...]
     codebook, stats, dead = update_codebook(
         trained, state.codebook, code.idx, code.residual, key, config.codebook_decay
@@ -154,10 +157,11 @@ def reconstruct(
     scales: Int32[Array, " B"] | None,
     ranks: Int32[Array, "B L"] | None,
     *,
+    rotate: bool,
     dtype: DTypeLike,
 ) -> tuple[Float[Array, "B H W 3"], Quantized]:
     """The reconstructions, not clipped, and their quantization."""
-    return tokenizer(to_float(image), scales, ranks, dtype)
+    return tokenizer(to_float(image), scales, ranks, rotate, dtype)
 
 
 def regularization(
