@@ -18,7 +18,7 @@ SLICES = [
 ]  # fmt: skip
 ROWS = [
     *((*row, program) for row in SLICES for program in ("transformer", "pixels")),
-    ("tokenizer", "v5e:8x8", "tokenizer"), ("d16", "v5e:4x8", "sampler"),
+    ("tokenizer:256_patchgan", "v5e:8x8", "tokenizer"), ("d16", "v5e:4x8", "sampler"),
     ("d30", "v5e:8x16", "sampler"), ("d16", "v5e:4x8", "features"),
 ]  # fmt: skip
 HEAD = (
@@ -39,9 +39,9 @@ def main() -> None:
 
 def line(out: pathlib.Path, name: str, topology: str, program: str) -> list[str]:
     """The cells of one row."""
-    path = out / f"{name}_{topology.replace(':', '-')}_{program}.json"
+    path = out / f"{name}_{topology}_{program}.json".replace(":", "-")
     if not path.exists():
-        config = "tokenizer:256" if name == "tokenizer" else f"imagenet:{name}"
+        config = name if ":" in name else f"imagenet:{name}"
         command = ["--config", config, "--topology", topology, "--program", program, "--json"]
         done = subprocess.run(
             [sys.executable, "-m", "var_jax.aot", *command],

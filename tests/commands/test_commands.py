@@ -91,11 +91,17 @@ def test_train_bad_input(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"lpips_file": "none.ckpt"}, "none.ckpt: No such file"),
-        ({"lpips_file": "other.pth"}, "other.pth"),
+        ({"lpips_file": "none.ckpt"}, "none.ckpt cannot be read: No such file"),
+        ({"lpips_file": "other.pth"}, "other.pth: tensor 'features.0.weight' is missing"),
         ({"gan.discriminator": "dino"}, "needs the weights of DINO ViT-S/16, https://"),
-        ({"gan.discriminator": "dino", "gan.dino_file": "none.pth"}, "none.pth: No such file"),
-        ({"gan.discriminator": "dino", "gan.dino_file": "other.pth"}, "other.pth"),
+        (
+            {"gan.discriminator": "dino", "gan.dino_file": "none.pth"},
+            "none.pth cannot be read: No such file",
+        ),
+        (
+            {"gan.discriminator": "dino", "gan.dino_file": "other.pth"},
+            "other.pth: tensor 'blocks.0.norm1.weight' is missing",
+        ),
         ({"gan.start": 2}, "gan.start=2 leaves the discriminator out of all steps=2"),
         ({"gan.dino_file": "other.pth"}, "is of discriminator='dino', not 'patchgan'"),
         ({"gan.layers": 4}, "gan.layers=4 takes images of 48 pixels a side or more, not"),
