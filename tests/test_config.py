@@ -71,6 +71,7 @@ def test_bad_training(fields, sentence):
     [
         ({"lpips_weight": 1}, r"lpips_weight=1\.0 takes images of 32 pixels .* data\.size=16"),
         ({"gan": {"weight": 1}}, r"gan\.layers=3 takes images of 24 pixels .* data\.size=16"),
+        ({"gan": {"layers": 10**9}}, r"gan\.layers=1000000000 is beyond any model; .* at most 12"),
         ({"gan": {"weight": 1, "layers": 2, "start": 9}}, r"gan\.start=9 leaves .* steps=9"),
         (
             {"gan": {"discriminator": "cnn"}},

@@ -41,7 +41,7 @@ def check_schedule(patch_nums: tuple[int, ...]) -> None:
 MOST = {
     "depth": 1024, "num_res_blocks": 64, "num_phi": 64, "patch_nums": 512, "batch_size": 2**20,
     "size": 2**14, "patch_size": 2**14, "channel_mults": 1024, "mlp_ratio": 1024, "resize": 64,
-    "num_classes": 2**24, "workers": 2**12,
+    "num_classes": 2**24, "workers": 2**12, "layers": 12,
     **dict.fromkeys(("width", "channels", "latent_dim", "vocab_size"), 2**24),
 }  # fmt: skip
 MOST_VALUES = 64  # of a field
