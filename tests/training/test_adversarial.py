@@ -157,6 +157,7 @@ def test_regularization_is_of_some_images_and_ends():
     assert nothing == (None, None)
 
 
+@pytest.mark.slow
 def test_a_step_with_all_losses_keeps_types():
     """Traced only, with DINO and LPIPS of the right shapes."""
     gan = GanConfig(weight=0.4, discriminator="dino", start=2, lecam=0.1, augment=True)
