@@ -200,7 +200,7 @@ def run(transformer, quantizer, tokens, labels):
         w = jax.tree.map(lambda stacked, i=i: stacked[i], transformer.blocks)
         x, attention = block(w, x, transformer.block_cond(c), mask)
         attentions.append(attention)
-    return transformer.logits(x, c), jnp.stack(attentions)
+    return transformer.head_out(x, c), jnp.stack(attentions)
 
 
 labels = validation.labels[chosen]

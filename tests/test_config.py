@@ -31,6 +31,10 @@ from var_jax.config import (
         ("ladder", ("4",)),
         ("ladder", ("full_16",)),
         ("ladder", ("tokenizer",)),
+        ("baselines", ("raster",)),
+        ("baselines", ("dit",)),
+        ("baselines", ("raster:1.4b",)),
+        ("baselines", ("dit:xl2",)),
         ("imagenet", ()),
         ("imagenet", ("d36",)),
         ("tokenizer", ()),
@@ -140,6 +144,30 @@ def test_a_token_cache_has_no_noise():
         Config(train_transformer=training, data=DataConfig(tokens="tokens"))
 
 
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"transformer": {"kind": "raster"}}, r"transformer\.kind=raster with patch_nums"),
+        ({"tokenizer": {"patch_nums": (16,)}}, r"transformer\.kind=var with patch_nums=\(16,\)"),
+        (
+            {"transformer": {"kind": "dit"}, "train_transformer": {"token_noise": 0.2}},
+            r"train_transformer\.token_noise=0\.2 is of tokens; a dit is trained on latents",
+        ),
+        (
+            {"transformer": {"kind": "dit"}, "data": {"tokens": "tokens"}},
+            r"data\.tokens=tokens is of tokens; a dit is trained on latents",
+        ),
+    ],
+)
+def test_transformers_that_cannot_be_trained(given, sentence):
+    """Where no transformer is trained, a tokenizer of a single scale needs no kind."""
+    training = {"steps": 1} | given.get("train_transformer", {})
+    with pytest.raises(BadInput, match=sentence):
+        from_dict(Config, given | {"train_transformer": training})
+    if "tokenizer" in given:
+        assert from_dict(Config, given).transformer.num_tokens == 256
+
+
 def test_top_p_is_of_every_scale():
     with pytest.raises(BadInput, match=r"top_p=1\.0,0\.5 has 2 numbers"):
         Config(sampling=SamplingConfig(top_p=(1.0, 0.5)))
@@ -155,7 +183,8 @@ def test_the_shipped_checkpoint_is_of_the_large_emoji_config():
     assert found["tokenizer"].pop("skip")  # of the version that trained it
     found["transformer"]["num_classes"] = 0
     for part in ("tokenizer", "transformer", "sampling"):
-        assert found[part] == wanted[part]
+        default = json.loads(json.dumps(dataclasses.asdict(type(getattr(config, part))())))
+        assert default | found[part] == wanted[part]  # fields newer than the checkpoint
     assert sum(path.stat().st_size for path in shipped.rglob("*") if path.is_file()) < 12e6
 
 
@@ -164,6 +193,7 @@ def test_the_shipped_checkpoint_is_of_the_large_emoji_config():
     [
         ({"patch_nums": (2, 4)}, r"patch_nums=\(2, 4\) must start at 1 and never fall"),
         ({"patch_nums": (1, 4, 2)}, r"patch_nums=\(1, 4, 2\) must start at 1 and never fall"),
+        ({"patch_nums": (0,)}, r"patch_nums=\(0,\) must start at 1"),
         ({"channels": 20}, "norm_groups=32 does not divide the 20 channels of a level"),
         ({"channel_mults": (1, 2), "num_res_blocks": 0}, "only residual blocks change the width"),
         ({"norm_groups": 0}, "norm_groups=0; expected at least 1"),

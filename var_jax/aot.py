@@ -28,8 +28,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("slices", 1, "So many such slices; the config's mesh.data splits them.")
     flags.DEFINE_enum(
         "program", "transformer", PROGRAMS,
-        "The transformer's step on cached tokens or on pixels, the tokenizer's step, sampling, or"
-        " the features of FID.",
+        "The transformer's step on cached tokens (of a dit: latents) or on pixels, the tokenizer's"
+        " step, sampling, or the features of FID.",
     )  # fmt: skip
     flags.DEFINE_bool("largest_batch", False, "Also look for the largest batch that fits.")
     flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")

@@ -23,7 +23,7 @@ from var_jax.data.classes import Label, class_index
 from var_jax.data.decoding import Unreadable, crop, decode, upright
 from var_jax.evaluation.likelihood import log_likelihood
 from var_jax.models.tokenizer import decode_tokens, encode_images
-from var_jax.sampling.autoregressive import KnownTokens, Weights, sample_by_scale, sampler
+from var_jax.sampling.autoregressive import KnownTokens, Weights, sample_by_scale
 from var_jax.sampling.exports import Models, abstract_models, load_models
 from var_jax.sampling.generate import (
     Generated,
@@ -31,6 +31,7 @@ from var_jax.sampling.generate import (
     collect,
     generate,
     image_keys,
+    sampler_of,
 )
 from var_jax.sampling.masks import as_box, as_mask, box_mask, known_mask, pool_mask
 from var_jax.schedule import num_tokens
@@ -116,6 +117,11 @@ class Model:
     mesh: jax.sharding.Mesh | None = None
 
     @property
+    def kind(self) -> str:
+        """What the transformer predicts: "var" the next scale, or "raster", "dit"."""
+        return self.models.transformer.config.kind
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes, in order of their numbers."""
         return self.models.class_names
@@ -138,18 +144,21 @@ class Model:
         cfg: float | None = None,
         top_k: int | None = None,
         top_p: float | Sequence[float] | None = None,
+        steps: int | None = None,
+        solver: str | None = None,
         smooth: bool = False,
         batch_size: int = 64,
     ) -> Images:
         """Samples an image for each label, a class name or number.
 
         Image i depends on `seed` and i alone. `cfg` (guidance scale, 0: none), `top_k` (0: all
-        codes) and `top_p` (0: all; one number or one a scale) default to what the checkpoint says;
+        codes) and `top_p` (0: all; one number or one a scale) default to what the checkpoint says,
+        and so do a diffusion transformer's `steps` and `solver` (euler, heun), which has no codes;
         `smooth` mixes codes, which is nicer to look at and not for metrics.
 
         Raises: BadInput for an unknown class, or settings out of range.
         """
-        how = self.settings(cfg, top_k, top_p)
+        how = self.settings(cfg, top_k, top_p, steps, solver)
         made = self._generate(self._numbers(labels), how, seed, batch_size, smooth=smooth)
         return made.images.view(Images)
 
@@ -163,7 +172,8 @@ class Model:
         top_p: float | Sequence[float] | None = None,
         batch_size: int = 64,
     ) -> Int32[np.ndarray, "N L"]:
-        """The tokens of what `sample` returns."""
+        """The tokens of what `sample` returns. Raises: BadInput of a dit, as `sample` does."""
+        self.check_kind("tokens of samples", "var", "raster")
         how = self.settings(cfg, top_k, top_p)
         tokens = self._generate(self._numbers(labels), how, seed, batch_size).tokens
         assert tokens is not None
@@ -197,7 +207,11 @@ class Model:
         return images.view(Images)
 
     def coarse_to_fine(self, tokens: Shaped[np.ndarray, "..."]) -> Images:
-        """What the images of tokens look like after each of the K scales, (N, K, H, W, 3)."""
+        """What the images of tokens look like after each of the K scales, (N, K, H, W, 3).
+
+        Raises: BadInput for other tokens, or of a model without scales.
+        """
+        self.check_kind("coarse to fine", "var")
         tokens = self._check_tokens(tokens)
         with self._using():
             return coarse_to_fine(self.models.tokenizer, tokens).view(Images)
@@ -214,8 +228,10 @@ class Model:
         A row's sum is the log-likelihood of an image. `images` are uint8 images, or tokens; there
         is a label for each, or one for all, or None: whatever the class.
 
-        Raises: BadInput for an unknown class, another number of labels, or other images or tokens.
+        Raises: BadInput for an unknown class, another number of labels, or other images or tokens,
+        or of a dit, which predicts no tokens.
         """
+        self.check_kind("likelihood", "var", "raster")
         check_batch_size(batch_size)
         images = as_array("images", images)
         tokens = self.encode(images) if images.ndim > 2 else self._check_tokens(images)
@@ -268,6 +284,7 @@ class Model:
         batch_size: int = 8,
     ) -> tuple[Generated, Bool[np.ndarray, " L"]]:
         """`edit` with its tokens, and which tokens were kept."""
+        self.check_kind("editing", "var")
         if not is_whole(num, 1) or num > MOST_EDITS:
             raise BadInput(f"num={num}; expected 1 to {MOST_EDITS}.")
         tokens, keep = self._known(image, repaint)
@@ -294,6 +311,7 @@ class Model:
 
         Raises: BadInput as these do.
         """
+        self.check_kind("showing an image scale by scale", "var")
         settings = self.settings(cfg, top_k, top_p)
         check_seed(seed)
         known = (np.zeros(length := num_tokens(self.patch_nums), np.int32), np.zeros(length, bool))
@@ -332,10 +350,13 @@ class Model:
         cfg: float | None = None,
         top_k: int | None = None,
         top_p: float | Sequence[float] | None = None,
+        steps: int | None = None,
+        solver: str | None = None,
     ) -> SamplingConfig:
         """The checkpoint's settings of sampling, where arguments do not replace them.
 
-        Raises: BadInput if they are out of range, or `top_p` has another number of scales.
+        Raises: BadInput if they are out of range, mean nothing for this kind of model, or `top_p`
+        has another number of scales.
         """
         given: dict[str, Any] = {}
         if cfg is not None:
@@ -349,9 +370,29 @@ class Model:
             given["top_k"] = int(top_k) if top_k < codes else 0  # one program for all of them
         if top_p is not None:
             given["top_p"] = to_numbers("top_p", top_p)
+        if steps is not None:
+            if not is_whole(steps, 1):
+                raise BadInput(f"steps={steps!r}; expected a whole number of at least 1.")
+            given["steps"] = int(steps)
+        if solver is not None:
+            given["solver"] = solver
+        known = self.models.sampling.flags(self.kind)
+        if others := [name for name in given if name not in known]:
+            raise BadInput(
+                f"{others[0]}={given[others[0]]} means nothing here: a model of kind {self.kind} is"
+                f" sampled with {', '.join(known)}."
+            )
         settings = dataclasses.replace(self.models.sampling, **given)
         settings.check(self.patch_nums)
         return settings
+
+    def check_kind(self, what: str, *kinds: str) -> None:
+        """Raises BadInput unless the model is of one of the kinds that can do `what`."""
+        if self.kind not in kinds:
+            raise BadInput(
+                f"{what} takes a model of kind {' or '.join(kinds)}; this one is of kind"
+                f" {self.kind}."
+            )
 
     def class_index(self, label: Label, name: str = "label") -> int:
         """The number of a class that is given by number or by name (`classes.class_index`).
@@ -429,7 +470,7 @@ class Model:
         weights = Weights(self.models.tokenizer, self.models.transformer)
         how = {"batch_size": few_sizes(len(labels), batch_size), "seed": seed, "known": known}
         with self._using():
-            parts = generate(sampler(settings, smooth), weights, labels, **how)
+            parts = generate(sampler_of(self.kind, settings, smooth), weights, labels, **how)
             return collect(parts, len(labels))
 
     def _using(self) -> contextlib.AbstractContextManager[Any]:
@@ -439,9 +480,10 @@ class Model:
 
     def __repr__(self) -> str:
         c = self.models.transformer.config
+        what = f"scales {self.patch_nums}" if self.kind == "var" else f"kind {self.kind}"
         return (
             f"Model({self.image_size} px, {len(self.class_names)} classes, depth {c.depth}, width"
-            f" {c.width}, scales {self.patch_nums})"
+            f" {c.width}, {what})"
         )
 
 

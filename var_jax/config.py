@@ -29,11 +29,17 @@ SET: dict[str, Callable[[Any], Any]] = {"binds": bool}
 
 
 def check_schedule(patch_nums: tuple[int, ...]) -> None:
-    """Raises BadInput unless the sides start at 1 and never fall; a side may come again."""
-    falls = any(a > b for a, b in itertools.pairwise(patch_nums))
-    if not patch_nums or patch_nums[0] != 1 or falls:
+    """Raises BadInput unless the sides start at 1 and never fall; a side may come again.
+
+    A single scale may have any side: that is plain vector quantization, whose tokens have no
+    coarser scale to be predicted from.
+    """
+    rises = all(a <= b for a, b in itertools.pairwise(patch_nums))
+    begins = patch_nums[:1] == (1,) or (len(patch_nums) == 1 and patch_nums[0] > 0)
+    if not (begins and rises):
         raise BadInput(
-            f"patch_nums={patch_nums} must start at 1 and never fall, like (1, 2, 4, 8)."
+            f"patch_nums={patch_nums} must start at 1 and never fall, like (1, 2, 4, 8), or be a"
+            " single scale, like (8,)."
         )
 
 
@@ -74,10 +80,12 @@ def check_dtype(name: str) -> None:
         raise BadInput(f"dtype={name!r} is not one of auto, float32, bfloat16.")
 
 
+KINDS = ("var", "raster", "dit")  # of transformers
 SOME, ANY, SHARE = (1, math.inf), (0, math.inf), (0, 1)  # ranges
 PART = (0, math.nextafter(1, 0))
 MAX_SEED = 2**32 - 1  # jax.random.key takes more, and gives the same
 LEAST_SCALES = 3  # that scale dropout keeps
+MAX_STEPS = 10_000  # of a solver
 MAX_CFG = 1000.0  # far beyond use, and logits stay finite
 
 
@@ -147,6 +155,7 @@ class BlocksConfig:
     num_heads: int = 16  # of attention, each width / num_heads wide
     mlp_ratio: float = 4.0  # width of the MLP, in widths
     qk_norm: bool = True  # queries and keys of unit length, with a temperature for each head
+    adaln: bool = True  # False: LayerNorms with weights of their own, as in GPT-2
     shared_adaln: bool = False  # one AdaLN map for all layers instead of one each
     drop_path: float = 0.1 * 16 / 24  # rate of the last layer; rises linearly from 0
     gamma_std: float = 1e-5  # of AdaLN's gates at the start, times (3·width)^-0.5
@@ -161,6 +170,8 @@ class BlocksConfig:
             self, depth=SOME, width=SOME, num_heads=SOME, mlp_ratio=ANY, drop_path=PART,
             gamma_std=ANY,
         )  # fmt: skip
+        if self.shared_adaln and not self.adaln:
+            raise BadInput("shared_adaln=True needs adaln=True.")
         if self.width % self.num_heads:
             raise BadInput(f"num_heads={self.num_heads} does not divide width={self.width}.")
         check_dtype(self.dtype)
@@ -182,8 +193,14 @@ class BlocksConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig(BlocksConfig):
-    """The next-scale transformer (VAR §3.2). `from_depth` gives the paper's family d16 ... d36."""
+    """The generative transformer; `from_depth` gives the paper's family d16 ... d36 (VAR §3.2).
 
+    `kind` says what it predicts: "var" the next scale, "raster" the next token in raster order,
+    "dit" the noise in the tokenizer's continuous latent (a diffusion transformer).
+    """
+
+    kind: str = "var"  # or the baselines raster, dit
+    patch_size: int = 1  # of a dit: side of the patches of the latent that are its tokens
     patch_nums: tuple[int, ...] = PATCH_NUMS_256  # these three are the tokenizer's
     vocab_size: int = 4096
     latent_dim: int = 32
@@ -192,7 +209,21 @@ class TransformerConfig(BlocksConfig):
     def __post_init__(self):
         check_schedule(self.patch_nums)
         super().__post_init__()
-        check_ranges(self, vocab_size=SOME, latent_dim=SOME, num_classes=ANY)
+        check_ranges(self, vocab_size=SOME, latent_dim=SOME, num_classes=ANY, patch_size=SOME)
+        if self.kind not in KINDS:
+            raise BadInput(f"kind={self.kind!r} is not one of {', '.join(KINDS)}.")
+
+    def check(self) -> None:
+        """Raises BadInput if the schedule or AdaLN are not such as this kind of model needs."""
+        sides, kind = self.patch_nums, f"kind={self.kind} with patch_nums={self.patch_nums}"
+        if self.kind == "var" and sides[0] != 1:
+            raise BadInput(f"{kind}: VAR begins with a scale of one token; raster and dit do not.")
+        if self.kind == "raster" and len(sides) > 1:
+            raise BadInput(f"{kind}: a raster-scan model takes a single scale, like (16,).")
+        if self.kind == "dit" and max(sides) % self.patch_size:
+            raise BadInput(f"{kind}: patch_size={self.patch_size} does not divide {max(sides)}.")
+        if self.kind == "dit" and not self.adaln:
+            raise BadInput("kind=dit needs adaln=True: its blocks learn the time no other way.")
 
     @classmethod
     def from_depth(cls, depth: int, **overrides: Any) -> "TransformerConfig":
@@ -203,7 +234,17 @@ class TransformerConfig(BlocksConfig):
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of an image, as the tokenizer has them."""
         return num_tokens(self.patch_nums)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Lengths of the blocks of tokens that are predicted at once, one block after another."""
+        if self.kind == "raster":
+            return (1,) * self.num_tokens
+        if self.kind == "dit":
+            return ((self.patch_nums[-1] // self.patch_size) ** 2,)
+        return tuple(side * side for side in self.patch_nums)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -346,10 +387,15 @@ class TrainTransformerConfig(TrainConfig):
     label_dropout: float = 0.1  # how often the class is withheld, for guidance
     label_smoothing: float = 0.0  # of the cross-entropy
     token_noise: float = 0.0  # the largest share of input tokens that are replaced at random
+    time_sampling: str = "logit_normal"  # of a dit: how often it sees each time; or uniform
 
     def __post_init__(self):
         super().__post_init__()
         check_ranges(self, label_dropout=SHARE, label_smoothing=SHARE, token_noise=SHARE)
+        if self.time_sampling not in ("logit_normal", "uniform"):
+            raise BadInput(
+                f"time_sampling={self.time_sampling!r} is not one of logit_normal, uniform."
+            )
         if self.accumulate < 1 or self.batch_size % self.accumulate:
             raise BadInput(
                 f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}."
@@ -398,9 +444,13 @@ class SamplingConfig:
     cfg: float = 1.5  # guidance; 0: none
     top_k: int = 900  # 0: all codes
     top_p: tuple[float, ...] = (0.96,)  # of all scales, or of each; 0: all of the probability
+    steps: int = 50  # of a dit's solver, from noise to image
+    solver: str = "heun"  # of a dit: euler (first order) or heun (second, two passes a step)
 
     def __post_init__(self):
-        check_ranges(self, cfg=(0, MAX_CFG), top_k=ANY)
+        check_ranges(self, cfg=(0, MAX_CFG), top_k=ANY, steps=(1, MAX_STEPS))
+        if self.solver not in ("euler", "heun"):
+            raise BadInput(f"solver={self.solver!r} is not one of euler, heun.")
         if not self.top_p or not all(0 <= p <= 1 for p in self.top_p):
             raise BadInput(f"top_p={self.listed}; expected 0 to 1, once or for each scale.")
 
@@ -411,6 +461,12 @@ class SamplingConfig:
                 f"top_p={self.listed} has {len(self.top_p)} numbers; expected one, or one"
                 f" for each of patch_nums={patch_nums}."
             )
+
+    def flags(self, kind: str) -> dict[str, Any]:
+        """The settings that a kind of model is sampled with, as the flags take them."""
+        if kind == "dit":
+            return {"cfg": self.cfg, "steps": self.steps, "solver": self.solver}
+        return {"cfg": self.cfg, "top_k": self.top_k, "top_p": self.listed}
 
     @property
     def listed(self) -> str:
@@ -480,6 +536,7 @@ class Config:
                     f" {value}; say it once, as tokenizer.{name}."
                 )
         object.__setattr__(self, "transformer", dataclasses.replace(self.transformer, **shared))
+        self.check_kind()
         if self.data.tokens and self.train_transformer.token_noise:
             raise BadInput(
                 f"train_transformer.token_noise={self.train_transformer.token_noise} must be 0 with"
@@ -489,6 +546,23 @@ class Config:
             self.sampling.check(self.transformer.patch_nums)
         except BadInput as error:
             raise BadInput(f"sampling.{error}") from None
+
+    def check_kind(self) -> None:
+        """Raises BadInput if the transformer that is to be trained is not one that can be."""
+        if not self.train_transformer.steps:
+            return
+        try:
+            self.transformer.check()
+        except BadInput as error:
+            raise BadInput(f"transformer.{error}") from None
+        of_tokens = {
+            "data.tokens": self.data.tokens,
+            "train_transformer.token_noise": self.train_transformer.token_noise,
+            "train_transformer.label_smoothing": self.train_transformer.label_smoothing,
+        }
+        for name, value in of_tokens.items():
+            if value and self.transformer.kind == "dit":
+                raise BadInput(f"{name}={value} is of tokens; a dit is trained on latents.")
 
 
 def check_losses(training: TrainTokenizerConfig, size: int) -> None:

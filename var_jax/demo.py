@@ -48,6 +48,7 @@ def main(args: flags.FlagValues) -> None:
                 raise
             raise BadInput("the demo needs gradio; run: pip install 'gradio>=6,<7'") from error
         model = var_jax.load(args.checkpoint)
+        model.check_kind("the demo", "var")
         print("compiling, by sampling a first image", file=sys.stderr, flush=True)
         for _ in model.stream(0):
             pass

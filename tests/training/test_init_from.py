@@ -11,7 +11,7 @@ from test_tasks import TOKENIZER, TRANSFORMER
 from var_jax import BadInput
 from var_jax.config import Config, DataConfig, SamplingConfig, TrainTransformerConfig
 from var_jax.models.patch_codec import make_tokenizer
-from var_jax.models.var import Transformer, layout
+from var_jax.models.var import Transformer
 from var_jax.sampling.exports import save_parts
 from var_jax.sharding.mesh import make_mesh, shard
 from var_jax.training.init_from import transformer_from
@@ -82,7 +82,7 @@ def test_another_vocabulary_starts_a_fresh_head(export):
 def test_weights_stay_where_they_lie(export):
     mesh = make_mesh(2, 2, 2)
     fresh = random_transformer(TRANSFORMER, 1)
-    places = jax.tree.map(lambda leaf: leaf.sharding, shard(fresh, mesh, layout))
+    places = jax.tree.map(lambda leaf: leaf.sharding, shard(fresh, mesh, Transformer.layout))
     with jax.set_mesh(mesh):
         made = transformer_from(jax.device_put(fresh, places), export[0], NAMES)
     same = jax.tree.map(lambda leaf, place: leaf.sharding == place, made, places)

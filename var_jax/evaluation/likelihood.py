@@ -10,11 +10,11 @@ from jaxtyping import Array, Float, Int32
 from var_jax.data.sources import Source
 from var_jax.evaluation.image_sets import spread
 from var_jax.evaluation.reading import in_order
+from var_jax.models.backbone import Backbone
 from var_jax.models.quantizer import Quantizer
 from var_jax.models.tokenizer import Tokenizer, encode_images
-from var_jax.models.var import Transformer, score_tokens
+from var_jax.models.var import score_tokens
 from var_jax.schedule import slices
-from var_jax.sharding.ops import data_parallel
 from var_jax.sharding.rows import in_batches
 from var_jax.tools.logs import progress
 
@@ -23,7 +23,7 @@ PART = 1024  # images in memory
 
 def log_likelihood(
     quantizer: Quantizer,
-    transformer: Transformer,
+    transformer: Backbone,
     tokens: Int32[np.ndarray, "N L"],
     labels: Int32[np.ndarray, " N"],
     batch_size: int = 64,
@@ -40,7 +40,7 @@ def log_likelihood(
 
 def class_log_likelihoods(
     quantizer: Quantizer,
-    transformer: Transformer,
+    transformer: Backbone,
     tokens: Int32[np.ndarray, "N L"],
     batch_size: int = 64,
 ) -> Float[np.ndarray, "N C"]:
@@ -56,7 +56,7 @@ def class_log_likelihoods(
 
 def class_scores(
     quantizer: Quantizer,
-    transformer: Transformer,
+    transformer: Backbone,
     tokens: Int32[np.ndarray, "N L"],
     labels: Int32[np.ndarray, " N"],
     batch_size: int = 64,
@@ -75,7 +75,7 @@ def class_scores(
 
 def likelihood_figures(
     tokenizer: Tokenizer,
-    transformer: Transformer,
+    transformer: Backbone,
     source: Source,
     batch_size: int = 64,
     count: int | None = None,
@@ -107,7 +107,7 @@ def likelihood_figures(
 
 
 def classification_figures(
-    tokenizer: Tokenizer, transformer: Transformer, source: Source, batch_size: int = 64
+    tokenizer: Tokenizer, transformer: Backbone, source: Source, batch_size: int = 64
 ) -> dict[str, float]:
     """How often the class of an image is the likeliest one, or among the five likeliest."""
     first = fifth = 0
@@ -124,11 +124,11 @@ def classification_figures(
 
 @jax.jit
 def _by_scale(
-    weights: tuple[Quantizer, Transformer], rows: Any
+    weights: tuple[Quantizer, Any], rows: Any
 ) -> tuple[Float[Array, "B K"], Int32[Array, "B K"]]:
     """log p in nats, and how many tokens are the likeliest ones."""
     quantizer, transformer = weights
-    inputs = data_parallel(Quantizer.teacher_forcing_inputs)(quantizer, rows["tokens"])
+    inputs = transformer.inputs(quantizer, rows["tokens"])
     target, total, right = score_tokens(transformer(rows["labels"], inputs), rows["tokens"])
     places = slices(transformer.config.patch_nums)
     by_scale = lambda x: jnp.stack([x[:, place].sum(axis=1) for place in places], axis=1)

@@ -148,12 +148,14 @@ def dense(
     q: Float[Array, "B L H N"],
     k: Float[Array, "B S H N"],
     v: Float[Array, "B S H N"],
-    mask: Bool[np.ndarray, "L S"] | None = None,
+    mask: Bool[np.ndarray, "L S"] | Bool[Array, "L S"] | None = None,
 ) -> Float[Array, "B L H N"]:
     """Attention over all of k, v, or those that `mask` leaves; q already scaled."""
+    if isinstance(mask, np.ndarray) and mask.all():
+        mask = None
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     logits = jnp.einsum("BHLN,BHSN->BHLS", q, k, preferred_element_type=jnp.float32)
-    if mask is not None and not mask.all():
+    if mask is not None:
         logits = jnp.where(mask[None, None], logits, -jnp.inf)
     weight = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("BHLS,BHSN->BHLN", weight, v).swapaxes(1, 2)

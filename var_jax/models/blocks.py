@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each scaled, shifted and gated by a condition (AdaLN).
+    """Attention and MLP, each scaled, shifted and gated by a condition (AdaLN), or plain.
 
     Which tokens attend to which is the caller's: the block serves VAR, raster-scan and diffusion
     transformers alike.
@@ -55,7 +55,9 @@ class Block(nnx.Module):
         zeros = lambda *shape: nnx.Param(jnp.zeros(shape))
         # Gates (gamma) start near zero, scales and shifts at half size.
         ada_std = jnp.array([config.gamma_std] * 2 + [0.5] * 4)[:, None]
-        if config.shared_adaln:
+        if not config.adaln:
+            self.norm_offset = zeros(4, D)  # scales less 1, then shifts
+        elif config.shared_adaln:
             self.ada_offset = draw((6, D), ada_std * D**-0.5)
         else:
             self.ada, self.ada_bias = draw((D, 6, D), ada_std[None] * std), zeros(6, D)
@@ -68,18 +70,21 @@ class Block(nnx.Module):
         self.config = config
 
     def modulation(self, cond: Float[Array, "B ..."], dtype: DTypeLike) -> list[Array]:
-        """gamma1, gamma2, scale1, scale2, shift1, shift2, each (B,1,D).
+        """gamma1, gamma2, scale1, scale2, shift1, shift2, each (B,1,D); without AdaLN (1,1,D).
 
         `cond` is the class embedding (B,D), or under shared AdaLN its projection (B,6,D).
         """
-        if self.config.shared_adaln:
+        if not self.config.adaln:
+            offset = self.norm_offset[...]
+            ada = jnp.concatenate([jnp.ones_like(offset[:2]), offset])[None]
+        elif self.config.shared_adaln:
             ada = cond + self.ada_offset[...][None]
         else:
             ada = modulate(cond, self.ada, self.ada_bias, dtype)
         return [ada[:, i, None].astype(dtype) for i in range(6)]
 
     def project_qkv(
-        self, x: Float[Array, "B L D"], scale: Float[Array, "B 1 D"], shift: Float[Array, "B 1 D"]
+        self, x: Float[Array, "B L D"], scale: Float[Array, "#B 1 D"], shift: Float[Array, "#B 1 D"]
     ) -> list[Float[Array, "M HN"]]:
         """q, k, v of all tokens, without biases."""
         x = flatten_tokens(layer_norm(x) * (1 + scale) + shift)
@@ -109,10 +114,10 @@ class Block(nnx.Module):
     def mlp_in(
         self,
         x: Float[Array, "B L D"],
-        gate: Float[Array, "B 1 D"],
+        gate: Float[Array, "#B 1 D"],
         out: Float[Array, "M D"],
-        scale: Float[Array, "B 1 D"],
-        shift: Float[Array, "B 1 D"],
+        scale: Float[Array, "#B 1 D"],
+        shift: Float[Array, "#B 1 D"],
     ) -> tuple[Float[Array, "B L D"], Float[Array, "M F"]]:
         """The residual stream (B,L,D) after attention, and the MLP's first product (M,F)."""
         x = self.add(x, gate, out)
@@ -125,7 +130,7 @@ class Block(nnx.Module):
         return project(h, self.fc2[...].astype(h.dtype)) + self.fc2_bias.astype(h.dtype)[None]
 
     def add(
-        self, x: Float[Array, "B L D"], gate: Float[Array, "B #L D"], out: Float[Array, "M D"]
+        self, x: Float[Array, "B L D"], gate: Float[Array, "#B #L D"], out: Float[Array, "M D"]
     ) -> Float[Array, "B L D"]:
         """A gated branch joins the residual stream."""
         return x + gate * unflatten_tokens(out, x.shape[0])

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Key, Shaped, UInt8
 
 from var_jax.config import SamplingConfig
+from var_jax.models.backbone import Cache
 from var_jax.models.tokenizer import Tokenizer, decode_latents
-from var_jax.models.var import Cache, Transformer
 from var_jax.sampling import filters
 from var_jax.schedule import slices
 from var_jax.sharding.mesh import BATCH
@@ -22,7 +22,7 @@ class Weights(NamedTuple):
     """What a sampler reads."""
 
     tokenizer: Tokenizer
-    transformer: Transformer
+    transformer: Any  # of the kind that the sampler is for
 
 
 class KnownTokens(NamedTuple):
@@ -114,10 +114,8 @@ def sample_scale(
     patch_nums = transformer.config.patch_nums
     here, ratio = slices(patch_nums)[k], k / max(len(patch_nums) - 1, 1)
     logits, cache = transformer.decode(k, state.x, state.labels, state.cache)
-    if cfg is not None:
-        logits = filters.guide(reshape(logits, len(keys), 2, *logits.shape[1:]), cfg * ratio)
-    logits = reshard(logits, BATCH)  # the vocabulary whole on each device
-    logits = filters.top_p(filters.top_k(logits, top_k), top_p)
+    strength = None if cfg is None else cfg * ratio
+    logits = choices(logits, strength, top_k, top_p)
     scale_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
     idx_Bl = jax.vmap(jax.random.categorical)(scale_keys, logits).astype(jnp.int32)
     code_BlC = data_parallel(embed)(quantizer, idx_Bl)
@@ -164,6 +162,19 @@ def sample_by_scale(
 _begin = jax.jit(begin, static_argnames="guided")
 _sample_scale = jax.jit(sample_scale, static_argnames="k")
 _decode = jax.jit(lambda tokenizer, f_hat: data_parallel(decode_latents)(tokenizer, f_hat))
+
+
+def choices(
+    logits: Float[Array, "P l V"],
+    strength: Float[Array, ""] | float | None,
+    top_k: Int32[Array, ""] | int,
+    top_p: Float[Array, ""] | float,
+) -> Float[Array, "B l V"]:
+    """Logits that tokens are drawn from: guided, unless `strength` is None, and filtered."""
+    if strength is not None:
+        logits = filters.guide(reshape(logits, len(logits) // 2, 2, *logits.shape[1:]), strength)
+    logits = reshard(logits, BATCH)  # the vocabulary whole on each device
+    return filters.top_p(filters.top_k(logits, top_k), top_p)
 
 
 def pairs(cond: Shaped[Array, "B *rest"], uncond: Shaped[Array, "B *rest"]) -> Array:

@@ -28,10 +28,10 @@ from var_jax.config import (
     settings,
 )
 from var_jax.data.sources.imagenet import class_names
-from var_jax.models import var
+from var_jax.models.backbone import Backbone
 from var_jax.models.patch_codec import make_tokenizer
 from var_jax.models.tokenizer import Tokenizer
-from var_jax.models.var import Transformer
+from var_jax.models.transformer import make_transformer
 from var_jax.sharding.mesh import check_hosts, sampling_mesh, shard
 
 T = TypeVar("T")
@@ -41,14 +41,14 @@ class Models(NamedTuple):
     """What an export holds."""
 
     tokenizer: Tokenizer
-    transformer: Transformer
+    transformer: Backbone
     class_names: tuple[str, ...]
     sampling: SamplingConfig
 
 
 def build(config: TokenizerConfig | TransformerConfig) -> Any:
     """The model of a config, with abstract weights."""
-    model = make_tokenizer if isinstance(config, TokenizerConfig) else Transformer
+    model = make_tokenizer if isinstance(config, TokenizerConfig) else make_transformer
     return jax.eval_shape(lambda: model(config, rngs=nnx.Rngs(0)))  # type: ignore[arg-type]
 
 
@@ -126,7 +126,10 @@ def placed(abstract: dict[str, Any], mesh: Mesh | None, dtype: str = "auto") -> 
     if dtype == "bfloat16":
         transformer = in_bfloat16(transformer)
     if mesh is not None:
-        tokenizer, transformer = shard(tokenizer, mesh), shard(transformer, mesh, var.layout)
+        tokenizer, transformer = (
+            shard(tokenizer, mesh),
+            shard(transformer, mesh, transformer.layout),
+        )
     return {"tokenizer": tokenizer, "transformer": transformer}
 
 
@@ -145,10 +148,10 @@ def mesh_for_sampling(directory: str | PurePath, fsdp: int | None = None) -> Mes
     return mesh
 
 
-def in_bfloat16(transformer: Transformer) -> Transformer:
+def in_bfloat16(transformer: Backbone) -> Backbone:
     """The abstract transformer with its large weights in bfloat16."""
     cast = lambda path, leaf: jax.ShapeDtypeStruct(
-        leaf.shape, jnp.bfloat16 if len(var.layout(path, leaf)) else leaf.dtype
+        leaf.shape, jnp.bfloat16 if len(transformer.layout(path, leaf)) else leaf.dtype
     )
     return jax.tree_util.tree_map_with_path(cast, transformer)
 
@@ -199,7 +202,10 @@ def abstract_models(
         config = section(TransformerConfig, about, "transformer", folder)
         if dtype != "auto":
             config = dataclasses.replace(config, dtype=dtype)
-        models["transformer"] = build(config)
+        try:
+            models["transformer"] = build(config)
+        except BadInput as error:
+            raise BadInput(f"{folder}/config.json: transformer.{error}") from None
         if len(names) != config.num_classes:
             found = f"{len(names)} class_names for {config.num_classes} classes"
             raise BadInput(f"{folder}/config.json has {found}.")

@@ -1,9 +1,10 @@
 """Any number of images from any kind of model, batch by batch, each from (seed, index) alone.
 
 A model's sampler is a function (weights, labels, keys, known) → (images uint8 (B,H,W,3), tokens or
-None), all arrays on the device; `sampling.autoregressive.sample` is VAR's.
+None), all arrays on the device; `sampling.autoregressive.sample` is VAR's. `sampler_of` chooses it.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -11,12 +12,15 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int32, Key, UInt8
 
+from var_jax.config import SamplingConfig
 from var_jax.models.tokenizer import Tokenizer, decode_scales, decode_tokens, encode_images
+from var_jax.sampling import autoregressive, diffusion, raster
 from var_jax.sharding.mesh import local_rows
 from var_jax.sharding.ops import round_up
 from var_jax.sharding.rows import gather_rows, in_batches, put
 
 Sampler = Callable[..., tuple[Array, Array | None]]
+KINDS = {"var": autoregressive, "raster": raster, "dit": diffusion}
 
 
 class Generated(NamedTuple):
@@ -25,6 +29,11 @@ class Generated(NamedTuple):
     rows: Int32[np.ndarray, " b"]
     images: UInt8[np.ndarray, "b H W 3"]
     tokens: Int32[np.ndarray, "b L"] | None
+
+
+def sampler_of(kind: str, settings: SamplingConfig, smooth: bool = False) -> functools.partial:
+    """The sampler of a kind of transformer. Raises: BadInput for `smooth` where that is no VAR."""
+    return KINDS[kind].sampler(settings, smooth)
 
 
 def image_keys(seed: int, index: Int32[Array, " B"]) -> Key[Array, " B"]:

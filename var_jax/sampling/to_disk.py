@@ -90,7 +90,7 @@ class Job:
 
         def kept(rows: slice, images: np.ndarray, tokens: Any) -> dict[str, np.ndarray]:
             part = {"arr_0": images, "labels": self.labels[rows]}
-            return part | {"tokens": tokens} if self.with_tokens else part
+            return part if tokens is None or not self.with_tokens else part | {"tokens": tokens}
 
         self.write(self.labels, index, kept, "", "sampling")
 

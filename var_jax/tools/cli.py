@@ -135,6 +135,13 @@ def define_sampling_flags() -> None:
     flags.DEFINE_list("top_p", None, say(text))
 
 
+def define_solver_flags() -> None:
+    """Defines --steps and --solver of diffusion transformers."""
+    text = " of a diffusion transformer. Default: the checkpoint's."
+    flags.DEFINE_integer("steps", None, f"From noise to image,{text}", 1)
+    flags.DEFINE_enum("solver", None, ["euler", "heun"], f"First or second order,{text}")
+
+
 def numbers(name: str, words: list[str] | None) -> tuple[float, ...] | None:
     """A list flag as numbers. Raises: BadInput, naming the flag, for anything else."""
     if words is None:

@@ -1,6 +1,8 @@
 """Analytic operation counts: a multiplication and an addition are two operations."""
 
+import itertools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +10,6 @@ import jax
 from jax.extend.core import jaxprs_in_params
 
 from var_jax.config import TransformerConfig
-from var_jax.schedule import slices
 
 # Dense bfloat16 operations a second, from the makers' data sheets, by how jax names the device.
 PEAKS = {
@@ -20,6 +21,7 @@ PEAKS = {
     "H100": 989e12,
     "H200": 989e12,
 }
+TIME = 256  # sines and cosines that a DiT reads the time as
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -39,17 +41,21 @@ def transformer_flops(config: TransformerConfig, *, backward: bool = True) -> in
 def flops_by_part(config: TransformerConfig) -> dict[str, int]:
     """Matrix products of one image's forward pass: in the blocks, their attention, and the head.
 
-    Weights that every token meets count for L tokens, AdaLN's for one; attention counts the pairs
-    that a token may see.
+    Weights that every token meets count for all tokens, AdaLN's and those of a DiT's time for one;
+    attention counts the pairs that a token may see. Input layers count with the blocks.
     """
-    D, F, L = config.width, round(config.width * config.mlp_ratio), config.num_tokens
-    by_token = config.depth * (4 * D * D + 2 * D * F) + config.latent_dim * D
-    adaln = 6 * D * D * (1 if config.shared_adaln else config.depth)
-    pairs = sum(s.stop * (s.stop - s.start) for s in slices(config.patch_nums))
+    D, F, L = config.width, round(config.width * config.mlp_ratio), sum(config.blocks)
+    C, V, patch = config.latent_dim, config.vocab_size, config.patch_size**2 * config.latent_dim
+    ends = {"var": (C, V), "raster": (0, V), "dit": (patch, patch)}  # a look-up has no product
+    read, predicted = ends[config.kind]
+    by_token = config.depth * (4 * D * D + 2 * D * F) + read * D
+    adaln = 6 * D * D * (1 if config.shared_adaln else config.depth) * config.adaln
+    time = (TIME * D + D * D) * (config.kind == "dit")
+    pairs = sum(map(operator.mul, config.blocks, itertools.accumulate(config.blocks)))
     return {
-        "blocks": 2 * (by_token * L + adaln),
+        "blocks": 2 * (by_token * L + adaln + time),
         "attention": 4 * config.depth * D * pairs,
-        "head": 2 * (D * config.vocab_size * L + 2 * D * D),
+        "head": 2 * (D * predicted * L + 2 * D * D * config.adaln),
     }
 
 

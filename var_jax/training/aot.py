@@ -20,20 +20,18 @@ from jax.sharding import PartitionSpec as P
 from var_jax import BadInput
 from var_jax.config import Config
 from var_jax.models import backend
-from var_jax.models.attention import Pattern
 from var_jax.models.attention_tpu import padded_flops
 from var_jax.models.features.inception import abstract_inception, inception
-from var_jax.sampling.autoregressive import Weights, sampler
+from var_jax.sampling.autoregressive import Weights
 from var_jax.sampling.exports import build, placed
+from var_jax.sampling.generate import sampler_of
 from var_jax.sharding.mesh import BATCH, check_batch, check_hosts, check_model, shard
 from var_jax.sharding.ops import data_parallel
 from var_jax.tools import tpu_cost
 from var_jax.tools.flops import matmul_flops, transformer_flops
-from var_jax.training.autoregressive import autoregressive_task
 from var_jax.training.loss_networks import abstract_loss_networks, loss_flops
 from var_jax.training.state import Learner
-from var_jax.training.task import Task
-from var_jax.training.tokenizer import tokenizer_task
+from var_jax.training.tasks import task_of
 
 PROGRAMS = ("transformer", "pixels", "tokenizer", "sampler", "features")
 OPERATIONS = 2 * 8192**3  # of the yardstick
@@ -155,13 +153,6 @@ def too_large(error: str) -> dict[str, Any]:
     return {"bytes_per_chip": size, **dict.fromkeys(names)}
 
 
-def task_of(config: Config, program: str) -> Task:
-    """The training whose step a program is."""
-    if program == "tokenizer":
-        return tokenizer_task(config.tokenizer, config.train_tokenizer)
-    return autoregressive_task(config.transformer, config.train_transformer)
-
-
 def lower(config: Config, program: str, mesh: Mesh, batch_size: int):
     """The lowered program, and bytes a chip of what it is given."""
     place = lambda shape, dtype: jax.ShapeDtypeStruct(
@@ -169,12 +160,16 @@ def lower(config: Config, program: str, mesh: Mesh, batch_size: int):
     )
     size, L = config.data.size, config.transformer.num_tokens
     image = place((batch_size, size, size, 3), jnp.uint8)
+    side, C = config.tokenizer.patch_nums[-1], config.tokenizer.latent_dim
     tokens, label = place((batch_size, L), jnp.int32), place((batch_size,), jnp.int32)
+    latent = place((batch_size, side, side, C), jnp.float32)
+    cached = {"latent": latent} if config.transformer.kind == "dit" else {"tokens": tokens}
     key = jax.eval_shape(lambda: jax.random.key(0))
     tokenizer = shard(build(config.tokenizer), mesh)
     if program == "sampler":
         models = {"tokenizer": build(config.tokenizer), "transformer": build(config.transformer)}
-        weights, draw = Weights(**placed(models, mesh)), sampler(config.sampling)
+        weights = Weights(**placed(models, mesh))
+        draw = sampler_of(config.transformer.kind, config.sampling)
         keys = jax.eval_shape(lambda k: jax.random.split(k, batch_size), key)
         keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=label.sharding)
         lowered = draw.func.lower(weights, label, keys, None, **draw.keywords)
@@ -186,7 +181,7 @@ def lower(config: Config, program: str, mesh: Mesh, batch_size: int):
     batch = {
         "tokenizer": {"image": image},
         "pixels": {"image": image, "label": label},
-        "transformer": {"tokens": tokens, "label": label},
+        "transformer": cached | {"label": label},
     }[program]
     frozen = {
         "tokenizer": shard(abstract_loss_networks(config.train_tokenizer), mesh),
@@ -231,6 +226,8 @@ def model_flops(config: Config, program: str) -> float:
         if program == "pixels":
             return transformer + matmul_flops(type(tokenizer).encode, tokenizer, image)
         guided = 2 * transformer_flops(config.transformer, backward=False)
+        if config.transformer.kind == "dit":
+            guided *= config.sampling.steps * (2 if config.sampling.solver == "heun" else 1)
         return guided + matmul_flops(type(tokenizer).decode, tokenizer, codes)
 
 
@@ -244,9 +241,8 @@ def kernel_cycles(
     c = config.transformer
     images //= config.train_transformer.accumulate
     heads = -(-c.num_heads // mesh.shape["tensor"])
-    blocks = Pattern.block_causal(c.patch_nums).blocks
     cost = {
-        f"block_causal_{way}": padded_flops(blocks, c.head_dim, way == "backward")
+        f"block_causal_{way}": padded_flops(c.blocks, c.head_dim, way == "backward")
         for way in ("forward", "backward")
     }
     flops = sum(cost.get(name, 0) * times * heads * images for name, times in calls.items())

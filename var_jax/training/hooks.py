@@ -9,15 +9,15 @@ from jaxtyping import UInt8
 
 from var_jax.data.sources import Source
 from var_jax.models.tokenizer import Tokenizer, encode_images
-from var_jax.sampling import autoregressive
+from var_jax.sampling.autoregressive import Weights
 from var_jax.sampling.exports import Models
-from var_jax.sampling.generate import coarse_to_fine, collect, generate
+from var_jax.sampling.generate import coarse_to_fine, collect, generate, sampler_of
 from var_jax.sharding.rows import in_batches
 from var_jax.tools.images import going_on_without, grid, labelled_rows, save_png
 from var_jax.tools.logs import Metrics
-from var_jax.training.autoregressive import TransformerState
 from var_jax.training.loop import Hook, make_evaluation
-from var_jax.training.task import Frozen, Task
+from var_jax.training.state import Frozen, TransformerState
+from var_jax.training.task import Task
 from var_jax.training.tokenizer import TokenizerState
 
 MAX_ROWS, SAMPLES_PER_CLASS = 16, 10  # of samples.png
@@ -112,7 +112,7 @@ def draw_samples(
     models: Models, labels: np.ndarray, seed: int, batch_size: int = 64
 ) -> UInt8[np.ndarray, "N H W 3"]:
     """Samples of these classes, as `sample` draws them from the export, on every process."""
-    sampler = autoregressive.sampler(models.sampling)
-    weights = autoregressive.Weights(models.tokenizer, models.transformer)
+    sampler = sampler_of(models.transformer.config.kind, models.sampling)
+    weights = Weights(models.tokenizer, models.transformer)
     parts = generate(sampler, weights, labels, batch_size=min(batch_size, len(labels)), seed=seed)
     return collect(parts, len(labels)).images

@@ -9,20 +9,19 @@ from jaxtyping import Float, Int
 from var_jax import BadInput
 from var_jax.checkpoints.export import export_config
 from var_jax.config import TransformerConfig
+from var_jax.models.backbone import Backbone
 from var_jax.models.resize import bicubic_matrix
-from var_jax.models.var import Transformer
 from var_jax.sampling.exports import abstract_models, load_parts
 from var_jax.schedule import slices
 from var_jax.sharding.mesh import to_host
 from var_jax.tools.trees import path_name
 
-SAME = ("depth", "width", "num_heads", "mlp_ratio", "qk_norm", "shared_adaln")
+SAME = ("kind", "depth", "width", "num_heads", "mlp_ratio", "qk_norm", "adaln", "shared_adaln")
+OF_LATENTS = ("latent_dim", "patch_size")
 OF_VOCABULARY = ("head", "head_bias", "word")
 
 
-def transformer_from(
-    fresh: Transformer, directory: str, class_names: tuple[str, ...]
-) -> Transformer:
+def transformer_from(fresh: Backbone, directory: str, class_names: tuple[str, ...]) -> Backbone:
     """`fresh`, whose leaves lie on the mesh, with the weights of the export in `directory`.
 
     - Classes: a class of the same name keeps its embedding, and so does "no class"; others start
@@ -30,20 +29,21 @@ def transformer_from(
     - Schedule or resolution: positions are interpolated from the scale at the same place in the
       schedule, embeddings of levels from the nearest.
     - Vocabulary: with another number of codes the head starts fresh, with another width of them
-      the input layer.
+      the input layer; of a raster-scan model both, whose input layer has a row for each code.
 
     Raises: BadInput as `check_source`.
     """
     check_source(directory, fresh.config)
-    old: Transformer = load_parts(directory)[0]["transformer"]
+    old: Backbone = load_parts(directory)[0]["transformer"]
     old_names = tuple(export_config(directory)["class_names"])
     if jax.process_index() == 0:
         known = sum(name in old_names for name in class_names)
         print(f"{directory} knows {known} of the {len(class_names)} classes", flush=True)
     given = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(old)}
     sides = old.config.patch_nums, fresh.config.patch_nums
-    if sides[0] != sides[1]:
+    if sides[0] != sides[1] and "pos_embed" in given:
         given["pos_embed"] = resize_positions(np.asarray(given["pos_embed"], np.float32), *sides)
+    if sides[0] != sides[1] and "level_embed" in given:
         levels = matching_scales(*map(len, sides))
         given["level_embed"] = np.asarray(given["level_embed"])[levels]
 
@@ -65,7 +65,7 @@ def check_source(directory: str, wanted: TransformerConfig) -> None:
     found = abstract_models(directory)[2].get("transformer")
     if found is None:
         raise BadInput(f"init_from={directory} holds no transformer to start from.")
-    for name in SAME:
+    for name in SAME + (OF_LATENTS if wanted.kind == "dit" else ()):
         ours, theirs = getattr(wanted, name), getattr(found.config, name)
         if ours != theirs:
             raise BadInput(

@@ -11,7 +11,7 @@ from var_jax.config import TrainConfig, parse_lr_scale
 from var_jax.tools.trees import path_name
 
 # Positions, and what only shifts or scales, keep their size; biases and 1-D tensors do too.
-NO_DECAY = ("start", "pos_embed", "level_embed", "log_scale", "ada_offset")
+NO_DECAY = ("start", "pos_embed", "level_embed", "log_scale", "ada_offset", "norm_offset")
 WARMUP_START = 0.005  # of the peak
 HOLD = 0.05  # the share of the steps that lin0 stays at its peak
 

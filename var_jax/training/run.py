@@ -18,8 +18,8 @@ from var_jax.data.pipeline import batches
 from var_jax.data.records import read_manifest
 from var_jax.data.sources import Source, open_source
 from var_jax.data.token_cache import KIND, TokenCache, open_tokens
+from var_jax.models.backbone import Backbone
 from var_jax.models.tokenizer import Tokenizer
-from var_jax.models.var import Transformer
 from var_jax.sampling.exports import (
     Models,
     abstract_models,
@@ -38,12 +38,13 @@ from var_jax.tools.paths import user_path
 from var_jax.tools.plugins import find_function
 from var_jax.tools.trees import path_name
 from var_jax.training import hooks, loop
-from var_jax.training.autoregressive import TransformerState, autoregressive_task
 from var_jax.training.init_from import check_source, transformer_from
 from var_jax.training.loss_networks import loss_networks
-from var_jax.training.tokenizer import tokenizer_task
+from var_jax.training.state import TransformerState
+from var_jax.training.tasks import task_of
 from var_jax.training.workdir import occupy
 
+UNITS = {"dit": "squared error of the velocity"}  # of the loss of a kind of transformer
 REPORT_ARGUMENTS = 4  # training and validation set, and functions that draw and reconstruct
 
 
@@ -55,6 +56,7 @@ def train(config: Config, workdir: epath.Path, *, profile: int = 0) -> dict[str,
     """
     started = time.monotonic()
     run = Run(config, workdir, profile)
+    unit = UNITS.get(config.transformer.kind, "nats a token")
     with jax.set_mesh(run.mesh):
         tokenizer = run.tokenizer()
         parts: dict[str, Any] = {"tokenizer": tokenizer}
@@ -63,7 +65,7 @@ def train(config: Config, workdir: epath.Path, *, profile: int = 0) -> dict[str,
         save_models(workdir / "checkpoint", parts, run.train.class_names, run.config)
         # Not from a bucket: what lies there may not be the newest yet.
         records = run.metrics.records() if jax.process_index() == 0 else []
-        summary = last_validation(records)
+        summary = last_validation(records, unit)
         if "transformer" in parts:
             exported = as_exported(parts, config.export_dtype)
             models = Models(**exported, class_names=run.train.class_names, sampling=config.sampling)
@@ -74,7 +76,7 @@ def train(config: Config, workdir: epath.Path, *, profile: int = 0) -> dict[str,
                     save_png(workdir / "samples.png", image)
     if jax.process_index() == 0:
         with going_on_without("curves.png"):
-            plot(records, workdir)
+            plot(records, workdir, unit)
         summary["minutes, this start"] = (time.monotonic() - started) / 60
         with replacing(workdir / "summary.json") as beside:
             beside.write_text(json.dumps(summary, indent=2) + "\n")
@@ -142,7 +144,7 @@ class Run:
         """The tokenizer: trained here, or taken from another checkpoint."""
         if self.pretrained:
             return self.pretrained
-        task = tokenizer_task(self.config.tokenizer, self.config.train_tokenizer)
+        task = task_of(self.config, "tokenizer")
         every, where = self.config.every, {"workdir": self.workdir}
         frozen = replicate(self.networks)
         state = loop.run(
@@ -164,11 +166,11 @@ class Run:
         )
         return state.autoencoder.best
 
-    def transformer(self, tokenizer: Tokenizer) -> Transformer:
+    def transformer(self, tokenizer: Tokenizer) -> Backbone:
         """The transformer, trained on cached tokens or on images."""
         config = self.config
         frozen = {"quantizer": tokenizer.quantizer} if self.cached else {"tokenizer": tokenizer}
-        task = autoregressive_task(config.transformer, config.train_transformer)
+        task = task_of(config, "transformer")
         source, validation = self.cached or (self.train, self.validation)
         models = Models(tokenizer, None, self.train.class_names, config.sampling)  # type: ignore
         every, where = config.every, {"seed": config.seed, "workdir": self.workdir}
@@ -289,11 +291,11 @@ def check_start(config: Config) -> None:
                 )
 
 
-def last_validation(records: list[dict]) -> dict[str, float]:
-    """The newest validation figures of both trainings."""
+def last_validation(records: list[dict], unit: str) -> dict[str, float]:
+    """The newest validation figures of both trainings, the transformer's loss in this unit."""
     shown = {
         "tokenizer": ("val_psnr", "validation PSNR (dB)"),
-        "transformer": ("val_loss", "validation loss (nats a token)"),
+        "transformer": ("val_loss", f"validation loss ({unit})"),
     }
     found = {}
     for record in records:
@@ -305,7 +307,7 @@ def last_validation(records: list[dict]) -> dict[str, float]:
     return found
 
 
-def plot(records: list[dict], workdir: epath.Path) -> None:
+def plot(records: list[dict], workdir: epath.Path, unit: str) -> None:
     """curves.png from the records of metrics.jsonl."""
 
     def line(stage: str, name: str):
@@ -320,7 +322,7 @@ def plot(records: list[dict], workdir: epath.Path) -> None:
     panels = {
         "tokenizer: PSNR (dB)": both("tokenizer", "psnr"),
         "tokenizer: perplexity of codes": {"": line("tokenizer", "codebook_perplexity")},
-        "transformer: loss (nats a token)": both("transformer", "loss"),
+        f"transformer: loss ({unit})": both("transformer", "loss"),
         "transformer: accuracy": both("transformer", "accuracy"),
         "transformer: loss by scale": {
             n.removeprefix("loss_"): line("transformer", n) for n in by_scale

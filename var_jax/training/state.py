@@ -11,6 +11,7 @@ from jaxtyping import Array, Int32
 from var_jax.sharding.ops import split_rows
 
 Batch = dict[str, Array]
+Frozen = dict[str, Any]  # networks that are read but not trained
 
 
 class Learner(NamedTuple):
@@ -24,6 +25,13 @@ class Learner(NamedTuple):
     def best(self) -> Any:
         """The weights to use: the average where one is kept."""
         return self.params if self.ema is None else self.ema
+
+
+class TransformerState(NamedTuple):
+    """The transformer, of any kind."""
+
+    step: Int32[Array, ""]
+    transformer: Learner
 
 
 def start_learner(

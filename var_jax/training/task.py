@@ -10,10 +10,9 @@ from jaxtyping import Array, Float, Int32, Key
 
 from var_jax.config import TrainConfig
 from var_jax.tools.trees import path_name
-from var_jax.training.state import Batch
+from var_jax.training.state import Batch, Frozen
 
 Metrics = dict[str, Float[Array, "..."]]
-Frozen = dict[str, Any]  # networks that are read but not trained
 
 
 class Task(NamedTuple):

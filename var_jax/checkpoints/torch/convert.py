@@ -33,8 +33,11 @@ from var_jax.tools.logs import progress
 ModelConfig = TokenizerConfig | TransformerConfig
 Build = Callable[[ModelConfig], Any]
 WRITERS = {"pth": write_pth, "safetensors": write_safetensors}
-# What the release's tokenizer has no option for.
-FIXED = {"patch_size": 1, "norm_groups": 32, "num_res_blocks": 2, "channel_mults": (1, 1, 2, 2, 4)}
+# What the release has no option for.
+FIXED = {
+    "kind": "var", "adaln": True, "patch_size": 1, "norm_groups": 32, "num_res_blocks": 2,
+    "channel_mults": (1, 1, 2, 2, 4),
+}  # fmt: skip
 
 
 def open_tensors(path: str | Path, mark: str = "") -> Tensors:
@@ -160,7 +163,8 @@ def no_counterpart(config: ModelConfig) -> str:
     """Which field of a config the PyTorch release cannot express; "" if none."""
     for field, only in FIXED.items():
         if (value := getattr(config, field, only)) != only:
-            return f"tokenizer.{field}={value} has no counterpart in the PyTorch release"
+            part = "tokenizer" if isinstance(config, TokenizerConfig) else "transformer"
+            return f"{part}.{field}={value} has no counterpart in the PyTorch release"
     return ""
 
 

@@ -1,0 +1,152 @@
+"""What all transformers share: conditions, the stack of blocks with and without a cache, the head.
+
+`var`, `raster` and `dit` differ in what they read and in which tokens see which.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32, Key
+
+from var_jax.config import TransformerConfig
+from var_jax.models import backend, blocks
+from var_jax.models.attention import Pattern, attention, dense, prepare
+from var_jax.models.blocks import drop_path, layer_norm, modulate, run_blocks, stack_blocks
+from var_jax.sharding.mesh import BATCH, layout_of
+from var_jax.sharding.ops import flatten_tokens, project, reshard, take, unflatten_tokens
+
+LAYOUT = blocks.LAYOUT | {
+    "head_ada": ("fsdp",),
+    "head": ("fsdp", "tensor"),
+    "class_embed": (None, "fsdp"),
+    "pos_embed": (None, "fsdp"),
+}
+
+
+class Cache(NamedTuple):
+    """Keys and values: of the tokens decoded so far, or of one layer's new tokens."""
+
+    k: Float[Array, "*depth B L H N"]
+    v: Float[Array, "*depth B L H N"]
+
+
+class Backbone(nnx.Module):
+    """Blocks and head under a class embedding. An immutable pytree; subclasses add inputs."""
+
+    layout = staticmethod(layout_of(LAYOUT))  # of the weights on the mesh
+
+    def __init__(self, config: TransformerConfig, outputs: int, *, rngs: nnx.Rngs):
+        """The weights behind the input layer; `outputs` is the width of the head."""
+        D, std = config.width, (3 * config.width) ** -0.5
+        if config.shared_adaln:
+            self.ada, self.ada_bias = normal((D, 6, D), std, rngs), zeros(6, D)
+        self.blocks = stack_blocks(config, rngs.params())
+        if config.adaln:
+            self.head_ada, self.head_ada_bias = normal((D, 2, D), 0.5 * std, rngs), zeros(2, D)
+        else:
+            self.norm_offset = zeros(2, D)  # scale less 1, then shift
+        self.head, self.head_bias = normal((D, outputs), 0.02 * std, rngs), zeros(outputs)
+        self.config = config
+        self.class_embed: nnx.Param
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Compute dtype of the blocks."""
+        return backend.compute_dtype(self.config.dtype)
+
+    def embed_labels(self, labels: Int32[Array, " B"]) -> Float[Array, "B D"]:
+        """The class as a vector, which also conditions every AdaLN; the last is "no class"."""
+        return take(self.class_embed[...], labels)
+
+    def block_cond(self, cond: Float[Array, "B D"]) -> Float[Array, "B ..."]:
+        """What the blocks are conditioned on."""
+        if not self.config.shared_adaln:
+            return cond
+        return modulate(cond, self.ada, self.ada_bias, self.dtype)
+
+    def run(
+        self, x: Float[Array, "B L D"], cond: Float[Array, "B D"], key: Key[Array, ""] | None
+    ) -> Float[Array, "B L D"]:
+        """All blocks over all tokens at once. With a `key` drop-path is on."""
+        pattern = Pattern(self.config.blocks)
+
+        def attend(q, k, v, query):
+            how = {"implementation": self.config.attention, **query}
+            return attention(q, k, v, pattern, **how), None
+
+        keep = None if key is None else drop_path(self.config, key, x.shape[0])
+        return run_blocks(self.blocks, x, self.block_cond(cond), attend, keep)
+
+    def run_cached(
+        self,
+        x_BlD: Float[Array, "B l D"],
+        cond: Float[Array, "B D"],
+        cache: Cache,
+        start: int | Int32[Array, ""],
+        stop: int,
+    ) -> tuple[Float[Array, "B l D"], Cache]:
+        """All blocks over the tokens from `start` on, which see those before them in the cache.
+
+        Attention reads the cache up to `stop`, where the tokens end if `start` is a number; if it
+        is traced, what lies behind them is hidden. The cache is carried through the layers, each
+        writing its own part: one buffer, in place.
+        """
+        seen = None
+        if not isinstance(start, int):
+            seen = (jnp.arange(stop) < start + x_BlD.shape[1])[None]
+        block_cond = self.block_cond(cond)
+
+        def layer(carry, numbered_block):
+            x, cache = carry
+            number, block = numbered_block
+
+            def attend(q, k, v, query):
+                q, k = prepare(q, k, **query)
+                place = (number, 0, start, 0, 0)
+                write = lambda c, n: jax.lax.dynamic_update_slice(c, n.astype(c.dtype)[None], place)
+                written = jax.tree.map(write, cache, Cache(k, v))
+                k, v = (c[number, :, :stop] for c in written)
+                return dense(q, k, v, seen), written
+
+            return block(x, block_cond, attend), None
+
+        layers = jnp.arange(self.config.depth), self.blocks
+        return jax.lax.scan(layer, (x_BlD, cache), layers)[0]
+
+    def empty_cache(self, batch: int) -> Cache:
+        """A zeroed cache for `batch` sequences, in the compute dtype."""
+        c = self.config
+        shape = (c.depth, batch, c.num_tokens, c.num_heads, c.head_dim)
+        empty = lambda: reshard(jnp.zeros(shape, self.dtype), None, BATCH, None, "tensor")
+        return Cache(empty(), empty())
+
+    def head_out(
+        self, x: Float[Array, "B L D"], cond: Float[Array, "B D"], split: str | None = "tensor"
+    ) -> Float[Array, "B L V"]:
+        """The head, in float32; `split` is the axis of the mesh that its outputs lie on."""
+        if self.config.adaln:
+            ada = modulate(cond, self.head_ada, self.head_ada_bias, self.dtype)
+        else:
+            ada = self.norm_offset[...][None]
+        scale, shift = ada[:, 0, None], ada[:, 1, None]
+        x = (layer_norm(x.astype(jnp.float32)) * (1 + scale) + shift).astype(self.dtype)
+        head = self.head[...].astype(self.dtype)
+        out = project(flatten_tokens(x), head, split, jnp.float32) + self.head_bias[...][None]
+        return unflatten_tokens(out, x.shape[0])
+
+
+def normal(shape: tuple[int, ...], std: float, rngs: nnx.Rngs) -> nnx.Param:
+    """Weights at random."""
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape))
+
+
+def zeros(*shape: int) -> nnx.Param:
+    """Weights that start at 0."""
+    return nnx.Param(jnp.zeros(shape))
+
+
+def ones(*shape: int) -> nnx.Param:
+    """Weights that start at 1."""
+    return nnx.Param(jnp.ones(shape))

@@ -1,0 +1,54 @@
+"""Sampling from the raster-scan model: one token after another, in one jitted program."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Key, UInt8
+
+from var_jax import BadInput
+from var_jax.config import SamplingConfig
+from var_jax.models.tokenizer import decode_tokens
+from var_jax.sampling.autoregressive import Weights, choices, pairs
+
+
+@functools.partial(jax.jit, static_argnames=("top_k", "top_p"))
+def sample(
+    weights: Weights,
+    labels: Int32[Array, " B"],
+    keys: Key[Array, " B"],
+    known: None = None,
+    *,
+    cfg: Float[Array, ""] | float | None = 1.5,
+    top_k: int = 900,
+    top_p: float = 0.96,
+) -> tuple[UInt8[Array, "B H W 3"], Int32[Array, "B L"]]:
+    """Images and their tokens, under guidance `cfg`, the same for all tokens.
+
+    A label of num_classes means "no class". Without guidance (None) the work is halved.
+    """
+    transformer, guided = weights.transformer, cfg is not None
+    if guided:
+        labels = pairs(labels, jnp.full_like(labels, transformer.config.num_classes))
+
+    def step(carry, t):
+        x, cache = carry
+        logits, cache = transformer.decode(t, x, labels, cache)
+        logits = choices(logits, cfg, top_k, top_p)
+        token_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
+        idx_B1 = jax.vmap(jax.random.categorical)(token_keys, logits).astype(jnp.int32)
+        read = pairs(idx_B1, idx_B1) if guided else idx_B1
+        return (transformer.embed_inputs(read, t + 1), cache), idx_B1
+
+    start = transformer.embed_start(labels), transformer.empty_cache(len(labels))
+    _, idx_LB1 = jax.lax.scan(step, start, jnp.arange(transformer.config.num_tokens))
+    tokens = idx_LB1[..., 0].T
+    return decode_tokens(weights.tokenizer, tokens), tokens
+
+
+def sampler(settings: SamplingConfig, smooth: bool = False) -> functools.partial:
+    """`sample` with these settings, as `generate` takes it. Raises: BadInput for `smooth`."""
+    if smooth:
+        raise BadInput("smooth sampling mixes the codes of a scale; a raster model has none.")
+    how = {"cfg": settings.cfg or None, "top_k": settings.top_k, "top_p": settings.top_p[0]}
+    return functools.partial(sample, **how)
