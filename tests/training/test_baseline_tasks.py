@@ -65,6 +65,7 @@ def make_latents():
     return np.asarray(encode(jax.tree.map(jnp.asarray, tokenizer()), image))
 
 
+@pytest.mark.slow
 def test_cached_latents_give_the_same_loss_as_images():
     task, cached = TASKS["dit"], {"latent": make_latents(), "label": data()["label"]}
     state = jax.jit(task.init)(jax.random.key(0))
