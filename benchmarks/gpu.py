@@ -249,7 +249,7 @@ def training_step(config: Any, images: int, program: str) -> Run:
     import jax.numpy as jnp
     import numpy as np
 
-    from var_jax.training.aot import task_of
+    from var_jax.training.tasks import task_of
 
     rng, c, side = np.random.default_rng(0), config.transformer, config.data.size
     batch = {"label": jnp.asarray(rng.integers(0, c.num_classes, images).astype(np.int32))}

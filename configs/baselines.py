@@ -1,6 +1,6 @@
 """The baselines of VAR: a raster-scan transformer (VQGAN) and a diffusion transformer (DiT).
 
-    python -m var_jax.train --config baselines:raster   # Fashion-MNIST, minutes on two CPU cores
+    python -m var_jax.train --config baselines:raster   # Fashion-MNIST
     python -m var_jax.train --config baselines:dit
     python -m var_jax.aot --config baselines:dit:xl2 --topology v5e:8x16
 
