@@ -91,6 +91,7 @@ def test_the_library_refuses_what_the_commands_do(checkpoints):
             call()
 
 
+@pytest.mark.slow
 def test_a_dit_samples_by_its_own_settings(checkpoints, tmp_path):
     """Steps and solver of the checkpoint, which flags replace; there are no tokens."""
     flags = ("--checkpoint", checkpoints / "dit", "--num", 2, "--batch_size", 2)

@@ -73,6 +73,7 @@ def test_cached_latents_give_the_same_loss_as_images():
     assert metrics["loss"] == pytest.approx(trained("dit")[0][0, 0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_validation_loss_of_a_dit_needs_no_luck():
     task, state = TASKS["dit"], jax.tree.map(jnp.asarray, trained("dit")[1])
     cached = {"latent": make_latents(), "label": data()["label"]}
