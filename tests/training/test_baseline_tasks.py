@@ -94,8 +94,8 @@ def test_times(how, quarter):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["raster", "dit"])
 def test_meshes_agree(kind):
-    seen, state = trained(kind)
-    here, there = train((2, 2, 2), TASKS[kind], tokenizer(), steps=8)
+    seen, state = train(None, TASKS[kind], tokenizer(), steps=5)
+    here, there = train((2, 2, 2), TASKS[kind], tokenizer(), steps=5)
     np.testing.assert_allclose(here, seen, rtol=1e-3)
     assert_moved_alike(TASKS[kind], state, there)
 
@@ -106,7 +106,7 @@ def test_plain_layers_and_parts_of_a_batch(kind):
     """Each compiles, and learns."""
     config = RASTER if kind == "raster" else DIT
     make = autoregressive_task if kind == "raster" else diffusion_task
-    training = dataclasses.replace(FLOW, accumulate=2, learning_rate=1e-2)
+    training = dataclasses.replace(FLOW, accumulate=2, learning_rate=0.08)
     task = make(dataclasses.replace(config, adaln=kind == "dit", remat="selective"), training)
-    losses = train(None, task, tokenizer(), steps=8)[0][:, 0]
-    assert losses[-1] < losses[0]
+    losses = train(None, task, tokenizer(), steps=60)[0][:, 0]
+    assert losses[-10:].mean() < losses[:10].mean() - 0.05
