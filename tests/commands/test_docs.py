@@ -126,10 +126,10 @@ def test_a_command_has_these_flags(command):
 
 # Of what users are told to run, what cannot run here: weights of the release and its reference,
 # TPU compilers (tests/commands/test_aot.py), a server (test_demo.py), downloads (test_hub.py),
-# hours, pip, torch, figures of their own tests, a ladder (test_scaling.py).
+# hours, pip, torch, figures of their own tests, Fashion-MNIST, a ladder (test_scaling.py).
 NOT_HERE = (
-    r"VIRTUAL|aot|demo|hub:|memorization|imagenet:|tokenizer:|emoji:(large|64)|fashion|ladder|^pip "
-    r"|benchmarks/speed"
+    r"VIRTUAL|aot|demo|hub:|memorization|imagenet:|tokenizer:|emoji:(large|64)|fashion|baselines:"
+    r"|ladder|^pip |benchmarks/speed"
 )
 FEW_STEPS = ["--config.train_transformer.steps=2", "--config.report="]
 FEW_STEPS_OF_BOTH = ["--config.train_tokenizer.steps=2", *FEW_STEPS]
