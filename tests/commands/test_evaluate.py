@@ -84,6 +84,7 @@ def test_folders_of_images(tmp_path, mean_colours):
     assert "sets" not in metrics(tmp_path / "out")  # there are no held-out images
 
 
+@pytest.mark.slow
 def test_samples_in_order_of_classes_are_mixed_for_the_inception_score(tmp_path, monkeypatch):
     def colours(weights, images):
         mean = images.astype("float32").mean((1, 2)) * weights

@@ -51,6 +51,7 @@ def test_rejection_keeps_the_best_samples(untrained, tmp_path, monkeypatch):
     np.testing.assert_allclose(last[::scale, ::scale].astype(int), every["arr_0"][0], atol=1)
 
 
+@pytest.mark.slow
 def test_rejection_by_the_model_itself(untrained, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(untrained, other)

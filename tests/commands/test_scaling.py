@@ -73,6 +73,7 @@ def laws(ladder, tmp_path_factory):
     return out, printed
 
 
+@pytest.mark.slow
 def test_the_command_fits_draws_and_prints(laws):
     out, printed = laws
     assert "loss_last(N)" in printed and "0.23" in printed and "Markov-VAR" in printed
@@ -91,6 +92,7 @@ def test_the_command_fits_draws_and_prints(laws):
         assert image.size[0] > 1000
 
 
+@pytest.mark.slow
 def test_the_points_stand_for_the_runs(laws, ladder):
     assert read_rows([str(laws[0] / "runs.csv")]) == read_rows([str(ladder)])
     header = (laws[0] / "runs.csv").read_text().splitlines()[0]
@@ -104,6 +106,7 @@ def test_runs_may_be_listed_as_a_shell_expands_them():
     assert seen == ["a", "b,c", "d"]
 
 
+@pytest.mark.slow
 def test_unfinished_runs_are_told_and_left_out(ladder, tmp_path, capsys):
     runs = tmp_path / "runs"
     shutil.copytree(ladder, runs)
@@ -114,6 +117,7 @@ def test_unfinished_runs_are_told_and_left_out(ladder, tmp_path, capsys):
     assert capsys.readouterr().err == told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil, sentence",
     [
@@ -142,6 +146,7 @@ def test_what_is_no_ladder(ladder, tmp_path, spoil, sentence):
     assert not out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text, sentence",
     [
@@ -171,6 +176,7 @@ def test_of_runs_at_several_rates_the_best_counts():
     assert {row["run"] for row in best_rates(rows)} == {"b"}
 
 
+@pytest.mark.slow
 def test_weights_by_kind_are_all_weights(ladder):
     config = TransformerConfig(depth=3, width=96, num_heads=3, vocab_size=64, latent_dim=8)
     counts = parameters(config, from_dict(Config, load_config("ladder:tokenizer")).tokenizer)
@@ -197,6 +203,7 @@ def test_operations_by_kind_are_those_of_the_program():
     assert counted == parts["blocks"] + parts["head"] + all_pairs - start + biases
 
 
+@pytest.mark.slow
 def test_rows_have_the_sizes_and_costs_of_their_run(ladder):
     rows = read_rows([str(ladder / "d2-seed0")])
     assert [row["step"] for row in rows] == [20, 40, 60, 80, 100]

@@ -79,7 +79,8 @@ def test_resuming_equals_never_having_stopped(tmp_path, until):
     assert hooks == [(4, "often"), (6, "seldom"), (8, "often"), (9, "often"), (9, "seldom")]
 
 
-@pytest.mark.parametrize("signalled", [pytest.param(4, marks=pytest.mark.slow), 9])
+@pytest.mark.slow
+@pytest.mark.parametrize("signalled", [4, 9])
 def test_an_interrupt_during_a_hook_saves_and_ends(tmp_path, signalled):
     with pytest.raises(KeyboardInterrupt):  # after the last step too: no training begins after it
         train(tmp_path, CONFIG, signalled=signalled)
@@ -121,6 +122,7 @@ def stop_at(call):
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [False, True])
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, capsys, stopped, monkeypatch):
     bad = (3, 4, *range(10, 29))  # of the second kind 19: one less than too many
@@ -157,6 +159,7 @@ def test_a_figure_of_validation_that_is_not_finite_is_told(tmp_path, capsys):
     assert last == {"stage": "toy", "step": 3, "hook": "validation", "val_psnr": 3.0}
 
 
+@pytest.mark.slow
 def test_speed_counts_no_compiling(tmp_path):
     train(tmp_path, CONFIG)
     records = [json.loads(line) for line in (tmp_path / "speed.jsonl").open()]
