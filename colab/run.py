@@ -9,6 +9,8 @@ VAR_JAX_MODEL names some, like d16.
 """
 
 import argparse
+import base64
+import io
 import os
 import pathlib
 import re
@@ -17,10 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import jupytext
 import nbclient
 import nbformat
+from PIL import Image
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 # The values of form fields (`NAME = value  # @param`) in small settings.
@@ -49,6 +53,7 @@ def main() -> None:
             notebook = read(FOLDER / f"{name}.py")
             execute(notebook, f"{work}/colab", SMALL.get(name, {}) if args.small else {})
             if not args.small:
+                slim(notebook)
                 nbformat.write(notebook, FOLDER / f"{name}.ipynb")
             print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
 
@@ -100,6 +105,35 @@ def execute(notebook: nbformat.NotebookNode, folder: str, values: dict[str, obje
     ).execute()
     for cell, source in zip(notebook.cells, sources, strict=True):
         cell.source = source
+
+
+def slim(notebook: nbformat.NotebookNode) -> None:
+    """Makes the outputs small enough for git: pictures of at most 80 KB, one kind of each."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            found = [data.pop(kind) for kind in ("image/jpeg", "image/png") if kind in data]
+            if found:
+                data["text/plain"] = "<image>"
+                kind, content = picture(base64.b64decode(found[-1]))
+                data[f"image/{kind}"] = base64.b64encode(content).decode()
+
+
+def picture(content: bytes, most: int = 80_000) -> tuple[str, bytes]:
+    """Kind and bytes of a picture of at most `most` bytes: PNG, or JPEG where that is larger."""
+    with Image.open(io.BytesIO(content)) as opened:
+        image = opened.convert("RGB")
+
+    def encoded(image: Image.Image, kind: str, **how: Any) -> bytes:
+        image.save(file := io.BytesIO(), kind, **how)
+        return file.getvalue()
+
+    kind, made = "png", encoded(image.quantize(256), "png", optimize=True)
+    for quality in (90, 80, 70, 50, 30):
+        if len(made) <= most:
+            break
+        kind, made = "jpeg", encoded(image, "jpeg", quality=quality)
+    return kind, made
 
 
 if __name__ == "__main__":

@@ -327,7 +327,8 @@ def _tell_compilations(cache: str) -> tuple[Callable[..., None], Callable[..., N
 
     def begin(event: str, value: float, **about: str | int) -> None:
         if event == COMPILES and jax.process_index() == 0:
-            kept = f"; it is kept in {cache} for the next start" if cache else ""
+            where = re.sub(f"^{re.escape(os.path.expanduser('~'))}/", "~/", cache)
+            kept = f"; it is kept in {where} for the next start" if cache else ""
             name = re.sub(r"^jit[_(]|\)$", "", str(about.get("fun_name", "")))
             line = f"compiling {name}{kept}"
             timer = threading.Timer(SILENT, tqdm.write, (line,), {"file": sys.stderr})
