@@ -108,19 +108,19 @@ def execute(notebook: nbformat.NotebookNode, folder: str, values: dict[str, obje
 
 
 def slim(notebook: nbformat.NotebookNode) -> None:
-    """Makes the outputs small enough for git: pictures of at most 80 KB, one kind of each."""
+    """Makes the outputs small enough for git: images of at most 80 KB, one format of each."""
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
             data = output.get("data", {})
             found = [data.pop(kind) for kind in ("image/jpeg", "image/png") if kind in data]
             if found:
                 data["text/plain"] = "<image>"
-                kind, content = picture(base64.b64decode(found[-1]))
+                kind, content = compressed(base64.b64decode(found[-1]))
                 data[f"image/{kind}"] = base64.b64encode(content).decode()
 
 
-def picture(content: bytes, most: int = 80_000) -> tuple[str, bytes]:
-    """Kind and bytes of a picture of at most `most` bytes: PNG, or JPEG where that is larger."""
+def compressed(content: bytes, most: int = 80_000) -> tuple[str, bytes]:
+    """Format and bytes of an image of at most `most` bytes: PNG, or JPEG where PNG is larger."""
     with Image.open(io.BytesIO(content)) as opened:
         image = opened.convert("RGB")
 
