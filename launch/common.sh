@@ -84,8 +84,9 @@ pin_code() {
       echo "The checkout has changes that are not committed: commit them, or set COMMIT." >&2
       exit 1
     fi
+    commit=$("${git[@]}" rev-parse HEAD)
     # Where there is one after all this writes nothing: of two first starts one wins.
-    "${git[@]}" rev-parse HEAD | gcloud storage cp --if-generation-match=0 - "$pin" || true
+    gcloud storage cp --if-generation-match=0 - "$pin" <<<"$commit" || true
     commit=$(gcloud storage cat "$pin")
   fi
   code=$BUCKET/code/$commit.tar.gz

@@ -23,7 +23,7 @@ case "$*" in
   *queued-resources\\ describe*)
     cat $CLOUD/state 2>/dev/null || { echo "ERROR: NOT_FOUND: no such resource" >&2; exit 1; } ;;
   *queued-resources\\ create*)
-    [[ -e $CLOUD/state ]] && exit 1; mkdir -p $CLOUD/home; echo ACTIVE > $CLOUD/state ;;
+    mkdir -p $CLOUD/home; set -o noclobber; echo ACTIVE > $CLOUD/state ;;
   *queued-resources\\ delete*)
     rm $CLOUD/state || exit 1; kill $(cat $CLOUD/home/tmux-*); rm -rf $CLOUD/home ;;
   *ssh*) cd $CLOUD/home && HOME=$PWD exec bash -c "${@: -1}" ;;
@@ -31,8 +31,9 @@ case "$*" in
   storage\\ ls*) [[ -e $object ]] ;;
   storage\\ rm*) rm $object ;;
   storage\\ cp*)
-    [[ "$*" == *match=0* && -e $object ]] && exit 1
-    source=${@: -2:1}; mkdir -p ${object%/*}; cat ${source/#-/\\/dev/stdin} > $object ;;
+    source=${@: -2:1}; mkdir -p ${object%/*}; cat ${source/#-/\\/dev/stdin} > $object.$$
+    # As in a bucket: an object is seen whole or not at all, and of two first ones one is refused.
+    if [[ "$*" == *match=0* ]]; then ln $object.$$ $object; else mv $object.$$ $object; fi ;;
 esac
 """
 PYTHON3 = """
