@@ -284,6 +284,20 @@ def test_a_device_that_cannot_start_is_named(platform, code):
     assert f"error: JAX_PLATFORMS={platform}: no such device could be started (" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"JAX_NUM_CPU_DEVICES": "0"},
+        {"XLA_FLAGS": "--xla_force_host_platform_device_count=0"},
+    ],
+)
+def test_no_device_at_all_is_refused(setting):
+    command = "import jax; from var_jax.tools import cli; cli.run(lambda _: jax.devices(), str)"
+    done = process("-c", command, cwd=ROOT, **setting)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "asks for 0 devices" in done.stderr
+
+
 def test_a_driver_that_fails_is_no_bad_input(monkeypatch):
     def fail():
         raise RuntimeError("Unable to initialize backend 'cuda': INTERNAL: CUDA_ERROR_UNKNOWN")

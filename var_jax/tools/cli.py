@@ -250,6 +250,8 @@ def _no_device(error: Exception) -> tuple[int, str] | None:
     frames = traceback.extract_tb(error.__traceback__)
     if not any(frame.filename.endswith("xla_bridge.py") for frame in frames[-3:]):
         return None
+    if "Could not determine process_index" in str(error):  # jax looks for it on the first device
+        return BAD_INPUT, "JAX_NUM_CPU_DEVICES or XLA_FLAGS asks for 0 devices; it takes 1 or more."
     wanted = os.environ.get("JAX_PLATFORMS", "")
     why = re.sub(r" \(set JAX_PLATFORMS.*", "", str(error)) or "it is not known to this jax"
     unknown = "not known to this jax|^Unknown backend|is not in the list of known backends"
