@@ -2,13 +2,16 @@
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 from etils import epath
 
 from var_jax import BadInput
+from var_jax.data.records import begin
 from var_jax.tools.cli import explain
 from var_jax.tools.files import acquire_lock, read_json, release_locks, replacing
 from var_jax.tools.npz import load_npz
@@ -33,6 +36,14 @@ def test_a_full_disk_is_told_with_its_path(tmp_path, error):
     with pytest.raises(OSError) as raised, replacing(tmp_path / "a.txt"):
         raise error
     assert explain(raised.value)[1].startswith(f"the disk holding {tmp_path} is full; free some")
+
+
+def test_a_full_disk_without_a_path_is_told_with_the_full_flag(tmp_path, monkeypatch):
+    """What writes to an open file does not know its name."""
+    usage = lambda place: types.SimpleNamespace(free=0 if place == str(tmp_path) else 2**30)
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    _, sentence = explain(OSError(28, "No space left on device"), ["--num=4", f"--out={tmp_path}"])
+    assert sentence.startswith(f"the disk holding {tmp_path} is full; free some")
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.npz", "a.txt"])
@@ -72,3 +83,14 @@ def test_a_lock_is_of_the_file_that_others_see(tmp_path, monkeypatch):
     assert acquire_lock(path) and looks[1:] == [path.stat().st_ino]
     release_locks()
     assert not path.exists()
+
+
+def test_a_manifest_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(path, text):
+        path.open("w").close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(epath.Path(tmp_path).__class__, "write_text", full)
+    with pytest.raises(OSError) as raised:
+        begin(epath.Path(tmp_path), {"kind": "codes"})
+    assert "holding" in explain(raised.value)[1] and not list(tmp_path.iterdir())

@@ -264,8 +264,14 @@ def read_manifest(folder: epath.Path, kind: str) -> dict[str, Any]:
 
 def _write_json(path: epath.Path, value: dict[str, Any]) -> None:
     beside = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"  # hosts write at once
-    beside.write_text(json.dumps(value, indent=1) + "\n")
-    beside.replace(path)
+    try:
+        with naming_full_disk(path):
+            beside.write_text(json.dumps(value, indent=1) + "\n")
+        beside.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            beside.unlink(missing_ok=True)
+        raise
 
 
 def short(value: Any) -> str:

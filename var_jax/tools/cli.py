@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -207,7 +208,7 @@ def explain(error: Exception, argv: Sequence[str] = ()) -> tuple[int, str]:
     # Libraries wrap what the system said; without frames this is the text of all in the chain.
     text = "".join(traceback.format_exception(error, limit=0))
     if lines := [line for line in text.splitlines() if re.search(DISK_FULL, line)]:
-        return FAILED, _disk_full("\n".join(lines))
+        return FAILED, _disk_full("\n".join(lines), argv)
     if sentence := _memory_full(error, text):
         return FAILED, sentence
     if found := _no_device(error):
@@ -225,12 +226,20 @@ def explain(error: Exception, argv: Sequence[str] = ()) -> tuple[int, str]:
     return FAILED, ""
 
 
-def _disk_full(lines: str) -> str:
+def _disk_full(lines: str, argv: Sequence[str]) -> str:
     path = re.search(r"""["']([^"'\n]*/[^"'\n]+)["']""", lines)
     # Inside Orbax's temporary folder: name the folder that the user knows.
     known = os.path.dirname(path[1].split(".orbax-checkpoint-tmp")[0]) if path else ""
+    if not known:  # what writes to an open file does not know its name
+        places = [*(word.rpartition("=")[2] for word in argv), tempfile.gettempdir()]
+        known = next((place for place in places if _is_full(place)), "")
     where = f" holding {known}" if known else ""
     return f"the disk{where} is full; free some space and run the same command again"
+
+
+def _is_full(place: str) -> bool:
+    """Returns whether there is a file or folder of that name on a disk with no space left."""
+    return os.path.exists(place) and shutil.disk_usage(place).free < 2**16
 
 
 def _memory_full(error: Exception, text: str) -> str:
