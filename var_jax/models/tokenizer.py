@@ -253,9 +253,11 @@ def encode_images(tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"]) -> Int32
     return data_parallel(encode)(tokenizer, image)[0]
 
 
-def decode_latents(tokenizer: Tokenizer, f_hat: Float[Array, "B h w C"]) -> UInt8[Array, "B H W 3"]:
-    """Quantized latents → images, a few at a time; on one device."""
-    decode = lambda f_hat: to_bytes(tokenizer.decode_latent(f_hat))
+def decode_latents(
+    tokenizer: Tokenizer, f_hat: Float[Array, "B h w C"], dtype: DTypeLike = jnp.float32
+) -> UInt8[Array, "B H W 3"]:
+    """Latents → images, a few at a time, activations in `dtype`; on one device."""
+    decode = lambda f_hat: to_bytes(tokenizer.reconstruct(f_hat, dtype).clip(-1, 1))
     return in_parts(decode, f_hat, tokenizer.config.images_at_a_time)
 
 

@@ -61,7 +61,13 @@ def sample(
     """
     how = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "smooth": smooth}
     f_hat, tokens = sample_latent(weights, labels, keys, known, **how)
-    return data_parallel(decode_latents)(weights.tokenizer, f_hat), tokens
+    return to_images(weights, f_hat), tokens
+
+
+def to_images(weights: Weights, latent: Float[Array, "B h w C"]) -> UInt8[Array, "B H W 3"]:
+    """Latents → images, decoded in the transformer's compute dtype."""
+    decode = functools.partial(decode_latents, dtype=weights.transformer.dtype)
+    return data_parallel(decode)(weights.tokenizer, latent)
 
 
 def sample_latent(
@@ -156,12 +162,12 @@ def sample_by_scale(
     for k in range(num_scales):
         how = {"cfg": cfg, "top_k": np.int32(top_k or codes), "top_p": np.float32(top_ps[k])}
         state, _ = _sample_scale(k, weights, state, keys, known, **how)
-        yield _decode(weights.tokenizer, state.f_hat)
+        yield _to_images(weights, state.f_hat)
 
 
 _begin = jax.jit(begin, static_argnames="guided")
 _sample_scale = jax.jit(sample_scale, static_argnames="k")
-_decode = jax.jit(lambda tokenizer, f_hat: data_parallel(decode_latents)(tokenizer, f_hat))
+_to_images = jax.jit(to_images)
 
 
 def choices(

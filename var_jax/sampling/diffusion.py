@@ -9,11 +9,10 @@ from jaxtyping import Array, Float, Int32, Key, UInt8
 
 from var_jax import BadInput
 from var_jax.config import SamplingConfig
-from var_jax.models.tokenizer import decode_latents
-from var_jax.sampling.autoregressive import Weights, pairs
+from var_jax.sampling.autoregressive import Weights, pairs, to_images
 from var_jax.sampling.filters import guide
 from var_jax.sharding.mesh import BATCH
-from var_jax.sharding.ops import data_parallel, reshape, reshard
+from var_jax.sharding.ops import reshape, reshard
 
 Velocity = Callable[[Float[Array, "B *x"], Float[Array, ""]], Float[Array, "B *x"]]
 
@@ -48,7 +47,7 @@ def sample(
     draw = lambda key: jax.random.normal(key, (side, side, C))
     noise = reshard(jax.vmap(draw)(keys), BATCH)
     latent = dit.statistics.denormalize(solve(velocity, noise, steps, solver))
-    return data_parallel(decode_latents)(weights.tokenizer, latent), None
+    return to_images(weights, latent), None
 
 
 def solve(

@@ -8,8 +8,8 @@ from jaxtyping import Array, Float, Int32, Key, UInt8
 
 from var_jax import BadInput
 from var_jax.config import SamplingConfig
-from var_jax.models.tokenizer import decode_tokens
-from var_jax.sampling.autoregressive import Weights, choices, pairs
+from var_jax.sampling.autoregressive import Weights, choices, pairs, to_images
+from var_jax.sharding.ops import data_parallel
 
 
 @functools.partial(jax.jit, static_argnames=("top_k", "top_p"))
@@ -43,7 +43,8 @@ def sample(
     start = transformer.embed_start(labels), transformer.empty_cache(len(labels))
     _, idx_LB1 = jax.lax.scan(step, start, jnp.arange(transformer.config.num_tokens))
     tokens = idx_LB1[..., 0].T
-    return decode_tokens(weights.tokenizer, tokens), tokens
+    latent = data_parallel(lambda quantizer, tokens: quantizer.decode(tokens)[-1])
+    return to_images(weights, latent(weights.tokenizer.quantizer, tokens)), tokens
 
 
 def sampler(settings: SamplingConfig, smooth: bool = False) -> functools.partial:
