@@ -103,6 +103,7 @@ def test_coarse_to_fine_ends_in_the_image(model):
     assert shown == (98 * len(model.patch_nums) - 2, 98 * 3 - 2)  # a row for each image
 
 
+@pytest.mark.slow
 def test_samples_are_likelier_under_their_own_class(model):
     labels = ["Flags", "Smileys & Emotion", 2]
     images = model.sample(labels, seed=3)

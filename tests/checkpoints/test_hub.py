@@ -112,6 +112,7 @@ def test_a_file_that_is_gone(server):
         load_models("hub:d16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
@@ -130,6 +131,7 @@ def test_a_revision_has_a_cache_of_its_own(server):
     assert hub.fetch(f"hub:d16@{COMMIT}", convert) == hub.folder("hub:d16").parent / f"d16@{COMMIT}"
 
 
+@pytest.mark.slow
 def test_without_a_network(server, monkeypatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -55,7 +55,7 @@ def test_official_transformers(depth):
 @pytest.mark.parametrize(
     "config",
     [
-        TokenizerConfig(),
+        pytest.param(TokenizerConfig(), marks=pytest.mark.slow),
         TokenizerConfig(channels=64, channel_mults=(1, 3), num_res_blocks=1, vocab_size=100),
         TokenizerConfig(channels=32, channel_mults=(1,), num_phi=0, codebook_znorm=True),
         TokenizerConfig(channels=32, channel_mults=(1,), num_phi=1, latent_dim=8),

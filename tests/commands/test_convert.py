@@ -141,6 +141,7 @@ def test_a_wrong_tensor(files, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["wrong.pth"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

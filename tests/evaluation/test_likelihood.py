@@ -33,6 +33,7 @@ def sampled(models):
     return tokens.astype(np.int32), np.array([8, 0, 9, 3, 3], np.int32)  # 9: no class
 
 
+@pytest.mark.slow
 def scales(models):
     return models.transformer.config.patch_nums
 

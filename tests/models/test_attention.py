@@ -64,6 +64,7 @@ def test_bfloat16_agrees_with_float32():
         assert_same(results(implementation, True, dtype=jnp.bfloat16), plain, atol=3e-2)
 
 
+@pytest.mark.slow
 def test_masks():
     assert (
         Pattern.block_causal((1, 2)).mask().astype(int).tolist()

@@ -35,6 +35,7 @@ def test_values_and_gradients(mesh_shape):
     chex.assert_trees_all_close(got, wanted, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, used",
     [

@@ -15,7 +15,9 @@ from var_jax.sampling.autoregressive import Weights, sample_latent
 from var_jax.sampling.generate import image_keys
 from var_jax.training.losses import cross_entropy_metrics
 
-pytestmark = pytest.mark.parametrize("case", CASES)
+pytestmark = pytest.mark.parametrize(
+    "case", [CASES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[1:])]
+)
 
 
 def nhwc(x):

@@ -93,6 +93,7 @@ def test_greedy_samples_are_what_teacher_forcing_prefers():
     np.testing.assert_array_equal(logits.argmax(-1), tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["raster", "dit"])
 def test_an_image_is_of_its_seed_and_index(kind):
     made = draw(kind)

@@ -38,6 +38,7 @@ def trained(kind):
     return train(None, TASKS[kind], tokenizer(), steps=60 if kind == "dit" else 8)
 
 
+@pytest.mark.slow
 def test_the_raster_model_learns():
     losses = trained("raster")[0][:, 0]
     assert losses[0] == pytest.approx(np.log(64), rel=0.01) and losses[-1] < losses[0] - 0.05

@@ -60,6 +60,7 @@ def train(mesh_shape, task, tokenizer=None, steps=5):
         return np.array(seen), jax.device_get(state)
 
 
+@pytest.mark.slow
 @pytest.fixture(scope="module")
 def alone():
     """Both trainings without a mesh."""
@@ -194,6 +195,7 @@ def assert_moved_alike(task, state, other):
 SLOW = [pytest.param(shape, marks=pytest.mark.slow) for shape in ((8, 1, 1), (1, 8, 1))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh_shape", [(2, 2, 2), *SLOW])
 def test_meshes_agree(alone, mesh_shape):
     seen, state, more_seen, more_state = alone
@@ -220,6 +222,7 @@ def test_weights_and_moments_are_sharded_from_the_start():
     assert all(specs[name] == P(None, "fsdp", "tensor") for name in sharded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [None, pytest.param(3, marks=pytest.mark.slow)])
 def test_cached_tokens_give_the_same_loss_as_images(alone, at_once, monkeypatch):
     if at_once:  # images encoded in parts, the last of them padded
