@@ -115,6 +115,7 @@ def test_samples_are_likelier_under_their_own_class(model):
         assert (given.sum(1) >= model.log_likelihood(images, other).sum(1)).all()
 
 
+@pytest.mark.slow
 def test_an_edit_keeps_what_lies_outside(model):
     image = model.sample(["Smileys & Emotion"] * 3, seed=1)[0]
     half = (0.0, 0.0, 1.0, 0.5)

@@ -112,7 +112,6 @@ def test_a_file_that_is_gone(server):
         load_models("hub:d16")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
@@ -127,11 +126,11 @@ def test_unknown_names(server, name, sentence):
         load_models(name)
 
 
+@pytest.mark.slow
 def test_a_revision_has_a_cache_of_its_own(server):
     assert hub.fetch(f"hub:d16@{COMMIT}", convert) == hub.folder("hub:d16").parent / f"d16@{COMMIT}"
 
 
-@pytest.mark.slow
 def test_without_a_network(server, monkeypatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -143,6 +142,7 @@ def test_without_a_network(server, monkeypatch):
         hub.download(TRANSFORMER, "main")
 
 
+@pytest.mark.slow
 def test_two_at_once_download_once(server):
     folders, made = [], threading.Event()
 

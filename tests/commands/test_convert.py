@@ -141,7 +141,6 @@ def test_a_wrong_tensor(files, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["wrong.pth"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -158,6 +157,7 @@ def test_wrong_flags(files, tmp_path, flags, sentence):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_encode(converted, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     np.savez_compressed(tmp_path / "images.npz", arr_0=images)

@@ -33,11 +33,11 @@ def sampled(models):
     return tokens.astype(np.int32), np.array([8, 0, 9, 3, 3], np.int32)  # 9: no class
 
 
-@pytest.mark.slow
 def scales(models):
     return models.transformer.config.patch_nums
 
 
+@pytest.mark.slow
 def test_it_is_the_loss_by_scale(models, sampled):
     tokens, labels = sampled
     found = log_likelihood(models.tokenizer.quantizer, models.transformer, tokens, labels)

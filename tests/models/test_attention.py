@@ -64,7 +64,6 @@ def test_bfloat16_agrees_with_float32():
         assert_same(results(implementation, True, dtype=jnp.bfloat16), plain, atol=3e-2)
 
 
-@pytest.mark.slow
 def test_masks():
     assert (
         Pattern.block_causal((1, 2)).mask().astype(int).tolist()
@@ -74,6 +73,7 @@ def test_masks():
     assert Pattern.full(3).mask().all()
 
 
+@pytest.mark.slow
 def test_the_kernel_splits_over_a_mesh():
     plain = results("masked", True, batch=4, heads=4)
     with jax.set_mesh(make_mesh(2, 2, 2)):

@@ -35,7 +35,6 @@ def test_values_and_gradients(mesh_shape):
     chex.assert_trees_all_close(got, wanted, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, used",
     [
@@ -64,6 +63,7 @@ def test_only_what_gains_is_given_to_it(change, used, monkeypatch):
     assert backend.convolve(x, kernel, **how).all() == used
 
 
+@pytest.mark.slow
 def test_the_tokenizer_uses_it(monkeypatch):
     layer = conv(128, 128, 3, nnx.Rngs(0))
     x = example((1, 32, 64), (128, 1))[0]

@@ -53,7 +53,7 @@ def test_an_image_does_not_depend_on_batch_size_or_devices():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("top_k", "top_p"),
-    [(9, (0.9, 0.5, 0.9, 0.5)), pytest.param(0, 0.0, marks=pytest.mark.slow)],
+    [(9, (0.9, 0.5, 0.9, 0.5)), (0, 0.0)],
 )
 def test_scale_by_scale_ends_in_the_sample(top_k, top_p):
     weights, labels = Weights(*models("base")[:2]), jnp.asarray(LABELS[:2])

@@ -93,7 +93,6 @@ def test_greedy_samples_are_what_teacher_forcing_prefers():
     np.testing.assert_array_equal(logits.argmax(-1), tokens)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["raster", "dit"])
 def test_an_image_is_of_its_seed_and_index(kind):
     made = draw(kind)
@@ -107,6 +106,7 @@ def test_an_image_is_of_its_seed_and_index(kind):
     assert (made.images != other).any()
 
 
+@pytest.mark.slow
 def test_guidance_is_along_the_difference_of_velocities():
     """With one Euler step the latent is noise - v, and v = (1+s)·cond - s·uncond."""
     both, labels = weights("dit"), jnp.array([1, 2])

@@ -44,6 +44,7 @@ def test_the_raster_model_learns():
     assert losses[0] == pytest.approx(np.log(64), rel=0.01) and losses[-1] < losses[0] - 0.05
 
 
+@pytest.mark.slow
 def test_the_dit_learns():
     """A new one predicts nothing: the error is the variance of noise - x_0, which is 2."""
     losses = trained("dit")[0][:, 0]

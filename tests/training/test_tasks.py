@@ -60,7 +60,6 @@ def train(mesh_shape, task, tokenizer=None, steps=5):
         return np.array(seen), jax.device_get(state)
 
 
-@pytest.mark.slow
 @pytest.fixture(scope="module")
 def alone():
     """Both trainings without a mesh."""
@@ -68,6 +67,7 @@ def alone():
     return seen, state, *train(None, TRANSFORMER_TASK, state.autoencoder.best)
 
 
+@pytest.mark.slow
 def test_both_tasks_learn(alone):
     tokenizer_losses, transformer_losses = alone[0][:, 0], alone[2][:, 0]
     assert tokenizer_losses[-1] < 0.7 * tokenizer_losses[0]
@@ -192,11 +192,8 @@ def assert_moved_alike(task, state, other):
         assert off <= 1e-3 * moved, path
 
 
-SLOW = [pytest.param(shape, marks=pytest.mark.slow) for shape in ((8, 1, 1), (1, 8, 1))]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh_shape", [(2, 2, 2), *SLOW])
+@pytest.mark.parametrize("mesh_shape", [(2, 2, 2), (8, 1, 1), (1, 8, 1)])
 def test_meshes_agree(alone, mesh_shape):
     seen, state, more_seen, more_state = alone
     here, there = train(mesh_shape, TOKENIZER_TASK)
@@ -223,7 +220,7 @@ def test_weights_and_moments_are_sharded_from_the_start():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at_once", [None, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("at_once", [None, 3])
 def test_cached_tokens_give_the_same_loss_as_images(alone, at_once, monkeypatch):
     if at_once:  # images encoded in parts, the last of them padded
         monkeypatch.setattr(TokenizerConfig, "images_at_a_time", at_once)
