@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from var_jax import BadInput
-from var_jax.schedule import PATCH_NUMS_256, PATCH_NUMS_512, num_tokens
+from var_jax.schedule import PATCH_NUMS_256, PATCH_NUMS_512, Stage, num_tokens, stages
 
 T = TypeVar("T")
 
@@ -387,11 +387,15 @@ class TrainTransformerConfig(TrainConfig):
     label_dropout: float = 0.1  # how often the class is withheld, for guidance
     label_smoothing: float = 0.0  # of the cross-entropy
     token_noise: float = 0.0  # the largest share of input tokens that are replaced at random
+    # Share of the steps in which the finer half of the scales joins, one at a time (schedule.py).
+    progressive: float = 0.0
     time_sampling: str = "logit_normal"  # of a dit: how often it sees each time; or uniform
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(self, label_dropout=SHARE, label_smoothing=SHARE, token_noise=SHARE)
+        check_ranges(
+            self, label_dropout=SHARE, label_smoothing=SHARE, token_noise=SHARE, progressive=PART
+        )
         if self.time_sampling not in ("logit_normal", "uniform"):
             raise BadInput(
                 f"time_sampling={self.time_sampling!r} is not one of logit_normal, uniform."
@@ -400,6 +404,10 @@ class TrainTransformerConfig(TrainConfig):
             raise BadInput(
                 f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}."
             )
+
+    def stages(self, model: TransformerConfig) -> tuple[Stage, ...]:
+        """The stages that a model is trained in; one, unless training is progressive."""
+        return stages(len(model.patch_nums), self.progressive, self.steps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -555,13 +563,19 @@ class Config:
             self.transformer.check()
         except BadInput as error:
             raise BadInput(f"transformer.{error}") from None
+        progressive, kind = self.train_transformer.progressive, self.transformer.kind
+        if progressive and kind != "var":
+            raise BadInput(
+                f"train_transformer.progressive={progressive} adds scales; a model of kind {kind}"
+                " predicts none."
+            )
         of_tokens = {
             "data.tokens": self.data.tokens,
             "train_transformer.token_noise": self.train_transformer.token_noise,
             "train_transformer.label_smoothing": self.train_transformer.label_smoothing,
         }
         for name, value in of_tokens.items():
-            if value and self.transformer.kind == "dit":
+            if value and kind == "dit":
                 raise BadInput(f"{name}={value} is of tokens; a dit is trained on latents.")
 
 

@@ -4,11 +4,22 @@ A schedule is the tuple `patch_nums` of side lengths, 1 first. Scale k holds `pa
 tokens; the scales follow each other in one sequence of L tokens. Everything here is static NumPy.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Int32
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # L = 680
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)  # L = 2240
+WARMUP = 0.2  # of a stage of progressive training, in which the loss of its new scale sets in
+
+
+class Stage(NamedTuple):
+    """A part of progressive training."""
+
+    scales: int  # that are trained, the coarsest first
+    start: int  # its first step, counted from 0
+    warmup: int  # steps in which the loss of the newest scale sets in
 
 
 def slices(patch_nums: tuple[int, ...]) -> tuple[slice, ...]:
@@ -25,6 +36,20 @@ def num_tokens(patch_nums: tuple[int, ...]) -> int:
 def level_ids(patch_nums: tuple[int, ...]) -> Int32[np.ndarray, " L"]:
     """The scale each token belongs to, 0..K-1."""
     return np.repeat(np.arange(len(patch_nums), dtype=np.int32), [p * p for p in patch_nums])
+
+
+def stages(num_scales: int, share: float, steps: int) -> tuple[Stage, ...]:
+    """The stages of progressive training: the coarser half of the scales, then one more at a time.
+
+    All scales but the last join in `share` of the steps, in stages of equal length; the last stage,
+    of all scales, has the rest. Without a share it is the only one.
+    """
+    joining = num_scales // 2 if share else 0
+    length = share * steps / max(joining, 1)
+    return tuple(
+        Stage(num_scales - joining + i, round(length * i), round(WARMUP * length) if i else 0)
+        for i in range(joining + 1)
+    )
 
 
 def phi_indices(num_scales: int, num_phi: int) -> tuple[int, ...]:

@@ -114,7 +114,7 @@ def stop_at(call):
     """A function that ends the loop at this call, as a full disk would."""
     calls = iter(range(1, call + 1))
 
-    def count(self):
+    def count(self, step):
         if next(calls) == call:
             raise OSError
         return {}
@@ -127,7 +127,7 @@ def stop_at(call):
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, capsys, stopped, monkeypatch):
     bad = (3, 4, *range(10, 29))  # of the second kind 19: one less than too many
     if stopped:
-        monkeypatch.setattr(loop.Speed, "since_last", stop_at(27))
+        monkeypatch.setattr(loop.Speed, "up_to", stop_at(27))
         with pytest.raises(OSError):
             train(tmp_path / "a", CONFIG, task=toy_task((*bad, 99)))
         monkeypatch.undo()

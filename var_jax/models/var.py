@@ -4,6 +4,8 @@ The input at scale k is the running sum of all coarser scales, area-averaged to 
 reads the class embedding).
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 from var_jax.config import TransformerConfig
 from var_jax.models.backbone import Backbone, Cache, normal, zeros
 from var_jax.models.quantizer import Quantizer
-from var_jax.schedule import level_ids, slices
+from var_jax.schedule import level_ids, num_tokens, slices
 from var_jax.sharding.ops import (
     data_parallel,
     flatten_tokens,
@@ -20,6 +22,7 @@ from var_jax.sharding.ops import (
     project,
     unflatten_tokens,
 )
+from var_jax.tools.trees import path_name
 
 
 class Transformer(Backbone):
@@ -49,6 +52,16 @@ class Transformer(Backbone):
         cond, x = self.embed_labels(labels), self.embed_inputs(x_BMC)
         x = jnp.concatenate([self.embed_start(labels), x], axis=1)
         return self.head_out(self.run(x, cond, key), cond)
+
+    def first_scales(self, count: int) -> "Transformer":
+        """The model of the `count` coarsest scales, which see no finer ones; weights are shared."""
+        sides = self.config.patch_nums[:count]
+        kept = {"pos_embed": num_tokens(sides), "level_embed": count}
+        part = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf[: kept.get(path_name(path), len(leaf))], self
+        )
+        part.config = dataclasses.replace(self.config, patch_nums=sides)
+        return part
 
     @staticmethod
     def inputs(quantizer: Quantizer, tokens: Int32[Array, "B L"]) -> Float[Array, "B M C"]:

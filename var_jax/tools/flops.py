@@ -1,5 +1,6 @@
 """Analytic operation counts: a multiplication and an addition are two operations."""
 
+import dataclasses
 import itertools
 import math
 import operator
@@ -9,7 +10,8 @@ from typing import Any
 import jax
 from jax.extend.core import jaxprs_in_params
 
-from var_jax.config import TransformerConfig
+from var_jax.config import TrainTransformerConfig, TransformerConfig
+from var_jax.schedule import Stage
 
 # Dense bfloat16 operations a second, from the makers' data sheets, by how jax names the device.
 PEAKS = {
@@ -57,6 +59,27 @@ def flops_by_part(config: TransformerConfig) -> dict[str, int]:
         "attention": 4 * config.depth * D * pairs,
         "head": 2 * (D * predicted * L + 2 * D * D * config.adaln),
     }
+
+
+def at_stage(config: TransformerConfig, stage: Stage) -> TransformerConfig:
+    """The model as a stage of progressive training trains it."""
+    return dataclasses.replace(config, patch_nums=config.patch_nums[: stage.scales])
+
+
+def training_totals(
+    config: TransformerConfig, training: TrainTransformerConfig, steps: int
+) -> dict[str, int]:
+    """Tokens of the first `steps` steps, and their matrix products by part, backward included."""
+    stages = training.stages(config)
+    ends = [*(stage.start for stage in stages[1:]), max(steps, training.steps)]
+    totals: dict[str, int] = {}
+    for stage, end in zip(stages, ends, strict=True):
+        images = max(min(end, steps) - stage.start, 0) * training.batch_size
+        model = at_stage(config, stage)
+        of_image = {f"{part}_flops": 3 * count for part, count in flops_by_part(model).items()}
+        for name, count in (of_image | {"tokens": model.num_tokens}).items():
+            totals[name] = totals.get(name, 0) + count * images
+    return totals
 
 
 def matmul_flops(f: Callable[..., Any], *args: Any) -> int:

@@ -5,6 +5,7 @@ matrix products. Efficiency is against the estimate for one 8192³ bfloat16 prod
 that the model's operations would take at that rate, over the estimated time.
 """
 
+import dataclasses
 import math
 import os
 import re
@@ -188,7 +189,9 @@ def lower(config: Config, program: str, mesh: Mesh, batch_size: int):
         "pixels": {"tokenizer": tokenizer},
         "transformer": {"quantizer": tokenizer.quantizer},
     }[program]
-    task = task_of(config, program)
+    # Of progressive training the last stage, which is the largest.
+    training = dataclasses.replace(config.train_transformer, progressive=0.0)
+    task = task_of(dataclasses.replace(config, train_transformer=training), program)
     state = shard(jax.eval_shape(task.init, key), mesh, task.layout)
     step, count = jax.jit(task.step, donate_argnums=0), jax.ShapeDtypeStruct((), jnp.int32)
     is_learner = lambda part: isinstance(part, Learner)

@@ -3,15 +3,17 @@
 VAR predicts a scale from all coarser ones (VAR §3.2), a raster-scan model one token after another.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32, Key, Shaped
+from jaxtyping import Array, Float, Int32, Key, Shaped
 
 from var_jax.config import TrainTransformerConfig, TransformerConfig
 from var_jax.models.quantizer import Quantizer
 from var_jax.models.tokenizer import encode
+from var_jax.schedule import Stage, num_tokens
 from var_jax.sharding.mesh import BATCH
 from var_jax.sharding.ops import data_parallel, reshard
 from var_jax.training.losses import cross_entropy_metrics
@@ -25,11 +27,19 @@ def autoregressive_task(model_config: TransformerConfig, config: TrainTransforme
 
     A batch holds `label` (B,) and either `image` uint8 (B,H,W,3) or cached `tokens` (B,L).
     `frozen["tokenizer"]` is the tokenizer, an argument of the step like all it reads; for cached
-    tokens its quantizer, `frozen["quantizer"]`, is enough.
+    tokens its quantizer, `frozen["quantizer"]`, is enough. Progressive training has a loss for each
+    stage.
     """
     sides = model_config.patch_nums
 
-    def loss(transformer: Any, batch: Batch, frozen: Frozen, key: Key[Array, ""]):
+    def loss(
+        stage: Stage,
+        transformer: Any,
+        batch: Batch,
+        frozen: Frozen,
+        step: Int32[Array, ""],
+        key: Key[Array, ""],
+    ):
         drop_label, drop_path = jax.random.split(key)
         noise = None
         if config.token_noise:
@@ -39,8 +49,15 @@ def autoregressive_task(model_config: TransformerConfig, config: TrainTransforme
         tokens, inputs = targets_and_inputs(transformer, batch, frozen, noise)
         no_class = model_config.num_classes
         labels = withhold_labels(drop_label, batch["label"], config.label_dropout, no_class)
+        weight = None
+        if stage.scales < len(sides):
+            length = num_tokens(sides[: stage.scales])
+            transformer = transformer.first_scales(stage.scales)
+            tokens, inputs = tokens[:, :length], inputs[:, : length - 1]
+        if stage.warmup:
+            weight = token_weights(stage, sides, step)
         logits = transformer(labels, inputs, key=drop_path)
-        loss, metrics = cross_entropy_metrics(logits, tokens, sides, config.label_smoothing)
+        loss, metrics = cross_entropy_metrics(logits, tokens, sides, config.label_smoothing, weight)
         return loss, jax.tree.map(jnp.mean, metrics)
 
     def evaluate(transformer: Any, batch: Batch, frozen: Frozen) -> Metrics:
@@ -49,7 +66,8 @@ def autoregressive_task(model_config: TransformerConfig, config: TrainTransforme
         loss, metrics = cross_entropy_metrics(logits, tokens, sides)
         return {"loss": loss, **metrics}
 
-    return transformer_task(model_config, config, loss, evaluate)
+    losses = [functools.partial(loss, stage) for stage in config.stages(model_config)]
+    return transformer_task(model_config, config, losses, evaluate)
 
 
 def targets_and_inputs(
@@ -62,6 +80,15 @@ def targets_and_inputs(
         tokens, used = data_parallel(encode)(frozen["tokenizer"], batch["image"], noise)
     quantizer: Quantizer = frozen.get("quantizer") or frozen["tokenizer"].quantizer
     return tokens, transformer.inputs(quantizer, used)
+
+
+def token_weights(
+    stage: Stage, patch_nums: tuple[int, ...], step: Int32[Array, ""]
+) -> Float[Array, " L"]:
+    """How much each token of a stage counts: those of its newest scale the more, the later."""
+    *old, new = (side * side for side in patch_nums[: stage.scales])
+    done = (step - stage.start + 1).astype(jnp.float32) / stage.warmup
+    return jnp.concatenate([jnp.ones(sum(old)), jnp.full(new, jnp.minimum(done, 1.0))])
 
 
 def token_noise(

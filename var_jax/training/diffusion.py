@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Int32, Key, UInt8
 
 from var_jax.config import TrainTransformerConfig, TransformerConfig
 from var_jax.models import backend
@@ -30,7 +30,7 @@ def diffusion_task(model_config: TransformerConfig, config: TrainTransformerConf
     `frozen["tokenizer"]` is the tokenizer, which cached latents do not need.
     """
 
-    def loss(dit: Any, batch: Batch, frozen: Frozen, key: Key[Array, ""]):
+    def loss(dit: Any, batch: Batch, frozen: Frozen, step: Int32[Array, ""], key: Key[Array, ""]):
         drop_label, drop_path, of_time, of_noise = jax.random.split(key, 4)
         latent = latents(batch, frozen)
         statistics = dit.statistics.updated(latent)
@@ -56,7 +56,7 @@ def diffusion_task(model_config: TransformerConfig, config: TrainTransformerConf
 
         return {"loss": jax.lax.map(error, jnp.array(TIMES)).mean(axis=0)}
 
-    return transformer_task(model_config, config, loss, evaluate, finish)
+    return transformer_task(model_config, config, [loss], evaluate, finish)
 
 
 def velocity_error(

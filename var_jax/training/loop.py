@@ -166,7 +166,7 @@ class AfterStep:
         due = [hook for hook in self._hooks if hook.is_due(step, self._last)]
         if step % self._every.log == 0 or last:
             self.log.write(step, values, skipped)
-            if pace := self.speed.since_last():
+            if pace := self.speed.up_to(step):
                 self._metrics.write(self._name, step, file="speed.jsonl", **pace)
         if step % self._every.save == 0 or last or stop or due:
             self.log.flush()
@@ -298,15 +298,15 @@ class Speed:
         yield
         self._since += time.monotonic() - started
 
-    def since_last(self) -> dict[str, Any]:
+    def up_to(self, step: int) -> dict[str, Any]:
         """The figures of the steps since the last call; none of no step."""
         if self._steps <= 0:
             return {}
         seconds = max(time.monotonic() - self._since, 1e-9)
         rate = self._steps * self._task.config.batch_size / seconds
         found = {"images_per_second": rate, "data_wait": self._waited / seconds}
-        if self._peak and self._task.image_flops:
-            found["mfu"] = rate * self._task.image_flops / self._peak / jax.device_count()
+        if self._peak and (flops := self._task.image_flops(step)):
+            found["mfu"] = rate * flops / self._peak / jax.device_count()
         self._steps, self._since, self._waited = 0, time.monotonic(), 0.0
         return found
 

@@ -67,10 +67,12 @@ def cross_entropy_metrics(
     tokens: Int32[Array, "B L"],
     patch_nums: tuple[int, ...],
     smoothing: float = 0.0,
+    weight: Float[Array, " L"] | None = None,
 ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
     """Cross-entropy of each image in nats a token; without smoothing by scale, and accuracy.
 
-    "last" is the finest scale, as in the paper.
+    "last" is the finest scale, as in the paper. Of the first scales alone, figures of the others
+    are NaN. Tokens count by `weight`.
     """
     target, total, right = score_tokens(logits, tokens)
     loss = total - target
@@ -81,4 +83,6 @@ def cross_entropy_metrics(
         metrics[f"accuracy_{name}"] = right[:, s].mean(axis=1)
     if smoothing:
         loss = loss + smoothing * (target - logits.mean(axis=-1))
+    if weight is not None:
+        loss = loss * (weight / weight.mean())[None]
     return loss.mean(axis=1), metrics

@@ -24,7 +24,7 @@ from var_jax.config import (
 )
 from var_jax.sampling.exports import build
 from var_jax.tools.files import read_json, replacing
-from var_jax.tools.flops import flops_by_part, matmul_flops
+from var_jax.tools.flops import matmul_flops, training_totals
 from var_jax.tools.logs import read_metrics
 from var_jax.tools.paths import user_path
 from var_jax.tools.trees import path_name
@@ -121,16 +121,13 @@ def read_run(folder: epath.Path, config: Config, about: dict[str, Any]) -> list[
         "learning_rate": training.learning_rate, "steps": training.steps,
         **parameters(config.transformer, config.tokenizer),
     }  # fmt: skip
-    flops = flops_by_part(config.transformer)
-    an_image = {f"{part}_flops": 3 * count for part, count in flops.items()}  # backward: twice
-    an_image["compute"] = sum(an_image.values())
-    an_image["tokenizer_flops"] = encoding_flops(config.tokenizer)
     rows = []
     for record in found:
         images = record["step"] * training.batch_size
-        seen = {"images": images, "tokens": images * config.transformer.num_tokens}
-        totals = {name: count * images for name, count in an_image.items()}
-        rows.append(fixed | {"step": record["step"]} | seen | totals | figures(record, folder))
+        totals = training_totals(config.transformer, training, record["step"])
+        totals["compute"] = sum(count for name, count in totals.items() if name != "tokens")
+        totals |= {"images": images, "tokenizer_flops": images * encoding_flops(config.tokenizer)}
+        rows.append(fixed | {"step": record["step"]} | totals | figures(record, folder))
     return rows
 
 

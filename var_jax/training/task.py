@@ -24,7 +24,8 @@ class Task(NamedTuple):
     train_step: Callable[[Any, Batch, Frozen, Key[Array, ""]], tuple[Any, Metrics]]
     eval_step: Callable[[Any, Batch, Frozen], Metrics]  # values (B,), one an example
     layout: Callable[[tuple, Any], P]  # of the state on the mesh
-    image_flops: float = 0.0  # the model's operations for one image of a step
+    # Step, the first being 1 → the model's operations for one of its images.
+    image_flops: Callable[[int], float] = lambda step: 0.0
     parts: int = 1  # in which a step takes its batch
 
     def step(
