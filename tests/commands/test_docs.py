@@ -129,7 +129,7 @@ def test_a_command_has_these_flags(command):
 # hours, pip, torch, figures of their own tests, Fashion-MNIST, a ladder (test_scaling.py).
 NOT_HERE = (
     r"VIRTUAL|aot|demo|hub:|memorization|imagenet:|tokenizer:|emoji:(large|64)|fashion|baselines:"
-    r"|ladder|^pip |benchmarks/speed"
+    r"|ladder|versus|^pip |benchmarks/speed"
 )
 FEW_STEPS = ["--config.train_transformer.steps=2", "--config.report="]
 FEW_STEPS_OF_BOTH = ["--config.train_tokenizer.steps=2", *FEW_STEPS]

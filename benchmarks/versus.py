@@ -1,0 +1,375 @@
+"""VAR, raster-scan AR and a DiT at equal training compute; the paper's ablation; sampling times.
+
+    python benchmarks/versus.py --out runs/versus
+    python benchmarks/versus.py --study ablation --out runs/ablation
+    python benchmarks/versus.py --study speed --out runs/speed
+
+The first trains each model of configs/versus.py at three budgets with three seeds. Tuning is equal:
+at the middle budget and seed 0 three learning rates, of which the least validation loss counts, and
+then three guidance scales, of which the least Fréchet distance does. The second trains the rows of
+configs/ablation.py at the middle budget. Both write points.csv, table.md and points.png. The third
+times samplers with random weights at 32 and 256 px. Compute is that of tools/flops.py, of the
+transformer alone. A stopped command continues.
+"""
+
+import csv
+import functools
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from flax import nnx
+from ml_collections import ConfigDict
+from speed import interleaved
+
+from var_jax.config import Config, from_dict
+from var_jax.data.sources import open_source
+from var_jax.evaluation.features import extract, load_network
+from var_jax.evaluation.image_sets import ImageSet
+from var_jax.evaluation.pixel_report import NEAR_COPY, agreement, arrays, fit, nearest_distance
+from var_jax.evaluation.quality import figures, held_out_images, open_reference
+from var_jax.models.patch_codec import make_tokenizer
+from var_jax.models.transformer import make_transformer
+from var_jax.sampling.autoregressive import Weights
+from var_jax.sampling.exports import build, load_models, load_tokenizer
+from var_jax.sampling.generate import image_keys, reconstruct_images, sampler_of
+from var_jax.schedule import PATCH_NUMS_256
+from var_jax.tools import cli
+from var_jax.tools.configs import load_config
+from var_jax.tools.files import output_path, replacing
+from var_jax.tools.flops import matmul_flops, transformer_flops
+from var_jax.tools.images import curves
+from var_jax.tools.npz import NpzImages, is_whole, save_npz
+from var_jax.training.hooks import draw_samples
+from var_jax.training.run import train
+
+MODELS = ("var", "raster", "dit")
+ROWS = ("raster", "var", "adaln", "top_k", "cfg", "qk_norm", "larger")
+RATES = (0.5, 1.0, 2.0)  # factors on a config's learning rate that are tried
+GUIDANCE = (0.0, 1.0, 2.0)  # scales that are tried
+FIGURES = ("FD", "KID", "precision", "recall", "class agreement", "near-copies")
+TERA = 1e12
+
+
+class Point(NamedTuple):
+    """A training, and how it is sampled."""
+
+    model: str  # a row of the table
+    spec: str  # of its config
+    budget: float  # TFLOPs of training
+    seed: int = 0
+    rate: float = 1.0  # a factor on the learning rate
+    cfg: float | None = None  # None: the config's
+
+
+def define_flags() -> None:
+    """Defines the flags of this benchmark."""
+    flags.DEFINE_string("out", "runs/versus", "Folder of the runs.")
+    flags.DEFINE_enum("study", "models", ["models", "ablation", "speed"], "What is compared.")
+    flags.DEFINE_list("budgets", ["1.8", "3.6", "7.2"], "TFLOPs of training.")
+    flags.DEFINE_integer("seeds", 3, "Of each.", 1)
+    flags.DEFINE_integer("num", 1000, "Samples that are measured.", 10)
+    flags.DEFINE_integer("tokenizer_steps", 1500, "Of 32 images.", 1)
+    flags.DEFINE_list("batches", ["1", "64"], "Images at a time that are timed.")
+
+
+def main(args: flags.FlagValues) -> None:
+    """Trains and measures what is missing, and prints the tables."""
+    out = output_path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.study == "speed":
+        text = speeds(small_configs(), args.batches) + "\n" + speeds(large_configs(), ["1"])
+    else:
+        study = Study(out, args.num, args.tokenizer_steps)
+        budgets = [float(budget) for budget in args.budgets]
+        points = (models if args.study == "models" else ablation)(study, budgets, args.seeds)
+        rows = [study.row(point) for point in points]
+        write_csv(out / "points.csv", rows)
+        draw(out / "points.png", rows)
+        text = table(rows, study.floor())
+    with replacing(out / "table.md") as beside:
+        beside.write_text(text)
+    print(text)
+
+
+def models(study: "Study", budgets: Sequence[float], seeds: int) -> list[Point]:
+    """All models at all budgets, each tuned at the middle one."""
+    points, middle = [], budgets[len(budgets) // 2]
+    for model in MODELS:
+        tried = [Point(model, f"versus:{model}", middle, rate=rate) for rate in RATES]
+        best = min(tried, key=study.loss)
+        tried = [best._replace(cfg=cfg) for cfg in GUIDANCE]
+        best = min(tried, key=lambda point: study.row(point)["FD"])
+        several = itertools.product(budgets, range(seeds))
+        points += [best._replace(budget=budget, seed=seed) for budget, seed in several]
+    return points
+
+
+def ablation(study: "Study", budgets: Sequence[float], seeds: int) -> list[Point]:
+    """The rows of the ablation at the middle budget."""
+    middle = budgets[len(budgets) // 2]
+    return [Point(r, f"ablation:{r}", middle, seed) for r in ROWS for seed in range(seeds)]
+
+
+def config_of(point: Point) -> ConfigDict:
+    """The config of a point: as many steps as its budget allows."""
+    config = load_config(point.spec)
+    training = config.train_transformer
+    flops = transformer_flops(from_dict(Config, config).transformer) * training.batch_size
+    training.steps = max(1, round(point.budget * TERA / flops))
+    training.warmup_steps = training.steps // 20
+    training.learning_rate *= point.rate
+    config.seed = point.seed
+    if point.cfg is not None:
+        config.sampling.cfg = point.cfg
+    return config
+
+
+def name_of(config: ConfigDict) -> str:
+    """What tells a training from the others."""
+    c, training = config.transformer, config.train_transformer
+    words = [c.kind, f"d{c.depth}", "adaln" * c.adaln, "norm" * c.qk_norm, training.steps]
+    words += [f"rate{training.learning_rate:.3g}", f"seed{config.seed}"]
+    return "-".join(str(word) for word in words if word)
+
+
+class Study:
+    """Trains and measures points in a folder, each once."""
+
+    def __init__(self, out: epath.Path, num: int, tokenizer_steps: int):
+        self.out, self.num, self.tokenizer_steps = out, num, tokenizer_steps
+        self.source = load_config("versus:var").data.source
+        self.where = {"split": "validation", "size": 32}
+        self.network = load_network("efficientnet")
+
+    def row(self, point: Point) -> dict[str, Any]:
+        """What is known of a point."""
+        config = config_of(point)
+        workdir, fixed = self.train(config), from_dict(Config, config)
+        training, how = config.train_transformer, fixed.sampling.flags(fixed.transformer.kind)
+        summary = json.loads((workdir / "summary.json").read_text())
+        images, (passes, flops) = training.steps * training.batch_size, cost(fixed)
+        found = {
+            "model": point.model, "budget": point.budget, "seed": point.seed,
+            "learning rate": training.learning_rate, "cfg": fixed.sampling.cfg, "images": images,
+            "TFLOPs": images * transformer_flops(fixed.transformer) / TERA,
+            "minutes": summary["minutes, this start"], "validation loss": self.loss(point),
+            "passes": passes, "sampling GFLOPs": flops / 1e9,
+        }  # fmt: skip
+        name = "-".join(f"{key}{value}" for key, value in how.items())
+        path = self.out / "figures" / f"{workdir.name}-{name}-{self.num}.json"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            measured = self.measure(workdir, config, path.with_suffix(".npz"))
+            with replacing(path) as beside:
+                beside.write_text(json.dumps(measured))
+        found |= json.loads(path.read_text())
+        told = {name: shown(x) if type(x) is float else x for name, x in found.items()}
+        print(", ".join(f"{name} {value}" for name, value in told.items()), flush=True)
+        return found
+
+    def loss(self, point: Point) -> float:
+        """The last validation loss: in nats a token, of a DiT the squared error of the velocity."""
+        summary = json.loads((self.train(config_of(point)) / "summary.json").read_text())
+        return next(value for name, value in summary.items() if "validation loss" in name)
+
+    def train(self, config: ConfigDict) -> epath.Path:
+        """The work directory of a training; sampling settings make no difference to it."""
+        config = config.copy_and_resolve_references()
+        config.sampling = load_config("versus:var").sampling
+        workdir = self.out / name_of(config)
+        config.pretrained_tokenizer = str(self.tokenizer(config) / "checkpoint")
+        if not (workdir / "summary.json").exists():
+            train(from_dict(Config, config), workdir)
+        return workdir
+
+    def tokenizer(self, config: ConfigDict) -> epath.Path:
+        """The work directory of the tokenizer that a config has."""
+        name = "x".join(map(str, config.tokenizer.patch_nums))
+        workdir, config = self.out / f"tokenizer-{name}", config.copy_and_resolve_references()
+        config.seed, config.train_transformer.steps = 0, 0
+        config.train_tokenizer.steps = self.tokenizer_steps
+        if not (workdir / "summary.json").exists():
+            train(from_dict(Config, config), workdir)
+        return workdir
+
+    def measure(
+        self, workdir: epath.Path, config: ConfigDict, path: epath.Path
+    ) -> dict[str, float]:
+        """Figures of samples, which are kept in `path`; an equal number of each class."""
+        labels = np.resize(np.arange(10, dtype=np.int32), self.num)
+        if not is_whole(path):
+            loaded = load_models(workdir / "checkpoint")
+            loaded = loaded._replace(sampling=from_dict(Config, config).sampling)
+            images = draw_samples(loaded, labels, config.seed + 1, 100)
+            save_npz(path, arr_0=images, labels=labels)
+        samples = NpzImages(path)
+        images = next(samples.batches(self.num))
+        agree = agreement(self.classifier, images, labels, "samples", ())
+        near = self.distance(images, str(self.tokenizer(config)))
+        return self.quality(samples) | {
+            "class agreement": agree["class agreement, samples"],
+            "near-copies": float((near < NEAR_COPY).mean()),
+        }
+
+    def quality(self, images: ImageSet) -> dict[str, float]:
+        """Distances between images and the validation set."""
+        folder = self.out / "features"
+        reference = open_reference(self.source, self.network, folder, **self.where)
+        assert reference is not None
+        found = figures(self.network, extract(self.network, images, folder), reference)
+        return dict(zip(FIGURES, found.values(), strict=False))
+
+    def floor(self) -> dict[str, float]:
+        """Figures of as many images of the training set; of the validation set the last two."""
+        held_out = held_out_images(self.source, "validation", self.num, 32)
+        assert held_out is not None
+        images, labels = arrays(open_source(self.source, "validation", 32))
+        chosen = np.linspace(0, len(images) - 1, self.num).astype(int)
+        images, labels = images[chosen], labels[chosen]
+        agree = agreement(self.classifier, images, labels, "validation", ())
+        tokenizer = self.tokenizer(load_config("versus:var"))
+        again = reconstruct_images(load_tokenizer(tokenizer / "checkpoint"), images)
+        near = self.distance(again, str(tokenizer))
+        return self.quality(held_out) | {
+            "class agreement": agree["class agreement, validation"],
+            "near-copies": float((near < NEAR_COPY).mean()),
+        }
+
+    @functools.cached_property
+    def classifier(self) -> Any:
+        """A classifier of pixels."""
+        return fit(*arrays(open_source(self.source, "train", 32), most=2**25))
+
+    @functools.cache  # noqa: B019 (one study a process)
+    def training_images(self, tokenizer: str) -> np.ndarray:
+        """The training set as a tokenizer reconstructs it, so that a copy is near."""
+        images, _ = arrays(open_source(self.source, "train", 32), most=2**28)
+        return reconstruct_images(load_tokenizer(epath.Path(tokenizer) / "checkpoint"), images)
+
+    def distance(self, images: np.ndarray, tokenizer: str) -> np.ndarray:
+        """To the nearest training image, of each image."""
+        parts = np.array_split(self.training_images(tokenizer), 6)
+        return np.min([nearest_distance(images, part) for part in parts], axis=0)
+
+
+def write_csv(path: epath.Path, rows: Sequence[dict[str, Any]]) -> None:
+    """All rows."""
+    with replacing(path) as beside, beside.open("w") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float], list[dict[str, Any]]]:
+    """Rows that differ in the seed alone."""
+    key = lambda row: (row["model"], row["budget"])
+    return {group: [row for row in rows if key(row) == group] for group in map(key, rows)}
+
+
+def table(rows: Sequence[dict[str, Any]], floor: dict[str, float]) -> str:
+    """Means of the seeds with their standard deviations, in Markdown."""
+    head = ("model", "TFLOPs", "images", "learning rate", "cfg", *FIGURES)
+    lines = [head, ("---",) * len(head), ("real images", *("",) * 4, *map(shown, floor.values()))]
+    for (model, budget), group in grouped(rows).items():
+        first = group[0]
+        how = f"{first['images']:,}", f"{first['learning rate']:.3g}", f"{first['cfg']:g}"
+        cells = [spread([row[name] for row in group]) for name in FIGURES]
+        lines.append((model, f"{budget:g}", *how, *cells))
+    hours = sum({row["minutes"] for row in rows}) / 60
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{text}\n{hours:.1f} hours of training.\n"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return shown(statistics.mean(values)) + deviation
+
+
+def shown(value: float) -> str:
+    """A figure in a table."""
+    return f"{value:.3g}"
+
+
+def draw(path: epath.Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A chart for each figure: over compute, or of an ablation over its rows."""
+    groups, one_budget = grouped(rows), len({row["budget"] for row in rows}) == 1
+    series: dict[str, dict[str, tuple]] = {name: {} for name in FIGURES}
+    for name in FIGURES:
+        mean = {key: statistics.mean(row[name] for row in group) for key, group in groups.items()}
+        if one_budget:
+            series[name][""] = range(len(mean)), list(mean.values())
+        for model in {} if one_budget else dict.fromkeys(model for model, _ in mean):
+            points = [(budget, y) for (of, budget), y in mean.items() if of == model]
+            series[name][model] = tuple(zip(*points, strict=True))
+    words = ", ".join(f"{i} {model}" for i, (model, _) in enumerate(groups))
+    curves(path, series, words if one_budget else "TFLOPs of training")
+
+
+def small_configs() -> dict[str, ConfigDict]:
+    """The models of the comparison."""
+    return {model: load_config(f"versus:{model}") for model in MODELS}
+
+
+def large_configs() -> dict[str, ConfigDict]:
+    """At 256 px: the paper's schedule and 16x16 tokens, eight layers, a small tokenizer."""
+    found = {}
+    for model, config in small_configs().items():
+        sides = PATCH_NUMS_256 if model != "raster" else (16,)
+        config.data.size = 256
+        config.tokenizer.update(
+            patch_nums=sides, patch_size=1, channel_mults=(1, 1, 1, 1, 1), num_res_blocks=1,
+            latent_dim=32, vocab_size=4096,
+        )  # fmt: skip
+        config.transformer.update(depth=8, width=512, num_heads=8)
+        found[model] = config
+    return found
+
+
+def speeds(configs: dict[str, ConfigDict], batches: Sequence[str]) -> str:
+    """A table of what sampling costs, random weights, with guidance."""
+    head = ("model", "pixels", "passes", "GFLOPs an image", "batch", "s", "times VAR")
+    lines = [head, ("---",) * len(head)]
+    for batch in map(int, batches):
+        tasks = [sampling(from_dict(Config, config), batch) for config in configs.values()]
+        for compiling in tasks:
+            compiling()
+        times = interleaved(tasks, 5)
+        for (name, config), taken in zip(configs.items(), times, strict=True):
+            ratio = statistics.median(b / a for a, b in zip(times[0], taken, strict=True))
+            passes, flops = cost(from_dict(Config, config))
+            cells = name, config.data.size, passes, shown(flops / 1e9), batch
+            lines.append((*map(str, cells), shown(statistics.median(taken)), f"{ratio:.2f}"))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def sampling(config: Config, batch: int) -> Callable[[], object]:
+    """Samples with random weights, and waits for the images."""
+    make = lambda: Weights(
+        make_tokenizer(config.tokenizer, rngs=nnx.Rngs(0)),
+        make_transformer(config.transformer, rngs=nnx.Rngs(1)),
+    )
+    weights, sampler = jax.jit(make)(), sampler_of(config.transformer.kind, config.sampling)
+    labels, keys = np.zeros(batch, np.int32), image_keys(0, np.arange(batch, dtype=np.int32))
+    return lambda: jax.block_until_ready(sampler(weights, labels, keys))
+
+
+def cost(config: Config) -> tuple[int, int]:
+    """What sampling an image takes: passes of the transformer, operations of matrix products."""
+    model, settings = config.transformer, config.sampling
+    weights = Weights(build(config.tokenizer), build(model))
+    labels, keys = np.zeros(1, np.int32), image_keys(0, np.zeros(1, np.int32))
+    flops = matmul_flops(sampler_of(model.kind, settings), weights, labels, keys)
+    evaluations = settings.steps * (2 if settings.solver == "heun" else 1)
+    return evaluations if model.kind == "dit" else len(model.blocks), flops
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)

@@ -1,0 +1,39 @@
+"""VAR, raster-scan AR and a DiT, alike in all but what they predict: Fashion-MNIST, 8x8 latents.
+
+    python benchmarks/versus.py --out runs/versus
+
+trains each with equal compute at three budgets, and measures all. A variant is `var`, `raster` or
+`dit`; each can be trained alone with --config versus:var. Width and depth are the same, and so are
+codes and networks of the tokenizers, which differ as in the paper: VAR has four scales (85 tokens),
+raster one (64 tokens); the DiT has the 64 continuous latents of VAR's tokenizer. An image costs
+them 218, 155 and 146 MFLOPs of training. The DiT takes a quarter of the learning rate, the centre
+of its search.
+"""
+
+from ml_collections import ConfigDict
+
+from var_jax import BadInput
+from var_jax.tools.configs import load_config
+
+VARIANTS = ("var", "raster", "dit")
+
+
+def get_config(variant: str = "var") -> ConfigDict:
+    """The config of a model; the benchmark sets steps and learning rates."""
+    if variant not in VARIANTS:
+        known = ", ".join(VARIANTS)
+        raise BadInput(f"configs/versus.py has the variants {known}, not {variant!r}.")
+    config = load_config("ladder:3")
+    config.train_tokenizer = load_config("ladder:tokenizer").train_tokenizer
+    config.pretrained_tokenizer = config.data.tokens = ""
+    config.tokenizer.update(patch_nums=(1, 2, 4, 8), patch_size=4, latent_dim=48)
+    config.sampling.cfg = 1.0
+    config.every.update(save=500, evaluate=0)
+    if variant == "raster":
+        config.tokenizer.update(patch_nums=(8,), num_phi=1, phi_ratio=0.0)
+        config.transformer.kind = "raster"
+    elif variant == "dit":
+        config.transformer.update(kind="dit", gamma_std=0.0)
+        config.train_transformer.learning_rate /= 4
+        config.sampling.update(steps=10, solver="heun")
+    return config

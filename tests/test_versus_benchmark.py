@@ -1,0 +1,76 @@
+"""benchmarks/versus.py: compute and tuning are equal, and tables say what was found."""
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from var_jax.config import Config, from_dict
+from var_jax.tools.flops import transformer_flops
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "versus.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        return SimpleNamespace(**runpy.run_path(str(SCRIPT)))
+
+
+class Study:
+    """The second learning rate and the third guidance scale are the best."""
+
+    def __init__(self):
+        self.seen = []
+
+    def loss(self, point):
+        self.seen.append(point)
+        return abs(point.rate - 1)
+
+    def row(self, point):
+        self.seen.append(point)
+        return {"FD": abs(point.cfg - 2)}
+
+
+def test_every_model_has_the_same_budgets_and_tuning(script):
+    study = Study()
+    points = script.models(study, [1.0, 2.0, 4.0], 3)
+    assert {(p.rate, p.cfg) for p in points} == {(1.0, 2.0)}
+    for model in script.MODELS:
+        mine = [(p.budget, p.seed) for p in points if p.model == model]
+        assert mine == [(budget, seed) for budget in (1.0, 2.0, 4.0) for seed in range(3)]
+        tuned = [p for p in study.seen if p.model == model]
+        assert len({*tuned}) == 6 and {(p.budget, p.seed) for p in tuned} == {(2.0, 0)}
+
+
+def test_equal_budgets_are_equal_operations(script):
+    specs = [f"versus:{model}" for model in script.MODELS]
+    for spec in [*specs, *(f"ablation:{row}" for row in script.ROWS)]:
+        config = from_dict(Config, script.config_of(script.Point("", spec, 3.6)))
+        training = config.train_transformer
+        spent = training.steps * training.batch_size * transformer_flops(config.transformer)
+        assert spent == pytest.approx(3.6e12, rel=2e-3), spec
+
+
+def test_rows_that_differ_in_sampling_share_a_training(script):
+    name_of = lambda spec, seed=0: script.name_of(script.config_of(script.Point("", spec, 3, seed)))
+    names = {row: name_of(f"ablation:{row}") for row in script.ROWS}
+    assert names["adaln"] == names["top_k"] == names["cfg"]
+    assert len(set(names.values())) == len(names) - 2
+    assert name_of("versus:var", 0) != name_of("versus:var", 1)
+
+
+def test_the_table_has_means_and_deviations(script, tmp_path):
+    figures = dict.fromkeys(script.FIGURES, 0.5)
+    row = {"model": "var", "budget": 1.8, "images": 8256, "learning rate": 0.02, "cfg": 1.0}
+    rows = [row | figures | {"seed": s, "FD": 40.0 + s, "minutes": 3.0 + s} for s in (0, 1, 2)]
+    lines = script.table(rows, figures | {"FD": 5.0}).splitlines()
+    assert lines[2].startswith("| real images |  |  |  |  | 5 | 0.5 |")
+    assert lines[3].startswith("| var | 1.8 | 8,256 | 0.02 | 1 | 41 ± 1 | 0.5 ± 0 |")
+    assert lines[-1] == "0.2 hours of training."
+    script.draw(tmp_path / "points.png", rows)
+    script.write_csv(tmp_path / "points.csv", rows)
+    assert (tmp_path / "points.png").stat().st_size > 10_000
+    assert len((tmp_path / "points.csv").read_text().splitlines()) == 4
