@@ -24,7 +24,8 @@ from var_jax.training import loop
 from var_jax.training.autoregressive import autoregressive_task, targets_and_inputs
 from var_jax.training.losses import cross_entropy_metrics
 
-MODEL = dataclasses.replace(TRANSFORMER, drop_path=0.0)  # of 1, 4 and 16 tokens
+SMALL = dict(depth=1, width=32, num_heads=2, drop_path=0.0)
+MODEL = dataclasses.replace(TRANSFORMER, **SMALL)  # of 1, 4 and 16 tokens
 CONFIG = dataclasses.replace(
     TRAIN_TRANSFORMER, steps=20, progressive=0.5, label_dropout=0.0, clip_norm=0.0
 )
@@ -47,15 +48,26 @@ def test_stages(num_scales, share, steps, expected):
     assert list(stages(num_scales, share, steps)) == expected
 
 
+def weights(abstract):
+    """Random ones, for which nothing is compiled."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), abstract)
+
+
 @functools.cache
 def frozen():
-    """A tokenizer of random weights."""
-    return {"tokenizer": jax.jit(lambda: make_tokenizer(TOKENIZER, rngs=nnx.Rngs(0)))()}
+    """A tokenizer."""
+    abstract = jax.eval_shape(lambda: make_tokenizer(TOKENIZER, rngs=nnx.Rngs(0)))
+    return {"tokenizer": weights(abstract)}
 
 
 @functools.cache
 def compiled():
-    return jax.jit(TASK.init)(jax.random.key(0)), jax.jit(TASK.train_step)
+    """The state before training, and the step."""
+    state = jax.tree.map(jnp.zeros_like, jax.eval_shape(TASK.init, jax.random.key(0)))
+    params = weights(state.transformer.params)
+    learner = state.transformer._replace(params=params, ema=params)
+    return state._replace(transformer=learner), jax.jit(TASK.train_step)
 
 
 def step_at(step):
@@ -78,6 +90,7 @@ def full(transformer, batch, frozen, weight):
     return value, jax.tree.map(jnp.mean, metrics), gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "of_last"),
     [(0, 0.0), (BOUNDARY - 1, 0.0), (BOUNDARY, 0.5), (BOUNDARY + 1, 1.0), (19, 1.0)],
@@ -125,6 +138,7 @@ def test_resuming_across_a_boundary_equals_never_having_stopped(tmp_path, until)
     assert ["loss_last" in r for r in records] == [False] * BOUNDARY + [True] * BOUNDARY
 
 
+@pytest.mark.slow
 def test_weights_of_a_scale_wait_for_its_stage():
     start, step = compiled()
     state = start
