@@ -24,8 +24,8 @@ def script(request):
     return request.param
 
 
-def test_there_are_five():
-    assert len(SCRIPTS) == len(list(COLAB.glob("*.ipynb"))) == 5
+def test_there_are_six():
+    assert len(SCRIPTS) == len(list(COLAB.glob("*.ipynb"))) == 6
 
 
 def test_a_notebook_has_the_cells_of_its_script(script):
