@@ -76,7 +76,7 @@ def main(args: flags.FlagValues) -> None:
 def config_of(change: str, args: flags.FlagValues) -> Config:
     """The emoji config with a change, for one of the two trainings."""
     if args.tokenizer:
-        fields = [f"pretrained_tokenizer={args.tokenizer}"]
+        fields = [f"pretrained_tokenizer={args.tokenizer}", "train_tokenizer.steps=0"]
     else:
         fields = ["train_transformer.steps=0", "sampling.top_p=1"]
     config = load_config("emoji", [*fields, *change.split()])

@@ -44,6 +44,7 @@ from var_jax.config import (
         ("tokenizer", ()),
         ("tokenizer", ("512_patchgan",)),
         ("finetune", ("emoji",)),
+        ("finetune_tokenizer", ("emoji",)),
     ],
 )
 def test_a_flag_can_set_every_field_of_an_experiment(name, variant):
@@ -91,6 +92,8 @@ def test_bad_training(fields, sentence):
         ),
         ({"kmeans_steps": 1, "codebook_decay": 0}, r"codebook_decay=0 learns codes by gradient"),
         ({"kmeans_steps": 9}, r"kmeans_steps=9 leaves nothing of steps=9"),
+        ({"decoder_only": True, "kmeans_steps": 1}, r"kmeans_steps=1 is of the .* decoder_only"),
+        ({"decoder_only": True, "entropy_weight": 1}, r"entropy_weight=1\.0 is of the encoder"),
         ({"dtype": "float16"}, r"dtype='float16' is not one of auto, float32, bfloat16"),
         ({"l2_weight": 0}, r"l2_weight=l1_weight=lpips_weight=0 leaves nothing"),
         ({"perturbation": 2}, r"perturbation=2\.0; expected 0 to 1"),

@@ -328,6 +328,7 @@ class TrainTokenizerConfig(TrainConfig):
     """The first training; `steps` of 0 leave it out."""
 
     codebook_decay: float = 0.99  # codes as moving averages; 0: learned by gradient
+    codebook_restart: float = 0.03  # codes used less than so many times the mean restart; 0: none
     kmeans_steps: int = 0  # first steps, in which only codes are learned: k-means of the residuals
     rotation: bool = False  # gradients pass the quantizer by the rotation trick
     l2_weight: float = 1.0  # of the mean squared error
@@ -338,13 +339,16 @@ class TrainTokenizerConfig(TrainConfig):
     gan: GanConfig = GanConfig()
     scale_dropout: float = 0.0  # share of images of which random last scales are left out
     perturbation: float = 0.0  # share of images of which codes are replaced by neighbours
+    entropy_weight: float = 0.0  # of the codebook entropy loss
+    decoder_only: bool = False  # encoder and codes stay as they are, so an image's tokens do
     dtype: str = "auto"  # of activations: bfloat16 on accelerators, float32 on CPU
 
     def __post_init__(self):
         super().__post_init__()
         check_ranges(
-            self, codebook_decay=PART, l2_weight=ANY, l1_weight=ANY, lpips_weight=ANY,
-            kmeans_steps=ANY, scale_dropout=SHARE, perturbation=SHARE,
+            self, codebook_decay=PART, codebook_restart=PART, l2_weight=ANY, l1_weight=ANY,
+            lpips_weight=ANY, kmeans_steps=ANY, scale_dropout=SHARE, perturbation=SHARE,
+            entropy_weight=ANY,
         )  # fmt: skip
         check_dtype(self.dtype)
         if self.kmeans_steps and not self.codebook_decay:
@@ -357,6 +361,12 @@ class TrainTokenizerConfig(TrainConfig):
                 f"kmeans_steps={self.kmeans_steps} leaves nothing of steps={self.steps} to train"
                 " encoder and decoder; expected less."
             )
+        for name in ("kmeans_steps", "entropy_weight", "rotation"):
+            if self.decoder_only and (value := getattr(self, name)):
+                raise BadInput(
+                    f"{name}={value} is of the encoder and the codes, which decoder_only=True keeps"
+                    " as they are; set one of them."
+                )
         if not self.l2_weight + self.l1_weight + self.lpips_weight:
             raise BadInput(
                 "l2_weight=l1_weight=lpips_weight=0 leaves nothing that tells reconstructions from"
@@ -507,7 +517,7 @@ class Config:
     data: DataConfig = DataConfig()
     mesh: MeshConfig = field(default=MeshConfig(), metadata=FREE)
     sampling: SamplingConfig = field(default=SamplingConfig(), metadata=FREE)
-    # A checkpoint whose tokenizer is taken; none is trained then.
+    # A checkpoint whose tokenizer is taken; train_tokenizer.steps above 0 fine-tune it.
     pretrained_tokenizer: str = field(default="", metadata=SET)
     # A checkpoint whose transformer the training starts from (fine-tuning).
     init_from: str = field(default="", metadata=SET)

@@ -92,7 +92,8 @@ def test_what_runs_in_a_bucket_is_what_runs_on_a_disk(server, whole, tmp_path):
         encode = ["--checkpoint", checkpoint, "--images", packed, "--out", tokens]
         succeed("encode", *encode, "--shift", 1, "--batch_size", 8, command=run)
         data = {"data.source": packed, "data.tokens": tokens, "pretrained_tokenizer": checkpoint}
-        more = {**data, "transformer.num_classes": 2, "train_transformer.token_noise": 0}
+        more = {"transformer.num_classes": 2, "train_transformer.token_noise": 0}
+        more |= {**data, "train_tokenizer.steps": 0}
         flags = [f"--config.{name}={value}" for name, value in more.items()]
         succeed(*TRAIN, place / "again", *flags)
     for run_ in "run", "again":

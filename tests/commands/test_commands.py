@@ -5,12 +5,15 @@ import re
 import shutil
 import signal
 
+import chex
 import numpy as np
 import pytest
 from PIL import Image
 from running import TINY, complaint, run, run_alone, start, wait_for
 
 from var_jax.checkpoints.torch.pth import write_pth
+from var_jax.models.tokenizer import decode_tokens, encode_images
+from var_jax.sampling.exports import load_models, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,7 @@ def test_sample(trained, tmp_path):
 def test_train_bad_input(tmp_path):
     workdir = tmp_path / "work"
     tiny = ("--config", TINY)
+    gan = "--config.train_tokenizer.gan.weight=1", "--config.train_tokenizer.gan.layers=2"
     said = {
         (): "--config is missing",
         ("--config", "nowhere.py"): "nowhere.py",
@@ -81,7 +85,11 @@ def test_train_bad_input(tmp_path):
         (*tiny, "--config.data.tokens=cache", "--config.train_transformer.token_noise=0"): (
             "data.tokens=cache holds the codes of a tokenizer"
         ),
-        (*tiny, "--config.pretrained_tokenizer=emoji"): "but config.tokenizer.patch_nums is (1, 2",
+        (*tiny, "--config.pretrained_tokenizer=emoji"): "but config.tokenizer.vocab_size is 64",
+        (*tiny, "--config.train_tokenizer.decoder_only=true"): "keeps the encoder of a trained tok",
+        (*tiny, "--config.train_tokenizer.lpips_weight=1"): "takes images of 32 pixels a side or",
+        (*tiny, "--config.train_tokenizer.gan.weight=1"): "takes images of 24 pixels a side or",
+        (*tiny, *gan, "--config.train_tokenizer.gan.start=12"): "leaves the discriminator out of",
     }
     for flags, expected in said.items():
         assert expected in complaint("train", "--workdir", workdir, *flags)
@@ -214,6 +222,36 @@ def test_each_training_alone(untrained, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "another"}))
     code, _, err = run("train", "--config", TINY, "--workdir", tmp_path / "b", *there)
     assert code == 2 and "other weights" in err
+
+
+@pytest.mark.slow
+def test_fine_tuning_the_decoder_keeps_tokens_and_transformer(untrained, tmp_path):
+    training = {"decoder_only": "true", "steps": 3, "learning_rate": 0.1}
+    flags = [f"--config.train_tokenizer.{name}={value}" for name, value in training.items()]
+    start = f"--config.pretrained_tokenizer={untrained}", "--config.train_transformer.steps=0"
+    code, out, err = run("train", "--config", TINY, "--workdir", tmp_path, *start, *flags)
+    assert code == 0 and f"the tokenizer of {untrained} is fine-tuned" in out, err
+    old, new = (load_models(folder) for folder in (untrained, tmp_path / "checkpoint"))
+    images = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3), np.uint8)
+    tokens = encode_images(old.tokenizer, images)
+    np.testing.assert_array_equal(tokens, encode_images(new.tokenizer, images))
+    assert (decode_tokens(old.tokenizer, tokens) != decode_tokens(new.tokenizer, tokens)).any()
+    chex.assert_trees_all_equal(old.transformer, new.transformer)
+    assert (old.class_names, old.sampling) == (new.class_names, new.sampling)
+
+
+@pytest.mark.slow
+def test_fine_tuning_begins_at_the_checkpoint_on_another_schedule(untrained, tmp_path):
+    flags = (
+        f"--config.pretrained_tokenizer={untrained}", "--config.train_transformer.steps=0",
+        "--config.train_tokenizer.steps=1", "--config.train_tokenizer.learning_rate=0",
+        "--config.tokenizer.patch_nums=1,2,4,8", "--config.data.size=32",
+    )  # fmt: skip
+    code, _, err = run("train", "--config", TINY, "--workdir", tmp_path, *flags)
+    assert code == 0, err
+    old, new = (load_tokenizer(folder) for folder in (untrained, tmp_path / "checkpoint"))
+    assert new.config.image_size == 32
+    np.testing.assert_array_equal(old.synthesis[...], new.synthesis[...])
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def commands_of(paths):
 def accepts(name, argv):
     """Asserts that a command takes these flags, and that its config is there."""
     argv = [word.replace("gs://", "").replace("$CONFIG", "imagenet:d16") for word in argv]
-    argv = [re.sub(r"^finetune:.*", "finetune:emoji", word) for word in argv]
+    argv = [re.sub(r"^(finetune\w*):.*", r"\1:emoji", word) for word in argv]
     read = lambda args: load_config(args.config, args.config_field) if "config" in args else None
     module = importlib.import_module(f"var_jax.{name}")
     with contextlib.redirect_stderr(io.StringIO()) as err:
@@ -171,7 +171,8 @@ def test_commands_for_users_run(workplace):
         devices = int(words.pop(0).partition("=")[2]) if "=" in words[0] else 1
         name, flags = words[2].removeprefix("var_jax."), words[3:]
         if name == "train":
-            flags += FEW_STEPS if "finetune:" in command else FEW_STEPS_OF_BOTH
+            kept = re.search(r"finetune:|data\.tokens", command)  # the tokenizer
+            flags += FEW_STEPS if kept else FEW_STEPS_OF_BOTH
         code, _, err = (
             run(name, *flags) if devices == 1 else run_alone(name, *flags, devices=devices)
         )

@@ -21,12 +21,21 @@ from var_jax.models.discriminator import (
     select,
 )
 from var_jax.models.quantizer import Quantizer, neighbours, rotation
+from var_jax.tools.trees import path_name
 from var_jax.training.loss_networks import abstract_loss_networks, loss_networks
-from var_jax.training.losses import adaptive_weight, discriminator_hinge, generator_loss, lecam
+from var_jax.training.losses import (
+    adaptive_weight,
+    codebook_entropy,
+    discriminator_hinge,
+    generator_loss,
+    lecam,
+)
 from var_jax.training.tokenizer import regularization, tokenizer_task, with_codebook
 
 GAN = GanConfig(weight=0.5, layers=2, channels=8, start=2, ramp=2, lecam=0.01, augment=True)
-CONFIG = dataclasses.replace(TRAIN_TOKENIZER, gan=GAN, l1_weight=0.2, perturbation=0.5)
+CONFIG = dataclasses.replace(
+    TRAIN_TOKENIZER, gan=GAN, l1_weight=0.2, perturbation=0.5, entropy_weight=0.1
+)
 
 
 @functools.cache
@@ -138,6 +147,50 @@ def test_kmeans_steps_move_the_codes_only():
     same_codes = with_codebook(state.autoencoder.params, jnp.asarray(start.quantizer.codebook[...]))
     chex.assert_trees_all_equal(same_codes, start)
     assert (later.autoencoder.params.analysis[...] != start.analysis[...]).any()
+
+
+def test_codebook_entropy_is_low_for_sure_and_even_assignments():
+    sure, even = jnp.zeros((4, 1)), jnp.eye(4)[:, None]
+    assert codebook_entropy(sure, even) == pytest.approx(-np.log(4), abs=1e-4)
+    one_code = even[:1].repeat(4, 0)
+    assert codebook_entropy(sure, one_code) == pytest.approx(0, abs=1e-4)
+    unsure = jnp.full((4, 1), np.log(4)), jnp.full((4, 1, 4), 0.25)
+    assert codebook_entropy(*unsure) == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_soft_codes_are_posteriors_and_reach_the_latent():
+    quantizer = Quantizer(TOKENIZER, rngs=nnx.Rngs(0))
+    f = jax.random.normal(jax.random.key(1), (2, 4, 4, 16))
+    code = quantizer.encode(f)
+    soft = quantizer.soft_codes(f, code.residual)
+    z, codes = np.asarray(code.residual[0, 0]), np.asarray(quantizer.codebook[...])
+    distance = ((z - codes) ** 2).sum(1)  # of the coarsest scale's only token
+    p = np.exp(-8 * (distance / distance.min() - 1))
+    p /= p.sum()
+    np.testing.assert_allclose(soft.mean[0, 0], p, atol=1e-5)
+    assert soft.entropy[0, 0] == pytest.approx(-(p * np.log(p + 1e-30)).sum(), rel=1e-3)
+    gradient = jax.grad(lambda f: codebook_entropy(*quantizer.soft_codes(f, code.residual)))(f)
+    assert (np.abs(gradient).max(axis=(1, 2, 3)) > 0).all()
+
+
+@pytest.mark.slow
+def test_decoder_only_keeps_encoder_and_codes_to_the_bit():
+    config = dataclasses.replace(TRAIN_TOKENIZER, decoder_only=True, weight_decay=0.1)
+    task = tokenizer_task(TOKENIZER, config)
+    start = jax.device_get(jax.jit(task.init)(jax.random.key(0))).autoencoder
+    after = train(None, task, steps=3)[1].autoencoder
+    moved = lambda old, new: {
+        path_name(path)
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True
+        )
+        if (np.asarray(a) != np.asarray(b)).any()
+    }
+    for old, new in ((start.params, after.params), (start.ema, after.ema)):
+        assert {name.split(".")[0] for name in moved(old, new)} == {
+            "decoder", "post_conv", "synthesis"
+        }  # fmt: skip
 
 
 def test_neighbours_are_as_many_as_the_paper_takes():

@@ -13,12 +13,26 @@ def test_a_used_code_moves_to_the_mean_of_its_residuals_and_an_unused_one_restar
     idx = jnp.array([[0, 0, 1]])
     codebook = jnp.full((3, 2), 100.0)
     new, stats, restarted = update_codebook(
-        codebook, init_stats(codebook), idx, residual, jax.random.key(0), 0.5
+        codebook, init_stats(codebook), idx, residual, jax.random.key(0), 0.5, 0.03
     )
     np.testing.assert_allclose(new[:2], [[2, 0], [0, 5]], atol=1e-6)
     assert restarted.tolist() == [False, False, True]
     assert any((new[2] == row).all() for row in residual[0])  # one of this batch
     assert (stats.hits > 0).all()
+
+
+def test_a_trained_codebook_outlives_its_first_batch_and_restarts_can_be_off():
+    codebook = jnp.arange(12.0).reshape(6, 2)
+    idx, residual = jnp.zeros((1, 12), jnp.int32), jnp.ones((1, 12, 2))
+    update = lambda hits, restart: update_codebook(
+        codebook, init_stats(codebook, hits), idx, residual, jax.random.key(0), 0.9, restart
+    )
+    new, _, restarted = update(2.0, 0.03)
+    np.testing.assert_allclose(new[1:], codebook[1:], rtol=1e-6)
+    np.testing.assert_allclose(new[0], (1.8 * codebook[0] + 1.2) / 3, rtol=1e-6)
+    assert not restarted.any()
+    assert update(0.0, 0.03)[2].tolist() == [False] + [True] * 5
+    assert not update(0.0, 0.0)[2].any()
 
 
 def test_stats_count_and_pick():

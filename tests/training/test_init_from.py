@@ -9,13 +9,19 @@ from flax import nnx
 from test_tasks import TOKENIZER, TRANSFORMER
 
 from var_jax import BadInput
-from var_jax.config import Config, DataConfig, SamplingConfig, TrainTransformerConfig
+from var_jax.config import (
+    Config,
+    DataConfig,
+    SamplingConfig,
+    TrainTokenizerConfig,
+    TrainTransformerConfig,
+)
 from var_jax.models.patch_codec import make_tokenizer
 from var_jax.models.var import Transformer
 from var_jax.sampling.exports import save_parts
 from var_jax.sharding.mesh import make_mesh, shard
-from var_jax.training.init_from import transformer_from
-from var_jax.training.run import check_start
+from var_jax.training.init_from import tokenizer_from, transformer_from
+from var_jax.training.run import check_rounding, check_start, check_tokenizer
 
 NAMES = tuple("abcdefghi")
 
@@ -32,11 +38,17 @@ def export(tmp_path_factory):
 
 
 def random_transformer(config, seed):
-    abstract = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    return random(lambda: Transformer(config, rngs=nnx.Rngs(0)), seed)
+
+
+def random_tokenizer(config, seed):
+    return random(lambda: make_tokenizer(config, rngs=nnx.Rngs(0)), seed)
+
+
+def random(model, seed):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: jax.numpy.asarray(rng.normal(size=x.shape).astype("f4")), abstract
-    )
+    draw = lambda x: jax.numpy.asarray(rng.normal(size=x.shape).astype("f4"))
+    return jax.tree.map(draw, jax.eval_shape(model))
 
 
 def started(export, names=NAMES, **change):
@@ -103,3 +115,57 @@ def test_another_size_is_refused_before_anything_is_computed(export):
     )  # fmt: skip
     with pytest.raises(BadInput, match=r"init_from=.* with width=64, but config.* is 32"):
         check_start(config)
+
+
+@pytest.mark.parametrize("num_phi", [0, 4])
+def test_a_tokenizer_takes_every_weight_on_another_schedule(num_phi):
+    sizes = {"num_phi": num_phi, "patch_nums": (1, 2, 4)}
+    given = random_tokenizer(dataclasses.replace(TOKENIZER, **sizes), 0)
+    fresh = random_tokenizer(dataclasses.replace(TOKENIZER, num_phi=num_phi, patch_nums=(1, 4)), 1)
+    made = tokenizer_from(fresh, given)
+    assert made.config == fresh.config
+    old, new = (quantizer.phi_kernel[...] for quantizer in (given.quantizer, made.quantizer))
+    np.testing.assert_array_equal(new, old if num_phi else old[np.array([0, 2])])
+    np.testing.assert_array_equal(made.quantizer.codebook[...], given.quantizer.codebook[...])
+    np.testing.assert_array_equal(made.analysis[...], given.analysis[...])
+
+
+def fine_tuning(export, source=None, **change):
+    """The config of a tokenizer's training that starts from an export."""
+    sizes = {name: change.pop(name) for name in ("patch_nums", "vocab_size") if name in change}
+    others = {name: change.pop(name) for name in ("data", "export_dtype") if name in change}
+    tokenizer = dataclasses.replace(TOKENIZER, **sizes)
+    return Config(
+        tokenizer=tokenizer, train_tokenizer=TrainTokenizerConfig(steps=3, **change),
+        pretrained_tokenizer=export[0] if source is None else source,
+        **{"data": DataConfig(size=4 * tokenizer.patch_nums[-1])} | others,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"vocab_size": 32}, r"holds a tokenizer with vocab_size=64, but config.* is 32"),
+        ({"source": "", "decoder_only": True}, r"decoder_only=True keeps the encoder of a trained"),
+        ({"data": DataConfig(size=16, tokens="cache")}, r"data\.tokens=cache .*steps=3 change"),
+    ],
+)
+def test_what_no_fine_tuning_can_mean(export, change, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        check_tokenizer(fine_tuning(export, **change))
+
+
+def test_what_fine_tuning_may_change(export):
+    check_tokenizer(fine_tuning(export, patch_nums=(1, 2, 3, 8)))
+    tokens = DataConfig(size=16, tokens="cache")
+    check_tokenizer(fine_tuning(export, decoder_only=True, data=tokens))
+
+
+def test_an_encoder_that_is_kept_is_not_rounded(export):
+    tokenizer = random_tokenizer(TOKENIZER, 0)
+    change = {"decoder_only": True, "export_dtype": "bfloat16"}
+    with pytest.raises(BadInput, match="export_dtype=bfloat16 rounds the weights of"):
+        check_rounding(fine_tuning(export, **change), tokenizer)
+    rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), tokenizer)
+    check_rounding(fine_tuning(export, **change), rounded)
+    check_rounding(fine_tuning(export, export_dtype="bfloat16"), tokenizer)

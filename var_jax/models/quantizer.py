@@ -68,6 +68,13 @@ class Quantized(NamedTuple):
     loss: Float[Array, " B"]
 
 
+class SoftCodes(NamedTuple):
+    """Soft assignments of each scale: the mean entropy of one in nats, and their mean."""
+
+    entropy: Float[Array, "B K"]
+    mean: Float[Array, "B K V"]
+
+
 class Quantizer(nnx.Module):
     """One codebook for all scales and a few phi convolutions shared among them."""
 
@@ -164,6 +171,30 @@ class Quantizer(nnx.Module):
             f_hat = jnp.stack(sums)[scales_B - 1, jnp.arange(len(scales_B))]
         f_hat = rotation(f_BhwC, f_hat) if rotate else f_BhwC + fixed(f_hat - f_BhwC)
         return Quantized(f_hat, code.idx, fixed(code.residual), loss)
+
+    def soft_codes(
+        self, f_BhwC: Float[Array, "B h w C"], residual_BLC: Float[Array, "B L C"]
+    ) -> SoftCodes:
+        """Soft assignments of the residuals that quantizing `f_BhwC` left, with gradients by both.
+
+        They are posteriors of Gaussians around the codes, each of as large a distance as the
+        nearest code has on average over the tokens of an image's scale.
+        """
+        fixed, codes, found = jax.lax.stop_gradient, self.codebook[...], []
+        unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12)
+        for here, p in zip(slices(self.config.patch_nums), self.config.patch_nums, strict=True):
+            f_BlC = downsample(f_BhwC, p).reshape(len(f_BhwC), p * p, -1)
+            z_BlC = residual_BLC[:, here] + f_BlC - fixed(f_BlC)  # coarser codes are constants
+            if self.config.codebook_znorm:
+                z_BlC, codes = unit(z_BlC), unit(codes)
+            dot = jnp.einsum("BlC,VC->BlV", z_BlC, codes, precision=HIGHEST)
+            square = lambda x: jnp.sum(x**2, axis=-1)
+            distance = square(z_BlC)[..., None] - 2 * dot + square(codes)[None, None]
+            nearest = fixed(distance.min(-1).mean(-1))[:, None, None].clip(1e-6)
+            log_p = jax.nn.log_softmax(-0.5 * codes.shape[1] * distance / nearest)
+            p_BlV = jnp.exp(log_p)
+            found.append((-(p_BlV * log_p).sum(-1).mean(-1), p_BlV.mean(1)))
+        return SoftCodes(*(jnp.stack(parts, 1) for parts in zip(*found, strict=True)))
 
     def perturb(
         self, idx_BL: Int32[Array, "B L"], rank_BL: Int32[Array, "B L"]

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32, UInt8
 
 from var_jax.config import TokenizerConfig
 from var_jax.models import backend
-from var_jax.models.quantizer import Quantized, Quantizer
+from var_jax.models.quantizer import Quantizer
 from var_jax.sharding.ops import data_parallel, in_parts
 
 HIGH = jax.lax.Precision.HIGH
@@ -206,21 +206,6 @@ class Tokenizer(nnx.Module):
     def decode(self, idx_BL: Int32[Array, "B L"]) -> Float[Array, "B H W 3"]:
         """Codes → image in [-1, 1]."""
         return self.decode_latent(self.quantizer.decode(idx_BL)[-1])
-
-    def __call__(
-        self,
-        image: Float[Array, "B H W 3"],
-        scales_B: Int32[Array, " B"] | None = None,
-        rank_BL: Int32[Array, "B L"] | None = None,
-        rotate: bool = False,
-        dtype: DTypeLike = jnp.float32,
-    ) -> tuple[Float[Array, "B H W 3"], Quantized]:
-        """Reconstruction (not clipped) and the quantizer's part.
-
-        `scales_B`, `rank_BL` and `rotate` are the quantizer's, `dtype` is of the activations.
-        """
-        quantized = self.quantizer(self.latent(image, dtype), scales_B, rank_BL, rotate)
-        return self.reconstruct(quantized.f_hat, dtype), quantized
 
 
 def to_float(image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:

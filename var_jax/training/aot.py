@@ -10,6 +10,7 @@ import math
 import os
 import re
 import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from var_jax import BadInput
-from var_jax.config import Config
+from var_jax.config import Config, TrainTokenizerConfig
 from var_jax.models import backend
 from var_jax.models.attention_tpu import padded_flops
 from var_jax.models.features.inception import abstract_inception, inception
@@ -33,6 +34,7 @@ from var_jax.tools.flops import matmul_flops, transformer_flops
 from var_jax.training.loss_networks import abstract_loss_networks, loss_flops
 from var_jax.training.state import Learner
 from var_jax.training.tasks import task_of
+from var_jax.training.tokenizer import reconstruct
 
 PROGRAMS = ("transformer", "pixels", "tokenizer", "sampler", "features")
 OPERATIONS = 2 * 8192**3  # of the yardstick
@@ -225,7 +227,9 @@ def model_flops(config: Config, program: str) -> float:
     with backend.assume("tpu"):
         if program == "tokenizer":
             losses = loss_flops(config.train_tokenizer, size)
-            return 3 * matmul_flops(type(tokenizer).__call__, tokenizer, image) + losses
+            forward = partial(reconstruct, TrainTokenizerConfig(), jnp.float32)
+            pixels = jax.ShapeDtypeStruct(image.shape, jnp.uint8)
+            return 3 * matmul_flops(forward, tokenizer, pixels, None, None) + losses
         if program == "pixels":
             return transformer + matmul_flops(type(tokenizer).encode, tokenizer, image)
         guided = 2 * transformer_flops(config.transformer, backward=False)

@@ -16,8 +16,6 @@ from var_jax.schedule import level_ids
 from var_jax.sharding.mesh import BATCH
 from var_jax.sharding.ops import on_mesh
 
-RESTART_BELOW = 0.03  # codes used less than so many times the mean start anew
-
 
 class CodebookStats(NamedTuple):
     """Moving averages a step: how often a code was used, and the sum of what it stood for."""
@@ -26,9 +24,9 @@ class CodebookStats(NamedTuple):
     total: Float[Array, "V C"]
 
 
-def init_stats(codebook: Float[Array, "V C"]) -> CodebookStats:
-    """All codes unused, so that the first batch places them."""
-    return CodebookStats(jnp.zeros(codebook.shape[0]), jnp.zeros_like(codebook))
+def init_stats(codebook: Float[Array, "V C"], hits: float = 0.0) -> CodebookStats:
+    """All codes used so often a step; a trained codebook's by 0 would be placed by one batch."""
+    return CodebookStats(jnp.full_like(codebook[:, 0], hits), codebook * hits)
 
 
 def update_codebook(
@@ -38,10 +36,12 @@ def update_codebook(
     residual_BLC: Float[Array, "B L C"],
     key: Key[Array, ""],
     decay: float,
+    restart: float,
 ) -> tuple[Float[Array, "V C"], CodebookStats, Bool[Array, " V"]]:
     """The codebook after a batch, its statistics, and which codes were restarted.
 
-    With a `decay` of 0 codes are learned by gradient and only restarted here.
+    With a `decay` of 0 codes are learned by gradient and only restarted here: those that are used
+    less than `restart` times the mean.
     """
     V, moving_average = codebook.shape[0], bool(decay)
     decay = decay or 0.99
@@ -50,13 +50,13 @@ def update_codebook(
     hits = decay * stats.hits + (1 - decay) * hits
     total = decay * stats.total + (1 - decay) * total
     mean_hits = idx_BL.size / V
-    dead = hits < RESTART_BELOW * mean_hits
+    dead = hits < restart * mean_hits
     if moving_average:
         used = hits[:, None] > 1e-12
         codebook = jnp.where(used, total / jnp.maximum(hits, 1e-12)[:, None], codebook)
     codebook = jnp.where(dead[:, None], fresh, codebook)
     # A restarted code counts as used a few times, so that the next batches can move it.
-    hits = jnp.where(dead, 3 * RESTART_BELOW * mean_hits, hits)
+    hits = jnp.where(dead, 3 * restart * mean_hits, hits)
     total = jnp.where(dead[:, None], fresh * hits[:, None], total)
     return codebook, CodebookStats(hits, total), dead
 

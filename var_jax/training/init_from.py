@@ -3,14 +3,16 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from var_jax import BadInput
 from var_jax.checkpoints.export import export_config
 from var_jax.config import TransformerConfig
 from var_jax.models.backbone import Backbone
 from var_jax.models.resize import bicubic_matrix
+from var_jax.models.tokenizer import Tokenizer
 from var_jax.sampling.exports import abstract_models, load_parts
 from var_jax.schedule import slices
 from var_jax.sharding.mesh import to_host
@@ -56,6 +58,22 @@ def transformer_from(fresh: Backbone, directory: str, class_names: tuple[str, ..
             return leaf
         value = np.asarray(value, leaf.dtype)
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
+
+    return jax.tree_util.tree_map_with_path(place, fresh)
+
+
+def tokenizer_from(fresh: Tokenizer, given: Tokenizer) -> Tokenizer:
+    """`given`, for the schedule of `fresh`: its phis, where each scale has one, from the nearest.
+
+    Both lie on the mesh; the weights are copies.
+    """
+    old = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(given)}
+
+    def place(path: tuple, leaf: Array) -> Array:
+        value = old[path_name(path)]
+        if len(value) != len(leaf):
+            value = value[matching_scales(len(value), len(leaf))]
+        return jnp.copy(value)
 
     return jax.tree_util.tree_map_with_path(place, fresh)
 

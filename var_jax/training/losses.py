@@ -57,6 +57,16 @@ def adaptive_weight(
     return ratio.clip(0.015, 1e4)
 
 
+def codebook_entropy(entropy: Float[Array, "B K"], mean: Float[Array, "B K V"]) -> Float[Array, ""]:
+    """Entropy of the assignments to codes less that of their mean, averaged over scales, in nats.
+
+    Low where each assignment is sure and all codes of a scale are used alike: Yu et al.,
+    MAGVIT-v2, arXiv 2310.05737, eq. 5, of which `models.quantizer.SoftCodes` has the parts.
+    """
+    usage = mean.mean(0)
+    return entropy.mean() + jnp.sum(usage * jnp.log(usage + 1e-12), axis=-1).mean()
+
+
 def psnr_of_error(error: Float[Array, " B"]) -> Float[Array, " B"]:
     """Peak signal-to-noise ratio in dB; the range is 2, so the peak squared is 4."""
     return 10 * jnp.log10(4 / jnp.maximum(error, 1e-8))

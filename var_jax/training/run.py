@@ -25,10 +25,12 @@ from var_jax.sampling.exports import (
     abstract_models,
     as_exported,
     build,
+    load_models,
     load_tokenizer,
     save_models,
 )
 from var_jax.sampling.generate import reconstruct_images
+from var_jax.schedule import num_tokens
 from var_jax.sharding.mesh import check_batch, check_hosts, check_model, make_mesh
 from var_jax.sharding.rows import replicate
 from var_jax.tools.files import replacing
@@ -38,13 +40,16 @@ from var_jax.tools.paths import user_path
 from var_jax.tools.plugins import find_function
 from var_jax.tools.trees import path_name
 from var_jax.training import hooks, loop
-from var_jax.training.init_from import check_source, transformer_from
+from var_jax.training.codebook import init_stats
+from var_jax.training.init_from import check_source, tokenizer_from, transformer_from
 from var_jax.training.loss_networks import loss_networks
-from var_jax.training.state import TransformerState
+from var_jax.training.state import TransformerState, start_from
 from var_jax.training.tasks import task_of
-from var_jax.training.workdir import occupy
+from var_jax.training.tokenizer import TokenizerState
+from var_jax.training.workdir import TRAININGS, occupy, steps_made
 
 UNITS = {"dit": "squared error of the velocity"}  # of the loss of a kind of transformer
+FINE_TUNED = ("patch_nums", "beta")  # no weight's shape or meaning depends on these
 REPORT_ARGUMENTS = 4  # training and validation set, and functions that draw and reconstruct
 
 
@@ -62,7 +67,7 @@ def train(config: Config, workdir: epath.Path, *, profile: int = 0) -> dict[str,
         parts: dict[str, Any] = {"tokenizer": tokenizer}
         if config.train_transformer.steps:
             parts["transformer"] = run.transformer(tokenizer)
-        save_models(workdir / "checkpoint", parts, run.train.class_names, run.config)
+        run.save(parts)
         # Not from a bucket: what lies there may not be the newest yet.
         records = run.metrics.records() if jax.process_index() == 0 else []
         summary = last_validation(records, unit)
@@ -105,7 +110,7 @@ class Run:
         if config.report:
             find_function("config.report", config.report, REPORT_ARGUMENTS)
         # Read ahead of the first step, so that a file that is missing is said now.
-        self.networks = {} if config.pretrained_tokenizer else loss_networks(config.train_tokenizer)
+        self.networks = loss_networks(config.train_tokenizer)
         self.pretrained: Tokenizer | None = None
         self.cached: tuple[TokenCache, TokenCache] | None = None
         inputs: dict[str, Any] = {"fingerprint": "", "copies": 0}
@@ -114,6 +119,7 @@ class Run:
                 # Ahead of a fingerprint, which may take long.
                 read_manifest(user_path(data.tokens, "data.tokens"), KIND)
             self.pretrained = load_tokenizer(config.pretrained_tokenizer, self.mesh)
+            check_rounding(config, self.pretrained)
             inputs["fingerprint"] = load_fingerprint(
                 config.pretrained_tokenizer, "tokenizer", self.pretrained
             )
@@ -123,6 +129,9 @@ class Run:
         splits = {"train": self.train, "validation": self.validation}
         check_replaceable(workdir / "checkpoint")  # ahead of days of training
         occupy(workdir, config, inputs, splits)
+        # Older versions never trained a pretrained tokenizer; what they began goes on so.
+        begun = {name: steps_made(workdir / name) for name in TRAININGS}
+        self.fine_tunes = bool(begun["tokenizer"] or not begun["transformer"])
         if jax.process_index() == 0:
             print(summarize(data.source, splits), flush=True)
         self.metrics = Metrics(workdir)
@@ -141,8 +150,8 @@ class Run:
         )
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer: trained here, or taken from another checkpoint."""
-        if self.pretrained:
+        """The tokenizer: trained here, or taken from another checkpoint, or both."""
+        if self.pretrained and not (self.config.train_tokenizer.steps and self.fine_tunes):
             return self.pretrained
         task = task_of(self.config, "tokenizer")
         every, where = self.config.every, {"workdir": self.workdir}
@@ -162,6 +171,7 @@ class Run:
                 ),
                 hooks.reconstructions(every.sample, task, self.validation, self.metrics, **where),
             ),
+            initialize=self.pretrained and functools.partial(self.start_tokenizer, self.pretrained),
             profile=self.profile,
         )
         return state.autoencoder.best
@@ -187,17 +197,40 @@ class Run:
                 hooks.validation(every.evaluate, task, validation, mesh=self.mesh, frozen=frozen),
                 hooks.samples(every.sample, task, models, self.metrics, **where),
             ),
-            initialize=self.initialize if config.init_from else None,
+            initialize=self.start_transformer if config.init_from else None,
             profile=self.profile,
         )
         return state.transformer.best
 
-    def initialize(self, state: TransformerState) -> TransformerState:
+    def start_tokenizer(self, given: Tokenizer, state: TokenizerState) -> TokenizerState:
+        """Step 0 with the weights of a tokenizer, none of whose codes is out of use."""
+        if jax.process_index() == 0:
+            print(f"the tokenizer of {self.config.pretrained_tokenizer} is fine-tuned", flush=True)
+        params = tokenizer_from(state.autoencoder.params, given)
+        model = self.config.tokenizer
+        tokens = self.config.train_tokenizer.batch_size * num_tokens(model.patch_nums)
+        stats = init_stats(params.quantizer.codebook[...], tokens / model.vocab_size)
+        return state._replace(autoencoder=start_from(state.autoencoder, params), codebook=stats)
+
+    def start_transformer(self, state: TransformerState) -> TransformerState:
         """Step 0 with the weights of `config.init_from`."""
         learner, names = state.transformer, self.train.class_names
         params = transformer_from(learner.params, self.config.init_from, names)
-        ema = None if learner.ema is None else jax.tree.map(jax.numpy.copy, params)
-        return state._replace(transformer=learner._replace(params=params, ema=ema))
+        return state._replace(transformer=start_from(learner, params))
+
+    def save(self, parts: dict[str, Any]) -> None:
+        """The checkpoint of what was trained.
+
+        A transformer of `pretrained_tokenizer` whose tokens stayed as they are comes along.
+        """
+        config, names = self.config, self.train.class_names
+        if self.pretrained and config.train_tokenizer.decoder_only and "transformer" not in parts:
+            same = self.pretrained.config.patch_nums == config.tokenizer.patch_nums
+            if same and "transformer" in abstract_models(config.pretrained_tokenizer)[2]:
+                kept = load_models(config.pretrained_tokenizer, self.mesh)
+                parts, names = {**parts, "transformer": kept.transformer}, kept.class_names
+                config = dataclasses.replace(config, sampling=kept.sampling)
+        save_models(self.workdir / "checkpoint", parts, names, config)
 
     def open_cache(self, fingerprint: str) -> tuple[TokenCache, TokenCache]:
         """The token cache on disk, both splits. Raises: BadInput if it does not fit this run."""
@@ -245,20 +278,46 @@ def check_batches(name: str, config: TrainConfig, parts: int, mesh: jax.sharding
             check_batch(what, config.batch_size // parts, mesh)
 
 
+def check_rounding(config: Config, tokenizer: Tokenizer) -> None:
+    """Raises BadInput if the export would round an encoder that `decoder_only` keeps."""
+    if not config.train_tokenizer.decoder_only:
+        return
+    stored = as_exported(tokenizer, config.export_dtype)
+    same = jax.tree.map(jax.numpy.array_equal, stored, tokenizer)
+    if not all(map(bool, jax.tree.leaves(same))):
+        raise BadInput(
+            f"export_dtype={config.export_dtype} rounds the weights of"
+            f" {config.pretrained_tokenizer}, and train_tokenizer.decoder_only=True keeps the"
+            " tokens that they give; expected float32."
+        )
+
+
 def check_tokenizer(config: Config) -> None:
     """Raises BadInput if there would be no trained tokenizer, or another than the config's."""
+    training = config.train_tokenizer
     if config.pretrained_tokenizer:
         _, _, parts = abstract_models(config.pretrained_tokenizer)
         wanted, found = map(dataclasses.asdict, (config.tokenizer, parts["tokenizer"].config))
         for name in wanted:
-            if found[name] != wanted[name]:
+            if found[name] != wanted[name] and not (training.steps and name in FINE_TUNED):
                 raise BadInput(
                     f"{config.pretrained_tokenizer} holds a tokenizer with {name}={found[name]},"
                     f" but config.tokenizer.{name} is {wanted[name]}; it goes with the config that"
                     " trained it (emoji with --config emoji:large)."
                 )
+        if training.steps and not training.decoder_only and config.data.tokens:
+            raise BadInput(
+                f"data.tokens={config.data.tokens} holds the codes of"
+                f" {config.pretrained_tokenizer}, and train_tokenizer.steps={training.steps} change"
+                " its encoder; set steps to 0, or train_tokenizer.decoder_only."
+            )
         return
-    if not config.train_tokenizer.steps:
+    if training.steps and training.decoder_only:
+        raise BadInput(
+            "train_tokenizer.decoder_only=True keeps the encoder of a trained tokenizer; name its"
+            " checkpoint as --config.pretrained_tokenizer=DIR."
+        )
+    if not training.steps:
         raise BadInput(
             "train_tokenizer.steps=0 leaves the tokenizer untrained; name a checkpoint that holds"
             " one as --config.pretrained_tokenizer=DIR."

@@ -57,7 +57,15 @@ def update_ema(learner: Learner, step: Int32[Array, ""], decay: float) -> Learne
         return learner
     done = step.astype(jnp.float32)
     now = jnp.minimum(decay, (1 + done) / (10 + done))
-    return learner._replace(ema=optax.incremental_update(learner.params, learner.ema, 1 - now))
+    # In this form what no step changes stays exactly as it is: tokens of a frozen encoder do, too.
+    nearer = lambda new, old: old + (1 - now) * (new - old)
+    return learner._replace(ema=jax.tree.map(nearer, learner.params, learner.ema))
+
+
+def start_from(learner: Learner, params: Any) -> Learner:
+    """A learner at step 0 with other weights."""
+    ema = None if learner.ema is None else jax.tree.map(jnp.copy, params)
+    return learner._replace(params=params, ema=ema)
 
 
 def accumulated(

@@ -1,5 +1,6 @@
 """Training of the tokenizer: it learns to reconstruct images (VAR eq. 5)."""
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from var_jax.config import LEAST_SCALES, TokenizerConfig, TrainTokenizerConfig
 from var_jax.models import backend
 from var_jax.models.features.lpips import Lpips, lpips
 from var_jax.models.patch_codec import make_tokenizer
-from var_jax.models.quantizer import Quantized, neighbours
+from var_jax.models.quantizer import Quantized, SoftCodes, neighbours
 from var_jax.models.tokenizer import Tokenizer, to_float
 from var_jax.schedule import num_tokens
 from var_jax.sharding.mesh import BATCH, replicated
@@ -22,11 +23,17 @@ from var_jax.sharding.ops import data_parallel, reshard
 from var_jax.tools.trees import path_name
 from var_jax.training.adversarial import Adversary, adversarial_step, start_adversary
 from var_jax.training.codebook import CodebookStats, codes_by_scale, init_stats, update_codebook
-from var_jax.training.losses import absolute_error, psnr_of_error, squared_error
+from var_jax.training.losses import (
+    absolute_error,
+    codebook_entropy,
+    psnr_of_error,
+    squared_error,
+)
 from var_jax.training.optimizer import learning_rate, make_optimizer, rate_factor
 from var_jax.training.state import Batch, Learner, apply_gradients, start_learner, update_ema
 from var_jax.training.task import Frozen, Metrics, Task, updates
 
+KEPT = r"^(?!decoder\.|post_conv\.|synthesis$)=0"  # by decoder_only: the rule of `lr_scale`
 ANNEALED = (0.2, 0.6)  # shares of the steps between which perturbation ends
 
 
@@ -44,6 +51,9 @@ def tokenizer_task(model_config: TokenizerConfig, config: TrainTokenizerConfig) 
 
     `frozen` holds the networks of the losses that the config has: see `loss_networks`.
     """
+    if config.decoder_only:
+        rules = ",".join(filter(None, (KEPT, config.lr_scale)))
+        config = dataclasses.replace(config, lr_scale=rules)
     optimizer, schedule = make_optimizer(config), learning_rate(config)
     patch_nums = model_config.patch_nums
 
@@ -94,30 +104,34 @@ def differentiate(
     scales, ranks = regularization(config, model_config, len(image), state.step, of_quantizer)
 
     def forward(tokenizer: Tokenizer):
-        run = data_parallel(partial(reconstruct, rotate=config.rotation, dtype=dtype))
-        output, code = run(tokenizer, image, scales, ranks)
-        return (output, code.loss), code
+        run = data_parallel(partial(reconstruct, config, dtype))
+        output, code, soft = run(tokenizer, image, scales, ranks)
+        if soft is None:
+            return (output, code.loss), (code, {})
+        entropy = codebook_entropy(*soft)
+        return (output, code.loss + config.entropy_weight * entropy), (code, {"entropy": entropy})
 
-    def loss_fn(output: Array, vq_loss: Array):
+    def loss_fn(output: Array, of_codes: Array):
         terms = data_parallel(partial(distances, config, dtype))(frozen, output, image)
-        return jnp.mean(weighted_sum(config, terms) + vq_loss), terms
+        return jnp.mean(weighted_sum(config, terms) + of_codes), terms
 
-    (output, vq_loss), pull_back, code = jax.vjp(forward, state.autoencoder.params, has_aux=True)
+    params = state.autoencoder.params
+    (output, of_codes), pull_back, (code, entropy) = jax.vjp(forward, params, has_aux=True)
     gradient = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
-    (loss, terms), (by_output, by_vq) = gradient(output, vq_loss)
+    (loss, terms), (by_output, by_codes) = gradient(output, of_codes)
     metrics = {"loss": loss, "psnr": jnp.mean(psnr_of_error(terms.pop("l2")))}
-    terms["vq"] = vq_loss
+    terms |= {"vq": code.loss, **entropy}
     metrics |= {f"{name}_loss": jnp.mean(term) for name, term in terms.items()}
     adversary = state.adversary
     if adversary is not None:
         # Of the tokenizer's gradients only this one is computed: nothing asks for the others.
-        last_layer = lambda g: pull_back((g, by_vq))[0].decoder.conv_out.kernel[...]
+        last_layer = lambda g: pull_back((g, by_codes))[0].decoder.conv_out.kernel[...]
         by_adversary, adversary, more = adversarial_step(
             config, adversary, image, output, by_output, last_layer, state.step, frozen,
             of_discriminator,
         )  # fmt: skip
         by_output, metrics = by_output + by_adversary, metrics | more
-    return pull_back((by_output, by_vq))[0], adversary, code, metrics
+    return pull_back((by_output, by_codes))[0], adversary, code, metrics
 
 
 def update(
@@ -136,8 +150,9 @@ def update(
         learner = learner._replace(params=jax.tree.map(held, learner.params, old))
     trained = (old if config.codebook_decay else learner.params).quantizer.codebook[...]
     codebook, stats, dead = update_codebook(
-        trained, state.codebook, code.idx, code.residual, key, config.codebook_decay
-    )
+        trained, state.codebook, code.idx, code.residual, key,
+        config.codebook_decay, config.codebook_restart,
+    )  # fmt: skip
     if rate_factor(config, "quantizer.codebook") == 0:  # frozen: not averaged or restarted either
         codebook, dead = trained, jnp.zeros_like(dead)
     learner = learner._replace(
@@ -152,16 +167,19 @@ def update(
 
 
 def reconstruct(
+    config: TrainTokenizerConfig,
+    dtype: DTypeLike,
     tokenizer: Tokenizer,
     image: UInt8[Array, "B H W 3"],
     scales: Int32[Array, " B"] | None,
     ranks: Int32[Array, "B L"] | None,
-    *,
-    rotate: bool,
-    dtype: DTypeLike,
-) -> tuple[Float[Array, "B H W 3"], Quantized]:
-    """The reconstructions, not clipped, and their quantization."""
-    return tokenizer(to_float(image), scales, ranks, rotate, dtype)
+) -> tuple[Float[Array, "B H W 3"], Quantized, SoftCodes | None]:
+    """The reconstructions, not clipped, their quantization, soft codes if the loss has them."""
+    encoder = jax.lax.stop_gradient(tokenizer) if config.decoder_only else tokenizer
+    latent, quantizer = encoder.latent(to_float(image), dtype), encoder.quantizer
+    code = quantizer(latent, scales, ranks, config.rotation)
+    soft = quantizer.soft_codes(latent, code.residual) if config.entropy_weight else None
+    return tokenizer.reconstruct(code.f_hat, dtype), code, soft
 
 
 def regularization(

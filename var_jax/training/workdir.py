@@ -89,7 +89,7 @@ def record(
         "fingerprint": "pretrained_tokenizer held other weights than",
         "copies": "data.tokens held another number of copies than",
     }.items():
-        if made["transformer"] and recorded.get(name, inputs[name]) != inputs[name]:
+        if any(made.values()) and recorded.get(name, inputs[name]) != inputs[name]:
             refused.append(f"config.{what} {new[what.split()[0]]}")
     if refused:
         raise BadInput(
