@@ -185,6 +185,7 @@ class Study:
         config.sampling = load_config("versus:var").sampling
         workdir = self.out / name_of(config)
         config.pretrained_tokenizer = str(self.tokenizer(config) / "checkpoint")
+        config.train_tokenizer.steps = 0  # it is taken as it is
         if not (workdir / "summary.json").exists():
             train(from_dict(Config, config), workdir)
         return workdir
