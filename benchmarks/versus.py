@@ -182,7 +182,6 @@ class Study:
     def train(self, config: ConfigDict) -> epath.Path:
         """The work directory of a training; sampling settings make no difference to it."""
         config = config.copy_and_resolve_references()
-        config.sampling = load_config("versus:var").sampling
         workdir = self.out / name_of(config)
         config.pretrained_tokenizer = str(self.tokenizer(config) / "checkpoint")
         config.train_tokenizer.steps = 0  # it is taken as it is
@@ -208,7 +207,7 @@ class Study:
         if not is_whole(path):
             loaded = load_models(workdir / "checkpoint")
             loaded = loaded._replace(sampling=from_dict(Config, config).sampling)
-            images = draw_samples(loaded, labels, config.seed + 1, 100)
+            images = draw_samples(loaded, labels, config.seed + 1)
             save_npz(path, arr_0=images, labels=labels)
         samples = NpzImages(path)
         images = next(samples.batches(self.num))
