@@ -8,7 +8,6 @@ that differ in the rate alone, var_jax.scaling keeps the best.
 """
 
 import itertools
-import json
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from etils import epath
 from var_jax.config import Config, from_dict
 from var_jax.tools import cli
 from var_jax.tools.configs import load_config
-from var_jax.tools.files import output_path
+from var_jax.tools.files import output_path, read_json
 from var_jax.training.run import train
 
 
@@ -34,23 +33,24 @@ def define_flags() -> None:
 
 def main(args: flags.FlagValues) -> None:
     """Trains what is missing, a line for each run."""
-    out = output_path(args.out)
-    prepare(out, 2 if args.two_seeds else 1)
-    for depth, factor in itertools.product(args.depths, args.factors):
+    out, configs = output_path(args.out), {}
+    factors = cli.numbers("--factors", args.factors) or ()
+    for depth, factor in itertools.product(args.depths, factors):
         for seed in range(2 if depth in args.two_seeds else 1):
-            name = f"d{depth}-seed{seed}" + (f"-rate{factor}" if factor != "1" else "")
-            started, workdir = time.monotonic(), out / name
-            if not (workdir / "summary.json").exists():
-                train(config_of(out, depth, seed, float(factor), args.steps), workdir)
-            summary = json.loads((workdir / "summary.json").read_text())
-            loss = summary["validation loss (nats a token)"]
-            print(f"{name}: validation loss {loss:.4f}, {time.monotonic() - started:.0f} s")
+            name = f"d{depth}-seed{seed}" + (f"-rate{factor:g}" if factor != 1 else "")
+            configs[name] = config_of(out, depth, seed, factor, args.steps)
+    prepare(out, 2 if args.two_seeds else 1)
+    for name, config in configs.items():
+        started = time.monotonic()
+        train(config, out / name)  # of a finished run no step; one of another config is refused
+        summary = read_json(out / name / "summary.json")
+        loss = summary["validation loss (nats a token)"]
+        print(f"{name}: validation loss {loss:.4f}, {time.monotonic() - started:.0f} s")
 
 
 def prepare(out: epath.Path, seeds: int) -> None:
     """Trains the tokenizer and writes a token cache for each seed, unless they are there."""
-    if not (out / "tokenizer" / "summary.json").exists():
-        train(from_dict(Config, load_config("ladder:tokenizer")), out / "tokenizer")
+    train(from_dict(Config, load_config("ladder:tokenizer")), out / "tokenizer")
     source = load_config("ladder:tokenizer").data.source
     for seed in range(seeds):
         words = ["--checkpoint", out / "tokenizer/checkpoint", "--images", source, "--resize", 1,

@@ -54,6 +54,7 @@ def test_another_number_of_labels_seldom_compiles_another_program(model):
         ("jax_enable_x64", True),
         ("jax_default_prng_impl", "rbg"),
         ("jax_threefry_partitionable", False),
+        ("jax_transfer_guard", "disallow"),
     ],
 )
 def test_the_settings_of_a_notebook_change_nothing(model, setting):
@@ -66,6 +67,26 @@ def test_the_settings_of_a_notebook_change_nothing(model, setting):
         np.testing.assert_array_equal(there.encode(expected), model.encode(expected))
     finally:
         jax.config.update(name, before)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("jax_random_seed_offset", 5), ("jax_high_dynamic_range_gumbel", True)]
+)
+def test_a_setting_that_cannot_be_pinned_is_refused(model, name, value):
+    before = getattr(jax.config, name)
+    try:
+        jax.config.update(name, value)
+        with pytest.raises(BadInput, match=f"{name}={value} gives other images"):
+            model.sample(["Flags"], seed=3)
+    finally:
+        jax.config.update(name, before)
+
+
+def test_a_closed_image_is_refused(model):
+    image = Image.new("RGB", (32, 32))
+    image.close()
+    with pytest.raises(BadInput, match="image cannot be read"):
+        model.crop(image)
 
 
 def test_a_mesh_changes_nothing(model):

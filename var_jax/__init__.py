@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["BadInput", "Failure", "Images", "Model", "load"]
 
-if sys.argv[:1] == ["-m"]:  # while python -m looks for a command: its imports take seconds
+if ending.is_command(sys.argv, sys.orig_argv):
     ending.listen_from_the_start()
 
 

@@ -13,7 +13,7 @@ def commands() -> dict[str, str]:
     """What each command does, by name; a command is a module of this folder that has flags."""
     found = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
-        text = path.read_text()
+        text = path.read_text("utf-8")
         if "\ndef define_flags" in text:
             found[path.stem] = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
     return found

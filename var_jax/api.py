@@ -341,7 +341,7 @@ class Model:
             opened = image if isinstance(image, Image.Image) else as_image(image)
             try:
                 opened = upright(opened)
-            except (Unreadable, OSError) as error:
+            except (Unreadable, OSError, ValueError) as error:  # ValueError: it is closed
                 raise BadInput(f"image cannot be read: {error}.") from error
         return crop(opened, self.image_size, resize=1).view(Images)
 

@@ -99,8 +99,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
-    except OSError as error:
-        why = (error.strerror or str(error)).lower()
+    except (OSError, UnicodeError) as error:
+        why = (getattr(error, "strerror", "") or str(error)).lower()
         raise BadInput(f"--host={host} --port={port} cannot be served at: {why}.") from error
 
 

@@ -81,7 +81,7 @@ from var_jax.sharding import hosts
 from var_jax.sharding.mesh import data_mesh, of_first, using
 from var_jax.tools import cli
 from var_jax.tools.files import output_folder, read_json, replacing
-from var_jax.tools.images import curves, save_png
+from var_jax.tools.images import curves, going_on_without, save_png
 from var_jax.tools.npz import NpzImages
 
 MODES = ("likelihood", "classify", "tokenizer", "memorization")
@@ -302,8 +302,10 @@ def memorized(
     found = compare_with_training(network, samples, sources, folder, args.batch_size, tokenizer)
     if found is None:
         return {}
-    save_png(out / "neighbours.png", neighbours_of(samples, found["samples"], sources["train"]))
-    print(f"samples and their nearest training images are in {out / 'neighbours.png'}")
+    with going_on_without("neighbours.png"):
+        sheet = neighbours_of(samples, found["samples"], sources["train"])
+        save_png(out / "neighbours.png", sheet)
+        print(f"samples and their nearest training images are in {out / 'neighbours.png'}")
     distances = distance_figures(**found)
     return {name: losses.get(name, {}) | distances.get(name, {}) for name in distances | losses}
 
@@ -404,11 +406,14 @@ def about(
     args: flags.FlagValues, network: Network | None, model: var_jax.Model | Tokenizer | None
 ) -> dict[str, Any]:
     """What figures are of: code, weights, flags."""
-    git = ("git", "-C", str(Path(__file__).parents[1]), "rev-parse", "HEAD")
-    commit = ""
-    with contextlib.suppress(OSError):  # no git
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    found: dict[str, Any] = {"version": var_jax.__version__, "commit": commit or None}
+    commit = None
+    git = lambda *words: subprocess.check_output(
+        ("git", "-C", str(Path(__file__).parent), *words), stderr=subprocess.DEVNULL, text=True
+    )
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or not of this file
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        commit = git("rev-parse", "HEAD").strip()
+    found: dict[str, Any] = {"version": var_jax.__version__, "commit": commit}
     if network is not None:
         found["features"] = {"network": network.name, "fingerprint": network.fingerprint}
     if model is not None:
@@ -426,7 +431,8 @@ def write(out: epath.Path, found: dict[str, dict[str, float]], about: dict[str, 
     if len(points) > 1 and about["flags"]["reference"]:
         x, y = ("inception_score", "fid") if "fid" in points[0] else list(points[0])[-1:-3:-1]
         line = [point[x] for point in points], [point[y] for point in points]
-        curves(out / "curve.png", {y: {"": line}}, x)
+        with going_on_without("curve.png"):
+            curves(out / "curve.png", {y: {"": line}}, x)
     print(table(({"samples": single} if single else {}) | found))
     print(f"figures are in {out / 'metrics.json'}")
 

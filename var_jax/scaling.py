@@ -17,6 +17,7 @@ from absl import flags
 from var_jax.evaluation.scaling_report import draw, make_report, summary, table
 from var_jax.tools import cli
 from var_jax.tools.files import output_folder, replacing
+from var_jax.tools.images import going_on_without
 from var_jax.training.results import read_rows, write_csv
 
 
@@ -33,11 +34,13 @@ def main(args: flags.FlagValues) -> None:
     out = output_folder(args.out)
     rows = read_rows(args.runs)
     report = make_report(rows)
+    fit, text = json.dumps(summary(report), indent=2), table(report)
     write_csv(out / "runs.csv", rows)
-    draw(report, out / "laws.png")
     with replacing(out / "fit.json") as beside:
-        beside.write_text(json.dumps(summary(report), indent=2) + "\n")
-    print(table(report))
+        beside.write_text(fit + "\n")
+    with going_on_without("laws.png"):
+        draw(report, out / "laws.png")
+    print(text)
     print(f"laws.png, fit.json and runs.csv are in {out}")
 
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import huggingface_hub
 import jax
@@ -66,6 +67,21 @@ def test_weights_are_downloaded_and_converted_once(server, capsys):
     server.server_close()
     assert len(server.requests) == 4
     assert abstract_models("hub:d16")[0] == hub.folder("hub:d16")
+
+
+def test_more_than_was_stated_is_not_written_to_the_end(tmp_path, monkeypatch):
+    class Response:
+        status_code = 206
+        __enter__, __exit__ = lambda self: self, lambda self, *_: None
+        raise_for_status = lambda self: self
+        iter_bytes = lambda self: iter([bytes(600)] * 10**6)
+
+    session = SimpleNamespace(stream=lambda *_, **__: Response())
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: session)
+    monkeypatch.setattr(huggingface_hub, "hf_raise_for_status", lambda response: None)
+    with (tmp_path / "part").open("ab") as file:
+        hub.append("http://hub", file, 1000, SimpleNamespace(update=lambda n: None))
+        assert file.tell() == 1200
 
 
 @pytest.mark.parametrize("cuts", [1, 3])

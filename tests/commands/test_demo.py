@@ -17,7 +17,7 @@ from running import complaint, start
 from tiny import get_config
 
 import var_jax
-from var_jax import BadInput
+from var_jax import BadInput, demo
 from var_jax.config import Config, from_dict
 from var_jax.sampling import page
 from var_jax.sampling.exports import Models, build
@@ -146,6 +146,12 @@ def test_the_strip_has_a_place_for_each_scale(model):
 def test_bad_flags(monkeypatch, flags, sentence):
     monkeypatch.delenv("VAR_JAX_PASSWORD", raising=False)
     assert sentence in complaint("demo", "--checkpoint", "emoji", *flags)
+
+
+@pytest.mark.parametrize("host", [".", "127.0.0..1", "a" * 70 + ".com"])
+def test_a_host_that_is_no_name(host):
+    with pytest.raises(BadInput, match="cannot be served at"):
+        demo.listen(host, 0)
 
 
 def test_a_port_that_is_taken():

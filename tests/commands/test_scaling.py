@@ -54,6 +54,13 @@ def validation(parameters, step, seed):
     return {"stage": "transformer", "step": step, "hook": "validation"} | figures | accuracy
 
 
+def edit_last(folder, **figures):
+    """Changes the last validation of the largest size."""
+    path = folder / "d8-seed0/metrics.jsonl"
+    *before, last = path.read_text().splitlines()
+    path.write_text("\n".join([*before, json.dumps(json.loads(last) | figures), ""]))
+
+
 @pytest.fixture(scope="module")
 def ladder(tmp_path_factory):
     """A ladder of six sizes, two seeds of the smaller ones."""
@@ -95,7 +102,12 @@ def test_the_command_fits_draws_and_prints(laws):
 @pytest.mark.slow
 def test_the_points_stand_for_the_runs(laws, ladder):
     assert read_rows([str(laws[0] / "runs.csv")]) == read_rows([str(ladder)])
-    header = (laws[0] / "runs.csv").read_text().splitlines()[0]
+    text = (laws[0] / "runs.csv").read_text()
+    header = text.splitlines()[0]
+    sheet = laws[0].parent / "spreadsheet.csv"  # with a byte order mark, and a column of notes
+    lines = [f"{line},{'note' if i == 0 else 'good'}" for i, line in enumerate(text.splitlines())]
+    sheet.write_text("\ufeff" + "\r\n".join(lines))
+    assert read_rows([str(sheet)]) == read_rows([str(ladder)])
     assert header.endswith("loss_scale1,loss_scale2,loss_scale3")
 
 
@@ -130,6 +142,11 @@ def test_unfinished_runs_are_told_and_left_out(ladder, tmp_path, capsys):
          "differ in train_transformer.schedule: "),
         (lambda f: write_run(f / "d7", 7, tokenizer__vocab_size=64), "differ in tokenizer.vocab"),
         (lambda f: (f / "d8-seed0/data.json").write_text("[3]"), "differ in images: "),
+        (lambda f: (f / "d8-seed0/data.json").write_text("{"), "data.json is damaged"),
+        (lambda f: (f / "d8-seed0/data.json").write_text("[]"), "data.json is damaged"),
+        (lambda f: edit_last(f, val_accuracy_last=1.0), "step 100 has error_last=0.0; a law needs"),
+        (lambda f: edit_last(f, val_loss=None), "step 100 has val_loss=None; expected a number"),
+        (lambda f: edit_last(f, val_loss=float("nan")), "step 100 has loss_all=nan; a law needs"),
         (lambda f: (f / "d8-seed0/config.json").write_text("{"), "config.json cannot be read"),
         (lambda f: (f / "d8-seed0/config.json").write_text('{"no": 1}'), "has no field 'no'"),
         (lambda f: [path.unlink() for path in f.glob("*/config.json")], "expected a work dir"),
@@ -154,6 +171,7 @@ def test_what_is_no_ladder(ladder, tmp_path, spoil, sentence):
         ("run,step\nd2,3\n", "has no column 'recipe'"),
         (",x,", "line 2: depth='x'; expected a number"),
         (",-1,", "line 2: depth='-1'; expected a number"),
+        (f",{10**400},", "expected a number of at least 0"),
     ],
 )
 def test_what_is_no_table(laws, tmp_path, text, sentence):
@@ -161,19 +179,40 @@ def test_what_is_no_table(laws, tmp_path, text, sentence):
     if text.startswith(","):
         lines = (laws[0] / "runs.csv").read_text().splitlines()
         cells = lines[1].split(",")
-        cells[2] = text.strip(",")
+        cells[3] = text.strip(",")
         text = "\n".join([lines[0], ",".join(cells), *lines[2:]])
     path.write_text(text)
     assert sentence in complaint("scaling", "--runs", path, "--out", tmp_path / "new")
 
 
-def test_of_runs_at_several_rates_the_best_counts():
-    row = dict(depth=2, width=64, seed=0, steps=9)
+def test_of_runs_at_several_rates_the_best_counts(capsys):
     rows = [
-        row | {"run": name, "step": step, "loss_all": loss}
-        for name, step, loss in [("a", 4, 1.0), ("a", 9, 3.0), ("b", 4, 5.0), ("b", 9, 2.0)]
+        dict(run=name, variant=variant, learning_rate=0.1, steps=9, step=step, loss_all=loss)
+        for name, variant, losses in [("a", 1, (1, 3)), ("b", 1, (5, 2)), ("c", 2, (5, 4))]
+        for step, loss in zip((4, 9), losses, strict=True)
     ]
-    assert {row["run"] for row in best_rates(rows)} == {"b"}
+    assert {row["run"] for row in best_rates(rows)} == {"b", "c"}
+    assert capsys.readouterr().err == "a: left out, another rate than 0.1 is better\n"
+
+
+@pytest.mark.slow
+def test_what_differs_in_more_than_its_rate_counts_too(ladder, tmp_path):
+    shutil.copytree(ladder, tmp_path / "runs")
+    other = write_run(tmp_path / "runs" / "d3drop", 3, transformer__drop_path=0.1)
+    rows = read_rows([str(tmp_path / "runs")])
+    assert {row["run"] for row in best_rates(rows)} >= {str(other), f"{tmp_path}/runs/d3-seed0"}
+
+
+@pytest.mark.slow
+def test_a_figure_that_cannot_be_drawn_costs_no_law(ladder, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("latex could not be found")
+
+    monkeypatch.setattr(scaling, "draw", fail)
+    code, printed, err = run("scaling", "--runs", ladder, "--out", tmp_path / "laws")
+    assert code == 0 and "loss_last(N)" in printed
+    assert "laws.png cannot be written (RuntimeError: latex could not be found)" in err
+    assert {path.name for path in (tmp_path / "laws").iterdir()} == {"fit.json", "runs.csv"}
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from var_jax.tools import ending
+
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = """if True:
     import hashlib, os, sys, threading, time
@@ -113,3 +115,17 @@ def test_an_interrupt_while_a_command_is_imported(tmp_path, seconds):
     said = process.communicate(timeout=30)[1]
     assert process.returncode == 130 and said.endswith("interrupted\n")
     assert "Traceback" not in said and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "argv, whole, expected",
+    [
+        (["-m"], ["python", "-m", "var_jax.train", "--config", "emoji"], True),
+        (["-m", "train"], ["python", "-X", "dev", "-m", "var_jax", "train"], True),
+        (["-m"], ["python", "-m", "app.main", "-m", "var_jax"], False),  # which imports us
+        (["-c"], ["python", "-c", "import var_jax"], False),
+        (["train.py"], ["python", "train.py", "-m", "var_jax"], False),
+    ],
+)
+def test_only_commands_of_ours_are_heard_from_the_start(argv, whole, expected):
+    assert ending.is_command(argv, whole) is expected

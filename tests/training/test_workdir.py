@@ -11,7 +11,7 @@ from var_jax.data.sources import open_source
 from var_jax.tools import ending
 from var_jax.training import workdir
 
-INPUTS = {"fingerprint": "", "copies": 0}
+INPUTS = {"fingerprint": "", "copies": 0, "networks": ""}
 STARTED = {"tokenizer": 5, "transformer": 0}
 AMID = {"tokenizer": 12, "transformer": 8}
 DONE = {"tokenizer": 12, "transformer": 12}
@@ -121,7 +121,7 @@ def test_a_longer_run_is_told(tmp_path, capsys):
     assert "the transformer goes on to step 40; its schedules are now of that many" in said
 
 
-@pytest.mark.parametrize("name", ["fingerprint", "copies"])
+@pytest.mark.parametrize("name", ["fingerprint", "copies", "networks"])
 def test_other_weights_or_copies_behind_a_path_are_refused(tmp_path, name):
     moved = {"pretrained_tokenizer": "moved"}
     path = epath.Path(tmp_path) / "config.json"

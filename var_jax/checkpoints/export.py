@@ -209,7 +209,12 @@ def fingerprint(model: Any) -> str:
         for field in dataclasses.fields(model.config)
         if (value := getattr(model.config, field.name)) != field.default
     }
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    return weights_digest(model, json.dumps(config, sort_keys=True))
+
+
+def weights_digest(model: Any, config: str = "") -> str:
+    """16 hex digits that tell weights (as float32), and a text beside them, from any others."""
+    digest = hashlib.sha256(config.encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             leaf = multihost_utils.process_allgather(leaf, tiled=True)

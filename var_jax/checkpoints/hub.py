@@ -154,7 +154,7 @@ def receive(url: str, path: Path, size: int) -> None:
         while (begin := file.tell()) < size:
             broken = None
             try:
-                append(url, file, bar)
+                append(url, file, size, bar)
             except Exception as error:
                 if not is_passing(error):
                     raise
@@ -172,8 +172,8 @@ def receive(url: str, path: Path, size: int) -> None:
             raise Failure(f"{url} has more than the {size} bytes that the hub states.")
 
 
-def append(url: str, file: BinaryIO, bar: Any) -> None:
-    """Appends what the server has beyond the end of `file`."""
+def append(url: str, file: BinaryIO, size: int, bar: Any) -> None:
+    """Appends what the server has beyond the end of `file`, until that has more than `size`."""
     from huggingface_hub import get_session, hf_raise_for_status
     from huggingface_hub.utils import build_hf_headers
 
@@ -187,6 +187,8 @@ def append(url: str, file: BinaryIO, bar: Any) -> None:
         for chunk in response.iter_bytes():
             file.write(chunk)
             bar.update(len(chunk))
+            if file.tell() > size:
+                return
 
 
 def is_passing(error: Exception) -> bool:

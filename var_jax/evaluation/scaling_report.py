@@ -1,5 +1,6 @@
 """The scaling laws of a set of runs: fitted, drawn beside the points, and printed for people."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -109,13 +110,16 @@ def numbers(rows: Sequence[dict[str, Any]]) -> Int[np.ndarray, " n"]:
 
 def best_rates(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows, of runs that differ in the learning rate alone those of the best one."""
-    best: dict[tuple, dict[str, Any]] = {}
+    best: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row["step"] == row["steps"]:
-            key = tuple(row[name] for name in ("depth", "width", "seed", "steps"))
+            key = row["variant"]
             if key not in best or row["loss_all"] < best[key]["loss_all"]:
                 best[key] = row
     kept = {row["run"] for row in best.values()}
+    for run, rate in {row["run"]: row["learning_rate"] for row in rows}.items():
+        if run not in kept:
+            print(f"{run}: left out, another rate than {rate:.3g} is better", file=sys.stderr)
     return [row for row in rows if row["run"] in kept]
 
 

@@ -198,7 +198,8 @@ def _help(main: Main, names: list[str]) -> str:
     ours = flags.FlagValues()
     for name in names:
         ours[name] = flags.FLAGS[name]
-    return f"{sys.modules[main.__module__].__doc__}\n{ours.get_help(include_special_flags=False)}"
+    about = sys.modules[main.__module__].__doc__ or ""  # -OO leaves none
+    return f"{about}\n{ours.get_help(include_special_flags=False)}"
 
 
 def explain(error: Exception, argv: Sequence[str] = ()) -> tuple[int, str]:

@@ -109,6 +109,16 @@ def listening() -> Iterator[None]:
 _from_the_start = listening()  # kept, as its end would be the end of listening
 
 
+def is_command(argv: list[str], whole: list[str]) -> bool:
+    """Whether `python -m` is looking for a command of ours, whose imports take seconds.
+
+    Then `argv` begins with -m; `whole` is the command line, as another program's -m may import us.
+    """
+    if argv[:1] != ["-m"] or "-m" not in whole[:-1]:
+        return False
+    return whole[whole.index("-m") + 1].partition(".")[0] == "var_jax"
+
+
 def listen_from_the_start() -> None:
     """Hears signals from the imports of a command to the end of its process.
 

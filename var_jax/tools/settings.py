@@ -39,6 +39,7 @@ OF_JAX = {
         None,
     ),
 }
+NOT_PINNED = ("jax_random_seed_offset", "jax_high_dynamic_range_gumbel")  # inside a program
 OF_FLAX = {"nnx_graph_mode": True, "nnx_graph_updates": True}
 OF_LIBRARIES = ("NVIDIA_TF32_OVERRIDE",)
 OF_XLA = r"--(xla_\w*(?:fast_m|excess_precision|optimization_level|disable_\w*passes)\w*)"
@@ -88,11 +89,18 @@ def refused_variable(error: BaseException) -> str:
 def pinned() -> Iterator[None]:
     """Pins, inside a `with`, what a program may have set for itself around a call of the library.
 
-    A context manager.
+    A context manager. Raises: BadInput for a setting that changes numbers and cannot be pinned.
     """
     import jax
 
+    for name in NOT_PINNED:
+        if (value := getattr(jax.config, name, OF_JAX[name])) != OF_JAX[name]:
+            raise BadInput(
+                f"{name}={value} gives other images; jax.config.update({name!r}, {OF_JAX[name]})"
+                " first."
+            )
     with (
+        jax.transfer_guard("allow"),
         jax.default_prng_impl(OF_JAX["jax_default_prng_impl"]),
         jax.threefry_partitionable(True),
         jax.enable_x64(False),

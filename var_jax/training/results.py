@@ -4,7 +4,6 @@ import csv
 import functools
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from var_jax import BadInput
+from var_jax.checkpoints.export import is_export
 from var_jax.config import (
     Config,
     TokenizerConfig,
@@ -22,6 +22,7 @@ from var_jax.config import (
     from_dict,
     settings,
 )
+from var_jax.data.records import sound
 from var_jax.sampling.exports import build
 from var_jax.tools.files import read_json, replacing
 from var_jax.tools.flops import matmul_flops, training_totals
@@ -32,7 +33,7 @@ from var_jax.training.workdir import RECORDED, flat
 
 Row = dict[str, Any]  # COLUMNS, and loss and error of each scale
 
-TEXT = ("run", "recipe")
+TEXT = ("run", "recipe", "variant")
 COUNTS = (
     "depth", "width", "seed", "steps", "step", "images", "tokens",
     "parameters", "head_parameters", "embedding_parameters", "tokenizer_parameters",
@@ -42,7 +43,8 @@ NUMBERS = (
     "loss_all", "loss_last", "error_all", "error_last",
 )  # fmt: skip
 COLUMNS = (*TEXT, *COUNTS, *NUMBERS)
-ABOVE_0 = ("images", "parameters", "compute", *NUMBERS[-4:])
+ABOVE_0 = ("step", "images", "parameters", "compute", *NUMBERS[-4:])
+LEAST, MOST = 1e-30, 1e30  # of what is above 0
 # What sizes of one ladder may differ in. All else must be the same, or a law would mix causes.
 VARIES = {
     "seed", "transformer.depth", "transformer.width", "transformer.num_heads",
@@ -77,7 +79,11 @@ def read_rows(paths: Sequence[str]) -> list[Row]:
 def work_directories(path: epath.Path) -> list[epath.Path]:
     """The folder itself, or those in it that are work directories. Raises: BadInput for none."""
     inside = sorted(path.iterdir()) if path.is_dir() else []
-    folders = [folder for folder in (path, *inside) if (folder / "config.json").exists()]
+    folders = [
+        folder
+        for folder in (path, *inside)
+        if (folder / "config.json").exists() and not is_export(folder)
+    ]
     if not folders:
         raise BadInput(
             f"--runs={path}: expected a work directory of var_jax.train (it holds config.json), a"
@@ -98,7 +104,8 @@ def read_config(folder: epath.Path) -> tuple[Config, dict[str, Any]]:
     about = {name: bound_value(name, value) for name, value in names.items() if name not in VARIES}
     about["fingerprint of the tokenizer"] = inputs.get("fingerprint", "")
     data = folder / "data.json"
-    about["images"] = json.loads(data.read_text())[-1] if data.exists() else None
+    with sound(data, "put it back, or leave the run out"):
+        about["images"] = json.loads(data.read_text())[-1] if data.exists() else None
     return config, about
 
 
@@ -114,9 +121,10 @@ def read_run(folder: epath.Path, config: Config, about: dict[str, Any]) -> list[
         return []
     if not found:
         raise BadInput(f"{folder}: metrics.jsonl holds no validation of the transformer.")
-    recipe = json.dumps(about, sort_keys=True)
+    names = flat(json.loads(json.dumps(settings(config))))
+    varied = {name: names[name] for name in VARIES - {"train_transformer.learning_rate"}}
     fixed = {
-        "run": str(folder), "recipe": hashlib.sha256(recipe.encode()).hexdigest()[:12],
+        "run": str(folder), "recipe": digest(about), "variant": digest(varied),
         "depth": config.transformer.depth, "width": config.transformer.width, "seed": config.seed,
         "learning_rate": training.learning_rate, "steps": training.steps,
         **parameters(config.transformer, config.tokenizer),
@@ -131,17 +139,27 @@ def read_run(folder: epath.Path, config: Config, about: dict[str, Any]) -> list[
     return rows
 
 
+def digest(fields: dict[str, Any]) -> str:
+    """12 hex digits that tell fields from others."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def figures(record: Row, folder: epath.Path) -> Row:
     """Loss and error of a validation: of all scales together, the last, and each of the others."""
-    found = {}
+    found, where = {}, f"{folder}: the validation at step {record['step']}"
     for name, value in record.items():
         kind, _, scale = name.removeprefix("val_").partition("_")
-        if name.startswith("val_") and kind == "loss":
+        if not name.startswith("val_") or kind not in ("loss", "accuracy"):
+            continue
+        if not isinstance(value, (int, float)):
+            raise BadInput(f"{where} has {name}={value!r}; expected a number.")
+        if kind == "loss":
             found[f"loss_{scale or 'all'}"] = value
-        elif name.startswith("val_") and kind == "accuracy":
+        else:
             found[f"error_{scale or 'all'}"] = 1 - value
-    if missing := [name for name in NUMBERS[-4:] if name not in found]:
-        raise BadInput(f"{folder}: the validation at step {record['step']} has no {missing[0]}.")
+    for name in NUMBERS[-4:]:
+        if not LEAST < found.get(name, 0) < MOST:
+            raise BadInput(f"{where} has {name}={found.get(name)}; a law needs numbers above 0.")
     return found
 
 
@@ -186,26 +204,32 @@ def check_alike(rows: list[Row], recipes: dict[str, tuple[epath.Path, dict[str, 
 def read_csv(path: epath.Path) -> list[Row]:
     """The rows of a runs.csv. Raises: BadInput, naming file, line and column."""
     try:
-        lines = list(csv.DictReader(path.read_text().splitlines()))
+        lines = list(csv.DictReader(path.read_bytes().decode("utf-8-sig").splitlines()))
     except (UnicodeDecodeError, csv.Error) as error:
         raise BadInput(f"{path} is no table: {error}.") from error
     if missing := [name for name in COLUMNS if not lines or name not in lines[0]]:
-        raise BadInput(f"{path} has no column {missing[0]!r}; expected runs.csv of this command.")
+        raise BadInput(
+            f"{path} has no column {missing[0]!r}; expected runs.csv as this command writes it,"
+            " with commas."
+        )
     rows = []
     for number, line in enumerate(lines, 2):
         row: Row = {}
-        for name, text in line.items():
-            kind = str if name in TEXT else int if name in COUNTS else float
+        of_scales = [n for n in line if n and n.startswith(("loss_scale", "error_scale"))]
+        for name in [*COLUMNS, *(name for name in of_scales if line[name])]:
+            kind, text = str if name in TEXT else int if name in COUNTS else float, line[name]
             try:
                 row[name] = kind(text)
-                if kind is not str and not 0 <= row[name] < math.inf:
+                if kind is not str and not 0 <= row[name] < MOST:
                     raise ValueError(text)
             except (TypeError, ValueError) as error:
                 raise BadInput(
                     f"{path}, line {number}: {name}={text!r}; expected a number of at least 0."
                 ) from error
-        if zero := [name for name in ABOVE_0 if not row[name]]:
-            raise BadInput(f"{path}, line {number}: {zero[0]}=0; expected more.")
+        if zero := [name for name in ABOVE_0 if row[name] < LEAST]:
+            raise BadInput(
+                f"{path}, line {number}: {zero[0]}={row[zero[0]]}; expected more than 0."
+            )
         rows.append(row)
     return rows
 
@@ -213,7 +237,9 @@ def read_csv(path: epath.Path) -> list[Row]:
 def write_csv(path: epath.Path, rows: Iterable[Row]) -> None:
     """Writes runs.csv, which `read_rows` takes in place of the runs."""
     rows = list(rows)
-    scales = sorted({*rows[0]} - {*COLUMNS}, key=lambda name: (name.split("_")[0], len(name), name))
+    scales = sorted(
+        set().union(*rows) - {*COLUMNS}, key=lambda name: (name.split("_")[0], len(name), name)
+    )
     with replacing(path) as beside, beside.open("w") as file:
         writer = csv.DictWriter(file, [*COLUMNS, *scales], lineterminator="\n")
         writer.writeheader()

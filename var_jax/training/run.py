@@ -10,7 +10,7 @@ import jax
 from etils import epath
 
 from var_jax import BadInput
-from var_jax.checkpoints.export import check_replaceable, load_fingerprint
+from var_jax.checkpoints.export import check_replaceable, load_fingerprint, weights_digest
 from var_jax.config import Config, TrainConfig, parse_lr_scale
 from var_jax.data.augmentation import augment_items
 from var_jax.data.inventory import summarize
@@ -113,7 +113,8 @@ class Run:
         self.networks = loss_networks(config.train_tokenizer)
         self.pretrained: Tokenizer | None = None
         self.cached: tuple[TokenCache, TokenCache] | None = None
-        inputs: dict[str, Any] = {"fingerprint": "", "copies": 0}
+        networks = weights_digest(self.networks) if self.networks else ""
+        inputs: dict[str, Any] = {"fingerprint": "", "copies": 0, "networks": networks}
         if config.pretrained_tokenizer:
             if data.tokens:
                 # Ahead of a fingerprint, which may take long.

@@ -19,7 +19,12 @@ from var_jax.tools import ending
 from var_jax.tools.files import acquire_lock, replacing
 
 TRAININGS = ("tokenizer", "transformer")
-RECORDED = ("fingerprint", "copies", "changes")  # in config.json, beside the fields
+RECORDED = ("fingerprint", "copies", "networks", "changes")  # in config.json, beside the fields
+INPUTS = {  # what a run reads besides data, and how it is told that it changed
+    "fingerprint": "pretrained_tokenizer held other weights than",
+    "copies": "data.tokens held another number of copies than",
+    "networks": "train_tokenizer.lpips_file or .gan.dino_file held other weights than",
+}
 
 
 def occupy(
@@ -27,7 +32,7 @@ def occupy(
 ) -> None:
     """Makes `workdir` this process's, and goes on with the run that it holds, if it holds one.
 
-    `inputs` tells tokenizer and token cache from others, by the names in RECORDED.
+    `inputs` tells tokenizer, token cache and networks of losses from others, by name in INPUTS.
 
     Raises: BadInput if it is another run's, or another process is at work in it.
     """
@@ -85,12 +90,9 @@ def record(
         for name in changed
         if binds(name, old[name], new[name], made)
     ]
-    for name, what in {
-        "fingerprint": "pretrained_tokenizer held other weights than",
-        "copies": "data.tokens held another number of copies than",
-    }.items():
+    for name, what in INPUTS.items():
         if any(made.values()) and recorded.get(name, inputs[name]) != inputs[name]:
-            refused.append(f"config.{what} {new[what.split()[0]]}")
+            refused.append(f"config.{what} {new.get(what.split()[0], 'now')}")
     if refused:
         raise BadInput(
             f"{path.parent} belongs to a run whose {'; '.join(refused)}: set back what differs, or"
