@@ -329,6 +329,7 @@ class TrainTokenizerConfig(TrainConfig):
 
     codebook_decay: float = 0.99  # codes as moving averages; 0: learned by gradient
     codebook_restart: float = 0.03  # codes used less than so many times the mean restart; 0: none
+    restart_by_scale: bool = False  # at residuals of each scale alike, few as its tokens may be
     kmeans_steps: int = 0  # first steps, in which only codes are learned: k-means of the residuals
     rotation: bool = False  # gradients pass the quantizer by the rotation trick
     l2_weight: float = 1.0  # of the mean squared error

@@ -3,9 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from var_jax.sharding.mesh import make_mesh, put_batch
-from var_jax.training.codebook import batch_stats, codes_by_scale, init_stats, update_codebook
+from var_jax.training.codebook import (
+    batch_stats,
+    codes_by_scale,
+    init_stats,
+    random_tokens,
+    update_codebook,
+)
 
 
 def test_a_used_code_moves_to_the_mean_of_its_residuals_and_an_unused_one_restarts():
@@ -33,6 +40,17 @@ def test_a_trained_codebook_outlives_its_first_batch_and_restarts_can_be_off():
     assert not restarted.any()
     assert update(0.0, 0.03)[2].tolist() == [False] + [True] * 5
     assert not update(0.0, 0.0)[2].any()
+
+
+def test_each_scale_may_have_its_share_of_restarts():
+    key, patch_nums, L = jax.random.key(0), (1, 1, 4), 18
+    places = np.asarray(random_tokens(key, 900, 5, L, patch_nums)) % L
+    assert (places == 0).mean() == pytest.approx(1 / 3, abs=0.05)
+    assert (places == 1).mean() == pytest.approx(1 / 3, abs=0.05)
+    assert set(places) == set(range(L))
+    anywhere = np.asarray(random_tokens(key, 900, 5, L))
+    assert (anywhere % L == 0).mean() == pytest.approx(1 / L, abs=0.03)
+    assert anywhere.min() == 0 and anywhere.max() == 5 * L - 1
 
 
 def test_stats_count_and_pick():

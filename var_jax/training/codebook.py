@@ -37,15 +37,18 @@ def update_codebook(
     key: Key[Array, ""],
     decay: float,
     restart: float,
+    patch_nums: tuple[int, ...] = (),
 ) -> tuple[Float[Array, "V C"], CodebookStats, Bool[Array, " V"]]:
     """The codebook after a batch, its statistics, and which codes were restarted.
 
     With a `decay` of 0 codes are learned by gradient and only restarted here: those that are used
-    less than `restart` times the mean.
+    less than `restart` times the mean. They restart at residuals of any tokens, or of each scale of
+    `patch_nums` alike.
     """
     V, moving_average = codebook.shape[0], bool(decay)
     decay = decay or 0.99
-    rows = jax.random.randint(key, (V,), 0, idx_BL.size)
+    B, L = idx_BL.shape
+    rows = random_tokens(key, V, B, L, patch_nums)
     hits, total, fresh = batch_stats(idx_BL, residual_BLC, rows)
     hits = decay * stats.hits + (1 - decay) * hits
     total = decay * stats.total + (1 - decay) * total
@@ -59,6 +62,23 @@ def update_codebook(
     hits = jnp.where(dead, 3 * restart * mean_hits, hits)
     total = jnp.where(dead[:, None], fresh * hits[:, None], total)
     return codebook, CodebookStats(hits, total), dead
+
+
+def random_tokens(
+    key: Key[Array, ""], count: int, B: int, L: int, patch_nums: tuple[int, ...] = ()
+) -> Int32[Array, " count"]:
+    """Numbers of tokens (B,L): any alike, or with `patch_nums` each scale alike, so that the
+    coarsest, whose tokens are few, gets its share.
+    """
+    if not patch_nums:
+        return jax.random.randint(key, (count,), 0, B * L)
+    of_scale, of_token, of_image = jax.random.split(key, 3)
+    sizes = jnp.array([p * p for p in patch_nums])
+    scale = jax.random.randint(of_scale, (count,), 0, len(patch_nums))
+    size, start = sizes[scale], (jnp.cumsum(sizes) - sizes)[scale]
+    place = jnp.floor(jax.random.uniform(of_token, (count,)) * size.astype(jnp.float32))
+    place = place.astype(jnp.int32).clip(max=size - 1)
+    return jax.random.randint(of_image, (count,), 0, B) * L + start + place
 
 
 def batch_stats(

@@ -149,9 +149,10 @@ def update(
         held = lambda new, old: jnp.where(state.step < config.kmeans_steps, old, new)
         learner = learner._replace(params=jax.tree.map(held, learner.params, old))
     trained = (old if config.codebook_decay else learner.params).quantizer.codebook[...]
+    patch_nums = old.quantizer.config.patch_nums if config.restart_by_scale else ()
     codebook, stats, dead = update_codebook(
         trained, state.codebook, code.idx, code.residual, key,
-        config.codebook_decay, config.codebook_restart,
+        config.codebook_decay, config.codebook_restart, patch_nums,
     )  # fmt: skip
     if rate_factor(config, "quantizer.codebook") == 0:  # frozen: not averaged or restarted either
         codebook, dead = trained, jnp.zeros_like(dead)
