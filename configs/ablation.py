@@ -24,7 +24,7 @@ def get_config(variant: str = "qk_norm") -> ConfigDict:
     has = lambda row: ROWS.index(variant) >= ROWS.index(row)
     config = load_config("versus:var" if has("var") else "versus:raster")
     config.transformer.update(adaln=has("adaln"), qk_norm=has("qk_norm"))
-    config.sampling.update(top_p=(0.0,), top_k=112 * has("top_k"), cfg=1.0 * has("cfg"))
+    config.sampling.update(top_p=(0.0,), top_k=(112 * has("top_k"),), cfg=1.0 * has("cfg"))
     if has("larger"):
         larger = load_config("ladder:4")
         sizes = ("depth", "width", "num_heads")

@@ -35,7 +35,7 @@ def fashion_raster() -> ConfigDict:
     raster(config, 8)
     config.tokenizer.update(patch_size=4, latent_dim=48)
     config.train_transformer.token_noise = 0.0
-    config.sampling.update(cfg=1.0, top_k=0, top_p=(0.95,))
+    config.sampling.update(cfg=1.0, top_k=(0,), top_p=(0.95,))
     return config
 
 

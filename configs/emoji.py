@@ -79,7 +79,7 @@ def get_config(variant: str = "") -> ConfigDict:
         token_noise=this.token_noise,
     )  # fmt: skip
     config.every.update(log=10, save=250, evaluate=250, sample=500)
-    config.sampling.update(cfg=0.0, top_k=0, top_p=this.top_p)
+    config.sampling.update(cfg=0.0, top_k=(0,), top_p=this.top_p)
     config.export_dtype = "bfloat16"
     config.report = "var_jax.evaluation.pixel_report:report"
     return config

@@ -11,7 +11,7 @@ would train the head alone.
 from ml_collections import ConfigDict
 
 from var_jax import BadInput
-from var_jax.config import SHARED, defaults
+from var_jax.config import SHARED, SamplingConfig, defaults, from_dict
 from var_jax.sampling.exports import abstract_models
 
 
@@ -35,6 +35,5 @@ def get_config(variant: str = "emoji") -> ConfigDict:
         final_lr_ratio=0.1, ema_decay=0.99,
     )  # fmt: skip
     config.every.update(log=10, save=200, evaluate=200, sample=200)
-    sampling = {k: tuple(v) if isinstance(v, list) else v for k, v in about["sampling"].items()}
-    config.sampling.update(sampling)
+    config.sampling.update(vars(from_dict(SamplingConfig, about["sampling"], "sampling")))
     return config

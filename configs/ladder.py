@@ -50,7 +50,7 @@ def small(depth: int) -> ConfigDict:
         patch_nums=(1, 2, 3, 4), vocab_size=512, latent_dim=64, channels=32, channel_mults=(1,),
         num_res_blocks=0, norm_groups=8, patch_size=8,
     )  # fmt: skip
-    config.sampling.update(cfg=1.0, top_k=0, top_p=(0.95,))
+    config.sampling.update(cfg=1.0, top_k=(0,), top_p=(0.95,))
     config.export_dtype = "bfloat16"
     if not depth:
         config.train_tokenizer.update(

@@ -7,6 +7,7 @@ model.sample(["Flags", "Animals & Nature"], seed=0)
 
 import contextlib
 import dataclasses
+import functools
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
@@ -18,13 +19,13 @@ from jaxtyping import Bool, Float, Int32, Shaped, UInt8
 from PIL import Image
 
 from var_jax import BadInput
-from var_jax.config import MAX_SEED, SamplingConfig
+from var_jax.config import MAX_SEED, PER_SCALE, SamplingConfig
 from var_jax.data.classes import Label, class_index
 from var_jax.data.decoding import Unreadable, crop, decode, upright
 from var_jax.evaluation.likelihood import log_likelihood
 from var_jax.models.tokenizer import decode_tokens, encode_images
 from var_jax.sampling.autoregressive import KnownTokens, Weights, sample_by_scale
-from var_jax.sampling.exports import Models, abstract_models, load_models
+from var_jax.sampling.exports import Models, abstract_models, load_models, load_refiner
 from var_jax.sampling.generate import (
     Generated,
     coarse_to_fine,
@@ -33,6 +34,7 @@ from var_jax.sampling.generate import (
     image_keys,
     sampler_of,
 )
+from var_jax.sampling.guidance import Guidance
 from var_jax.sampling.masks import as_box, as_mask, box_mask, known_mask, pool_mask
 from var_jax.schedule import num_tokens
 from var_jax.sharding.mesh import AXES, check_model, using
@@ -142,25 +144,74 @@ class Model:
         *,
         seed: int = 0,
         cfg: float | None = None,
-        top_k: int | None = None,
+        top_k: int | Sequence[int] | None = None,
         top_p: float | Sequence[float] | None = None,
+        temperature: float | Sequence[float] | None = None,
+        guidance: Guidance | None = None,
         steps: int | None = None,
         solver: str | None = None,
         smooth: bool = False,
+        refiner: "Model | None" = None,
+        draft_scales: int | None = None,
         batch_size: int = 64,
     ) -> Images:
         """Samples an image for each label, a class name or number.
 
-        Image i depends on `seed` and i alone. `cfg` (guidance scale, 0: none), `top_k` (0: all
-        codes) and `top_p` (0: all; one number or one a scale) default to what the checkpoint says,
-        and so do a diffusion transformer's `steps` and `solver` (euler, heun), which has no codes;
-        `smooth` mixes codes, which is nicer to look at and not for metrics.
+        Image i depends on `seed` and i alone. These default to what the checkpoint says: `cfg`
+        (guidance scale, 0: none); `top_k` (0: all codes), `top_p` (0: all) and `temperature` (which
+        divides the logits that these leave), each one number or one a scale; `guidance`, where
+        `cfg` applies ("ramp", "constant", "interval=3-8", "ssg=0.5", or a function (cond, uncond,
+        k) of the logits of scale k, counted from 0); `steps` and `solver` (euler, heun) of a
+        diffusion transformer, which has no codes. `smooth` mixes codes, which is nicer to look at
+        and not for metrics. With a `refiner` (see `load_refiner`) this model draws the first
+        `draft_scales` scales, the refiner the others.
 
         Raises: BadInput for an unknown class, or settings out of range.
         """
-        how = self.settings(cfg, top_k, top_p, steps, solver)
-        made = self._generate(self._numbers(labels), how, seed, batch_size, smooth=smooth)
+        how = self.settings(cfg, top_k, top_p, temperature, guidance, steps, solver)
+        more = {"smooth": smooth, "refiner": refiner, "draft_scales": draft_scales}
+        made = self._generate(self._numbers(labels), how, seed, batch_size, **more)
         return made.images.view(Images)
+
+    def load_refiner(self, checkpoint: str | PurePath, *, dtype: str = "auto") -> "Model":
+        """Loads a smaller transformer that samples the last scales after this one (`sample`).
+
+        Collaborative decoding (CoDe, arXiv 2411.17787). It shares this model's tokenizer.
+
+        Raises: BadInput if its checkpoint is of another tokenizer, other scales or classes.
+        """
+        user_path(checkpoint, "refiner")
+        if self.mesh is not None:
+            check_mesh(self.mesh, abstract_models(checkpoint)[2].get("transformer"))
+        with pinned():
+            return Model(load_refiner(checkpoint, self.models, self.mesh, dtype), self.mesh)
+
+    def sampler(
+        self,
+        settings: SamplingConfig,
+        smooth: bool = False,
+        refiner: "Model | None" = None,
+        draft_scales: int | None = None,
+    ) -> tuple[functools.partial, Weights]:
+        """What `generate` takes to sample with these settings: the sampler, and its weights.
+
+        Raises: BadInput if the refiner does not go with this model, or the settings not with it.
+        """
+        draw = sampler_of(self.kind, settings, smooth)
+        weights = Weights(self.models.tokenizer, self.models.transformer)
+        if refiner is None and draft_scales is None:
+            return draw, weights
+        most = len(self.patch_nums)
+        if refiner is None or draft_scales is None:
+            raise BadInput("refiner and draft_scales go together; one of them is missing.")
+        if not is_whole(draft_scales, 1) or draft_scales > most:
+            raise BadInput(
+                f"draft_scales={draft_scales!r}; expected 1 to {most}, of {most} scales."
+            )
+        if refiner.models.tokenizer is not self.models.tokenizer:
+            raise BadInput("refiner has a tokenizer of its own; load it with load_refiner.")
+        weights = weights._replace(refiner=refiner.models.transformer)
+        return functools.partial(draw, draft_scales=int(draft_scales)), weights
 
     def sample_tokens(
         self,
@@ -168,13 +219,15 @@ class Model:
         *,
         seed: int = 0,
         cfg: float | None = None,
-        top_k: int | None = None,
+        top_k: int | Sequence[int] | None = None,
         top_p: float | Sequence[float] | None = None,
+        temperature: float | Sequence[float] | None = None,
+        guidance: Guidance | None = None,
         batch_size: int = 64,
     ) -> Int32[np.ndarray, "N L"]:
         """The tokens of what `sample` returns. Raises: BadInput of a dit, as `sample` does."""
         self.check_kind("tokens of samples", "var", "raster")
-        how = self.settings(cfg, top_k, top_p)
+        how = self.settings(cfg, top_k, top_p, temperature, guidance)
         tokens = self._generate(self._numbers(labels), how, seed, batch_size).tokens
         assert tokens is not None
         return tokens
@@ -253,8 +306,10 @@ class Model:
         num: int = 1,
         seed: int = 0,
         cfg: float | None = None,
-        top_k: int | None = None,
+        top_k: int | Sequence[int] | None = None,
         top_p: float | Sequence[float] | None = None,
+        temperature: float | Sequence[float] | None = None,
+        guidance: Guidance | None = None,
         smooth: bool = False,
         batch_size: int = 8,
     ) -> Images:
@@ -268,7 +323,7 @@ class Model:
         """
         return self.edit_tokens(
             image, repaint, label=label, num=num, seed=seed, smooth=smooth, batch_size=batch_size,
-            settings=self.settings(cfg, top_k, top_p),
+            settings=self.settings(cfg, top_k, top_p, temperature, guidance),
         )[0].images.view(Images)  # fmt: skip
 
     def edit_tokens(
@@ -301,8 +356,10 @@ class Model:
         *,
         seed: int = 0,
         cfg: float | None = None,
-        top_k: int | None = None,
+        top_k: int | Sequence[int] | None = None,
         top_p: float | Sequence[float] | None = None,
+        temperature: float | Sequence[float] | None = None,
+        guidance: Guidance | None = None,
     ) -> Iterator[Images]:
         """One image (H, W, 3) after each scale, yielded as soon as that is sampled.
 
@@ -312,7 +369,7 @@ class Model:
         Raises: BadInput as these do.
         """
         self.check_kind("showing an image scale by scale", "var")
-        settings = self.settings(cfg, top_k, top_p)
+        settings = self.settings(cfg, top_k, top_p, temperature, guidance)
         check_seed(seed)
         known = (np.zeros(length := num_tokens(self.patch_nums), np.int32), np.zeros(length, bool))
         if image is not None or repaint is not None:
@@ -324,8 +381,9 @@ class Model:
             spread = lambda x: put(np.repeat(np.asarray(x)[None], rows, axis=0))
             keys, labels = image_keys(seed, spread(np.int32(0))), spread(np.int32(label))
             tokens = KnownTokens(*map(spread, known))
-            how = {"cfg": settings.cfg or None, "top_k": settings.top_k, "top_p": settings.top_p}
-        stages = sample_by_scale(weights, labels, keys, tokens, **how)
+            names = (*PER_SCALE, "guidance")
+            how: dict[str, Any] = {name: getattr(settings, name) for name in names}
+        stages = sample_by_scale(weights, labels, keys, tokens, cfg=settings.cfg or None, **how)
         for _ in self.patch_nums:
             with self._using():  # not while the caller has its turn
                 yield fetch(next(stages), 1)[0].view(Images)
@@ -348,40 +406,46 @@ class Model:
     def settings(
         self,
         cfg: float | None = None,
-        top_k: int | None = None,
+        top_k: int | Sequence[int] | None = None,
         top_p: float | Sequence[float] | None = None,
+        temperature: float | Sequence[float] | None = None,
+        guidance: Guidance | None = None,
         steps: int | None = None,
         solver: str | None = None,
     ) -> SamplingConfig:
         """The checkpoint's settings of sampling, where arguments do not replace them.
 
-        Raises: BadInput if they are out of range, mean nothing for this kind of model, or `top_p`
-        has another number of scales.
+        Raises: BadInput if they are out of range, mean nothing for this kind of model, or are of
+        another number of scales.
         """
-        given: dict[str, Any] = {}
+        given: dict[str, Any] = {
+            "cfg": cfg, "top_k": top_k, "top_p": top_p, "temperature": temperature,
+            "guidance": guidance, "steps": steps, "solver": solver,
+        }  # fmt: skip
+        given = {name: value for name, value in given.items() if value is not None}
+        known = self.models.sampling.flags(self.kind)
+        if others := [name for name in given if name not in known]:
+            value = given[others[0]]
+            text = ",".join(map("{:g}".format, value)) if isinstance(value, tuple) else value
+            raise BadInput(
+                f"{others[0]}={text} means nothing here: a model of kind {self.kind} is sampled"
+                f" with {', '.join(known)}."
+            )
+        for name in ("cfg", *PER_SCALE):
+            if name in given:
+                given[name] = to_numbers(name, given[name])
         if cfg is not None:
-            given["cfg"], *more = to_numbers("cfg", cfg)
+            given["cfg"], *more = given["cfg"]
             if more:
                 raise BadInput(f"cfg={cfg!r}; expected one number.")
         if top_k is not None:
-            if not is_whole(top_k, 0):
-                raise BadInput(f"top_k={top_k!r}; expected a whole number of at least 0.")
+            if wrong := [k for k in given["top_k"] if k < 0 or not k.is_integer()]:
+                raise BadInput(f"top_k={wrong[0]:g}; expected a whole number of at least 0.")
+            # One program for all that are no less than the codes.
             codes = self.models.tokenizer.config.vocab_size
-            given["top_k"] = int(top_k) if top_k < codes else 0  # one program for all of them
-        if top_p is not None:
-            given["top_p"] = to_numbers("top_p", top_p)
-        if steps is not None:
-            if not is_whole(steps, 1):
-                raise BadInput(f"steps={steps!r}; expected a whole number of at least 1.")
-            given["steps"] = int(steps)
-        if solver is not None:
-            given["solver"] = solver
-        known = self.models.sampling.flags(self.kind)
-        if others := [name for name in given if name not in known]:
-            raise BadInput(
-                f"{others[0]}={given[others[0]]} means nothing here: a model of kind {self.kind} is"
-                f" sampled with {', '.join(known)}."
-            )
+            given["top_k"] = tuple(int(k) if k < codes else 0 for k in given["top_k"])
+        if steps is not None and not is_whole(steps, 1):
+            raise BadInput(f"steps={steps!r}; expected a whole number of at least 1.")
         settings = dataclasses.replace(self.models.sampling, **given)
         settings.check(self.patch_nums)
         return settings
@@ -462,15 +526,15 @@ class Model:
         seed: int,
         batch_size: int,
         *,
-        smooth: bool = False,
         known: KnownTokens | None = None,
+        **more: Any,
     ) -> Generated:
         check_seed(seed)
         check_batch_size(batch_size)
-        weights = Weights(self.models.tokenizer, self.models.transformer)
+        draw, weights = self.sampler(settings, **more)
         how = {"batch_size": few_sizes(len(labels), batch_size), "seed": seed, "known": known}
         with self._using():
-            parts = generate(sampler_of(self.kind, settings, smooth), weights, labels, **how)
+            parts = generate(draw, weights, labels, **how)
             return collect(parts, len(labels))
 
     def _using(self) -> contextlib.AbstractContextManager[Any]:

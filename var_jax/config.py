@@ -87,6 +87,8 @@ MAX_SEED = 2**32 - 1  # jax.random.key takes more, and gives the same
 LEAST_SCALES = 3  # that scale dropout keeps
 MAX_STEPS = 10_000  # of a solver
 MAX_CFG = 1000.0  # far beyond use, and logits stay finite
+# Settings of sampling that are of all scales or of each, and their ranges.
+PER_SCALE = {"top_k": ANY, "top_p": SHARE, "temperature": (0.01, 100)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -460,37 +462,67 @@ class DataConfig:
 class SamplingConfig:
     """How samples and edits are drawn unless flags say otherwise; kept in the checkpoint."""
 
-    cfg: float = 1.5  # guidance; 0: none
-    top_k: int = 900  # 0: all codes
+    cfg: float = 1.5  # guidance scale; 0: none
+    top_k: tuple[int, ...] = (900,)  # of all scales, or of each; 0: all codes
     top_p: tuple[float, ...] = (0.96,)  # of all scales, or of each; 0: all of the probability
+    # Of all scales, or of each. It divides the logits that top-k and top-p leave.
+    temperature: tuple[float, ...] = (1.0,)
+    # Where cfg applies: ramp (rises from 0 to cfg over the scales), constant, interval=LO-HI
+    # (constant on these scales, counted from 1); ssg=BETA adds Scaled Spatial Guidance to ramp.
+    guidance: str | Callable[..., Any] = "ramp"
     steps: int = 50  # of a dit's solver, from noise to image
     solver: str = "heun"  # of a dit: euler (first order) or heun (second, two passes a step)
 
     def __post_init__(self):
-        check_ranges(self, cfg=(0, MAX_CFG), top_k=ANY, steps=(1, MAX_STEPS))
+        check_ranges(self, cfg=(0, MAX_CFG), steps=(1, MAX_STEPS))
         if self.solver not in ("euler", "heun"):
             raise BadInput(f"solver={self.solver!r} is not one of euler, heun.")
-        if not self.top_p or not all(0 <= p <= 1 for p in self.top_p):
-            raise BadInput(f"top_p={self.listed}; expected 0 to 1, once or for each scale.")
+        for name, (least, most) in PER_SCALE.items():
+            values = getattr(self, name)
+            if not values or not all(least <= value <= most for value in values):
+                wanted = f"at least {least}" if most == math.inf else f"{least} to {most}"
+                raise BadInput(
+                    f"{name}={listed(values)}; expected {wanted}, once or for each scale."
+                )
+        if isinstance(self.guidance, str):  # a program may have put a function there
+            parse_guidance(self.guidance)
 
     def check(self, patch_nums: tuple[int, ...]) -> None:
-        """Raises BadInput if `top_p` is of another number of scales."""
-        if len(self.top_p) not in (1, len(patch_nums)):
-            raise BadInput(
-                f"top_p={self.listed} has {len(self.top_p)} numbers; expected one, or one"
-                f" for each of patch_nums={patch_nums}."
-            )
+        """Raises BadInput if a setting is of another number of scales."""
+        for name in PER_SCALE:
+            if len(values := getattr(self, name)) not in (1, len(patch_nums)):
+                raise BadInput(
+                    f"{name}={listed(values)} has {len(values)} numbers; expected one, or one"
+                    f" for each of patch_nums={patch_nums}."
+                )
+        numbers = parse_guidance(self.guidance)[1] if isinstance(self.guidance, str) else ()
+        if len(numbers) == 2 and numbers[1] > len(patch_nums):
+            raise BadInput(f"guidance={self.guidance}; there are {len(patch_nums)} scales.")
 
     def flags(self, kind: str) -> dict[str, Any]:
         """The settings that a kind of model is sampled with, as the flags take them."""
         if kind == "dit":
             return {"cfg": self.cfg, "steps": self.steps, "solver": self.solver}
-        return {"cfg": self.cfg, "top_k": self.top_k, "top_p": self.listed}
+        found = {"cfg": self.cfg} | {name: listed(getattr(self, name)) for name in PER_SCALE}
+        return found | ({"guidance": self.guidance} if kind == "var" else {})
 
-    @property
-    def listed(self) -> str:
-        """top_p as the flag takes it."""
-        return ",".join(map(str, self.top_p))
+
+def listed(values: tuple[float, ...]) -> str:
+    """The values of a setting as its flag takes them."""
+    return ",".join(map(str, values))
+
+
+def parse_guidance(text: str) -> tuple[str, tuple[float, ...]]:
+    """`SamplingConfig.guidance` as its name and numbers. Raises: BadInput."""
+    pattern = r"ramp|constant|interval=(\d{1,3})-(\d{1,3})|ssg=(\d{0,3}\.?\d{1,6})"
+    match = re.fullmatch(pattern, text)
+    numbers = tuple(float(n) for n in match.groups() if n is not None) if match else ()
+    if not match or (len(numbers) == 2 and not 1 <= numbers[0] <= numbers[1]):
+        raise BadInput(
+            f"guidance={text[:60]!r}; expected ramp, constant, interval=LO-HI (scales, the first is"
+            " 1) or ssg=BETA."
+        )
+    return text.partition("=")[0], numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -606,8 +638,14 @@ def check_losses(training: TrainTokenizerConfig, size: int) -> None:
 
 
 def defaults() -> ConfigDict:
-    """Every field of `Config` at its default, so that a flag can set also what a file does not."""
-    return ConfigDict(settings(Config()))
+    """Every field of `Config` at its default, so that a flag can set also what a file does not.
+
+    In `sampling` one number may stand for a tuple, which ConfigDict would refuse; `from_dict`
+    checks the types.
+    """
+    fields = settings(Config())
+    sampling = ConfigDict(fields.pop("sampling"), type_safe=False)
+    return ConfigDict(fields | {"sampling": sampling})
 
 
 def settings(config: Config) -> dict[str, Any]:

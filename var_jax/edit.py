@@ -73,7 +73,7 @@ def main(args: flags.FlagValues) -> None:
     model.check_kind("editing", "var")
     image = crop(original, model.image_size, resize=1)
     repaint, pixels = areas(args, model, box, mask)
-    settings = model.settings(args.cfg, args.top_k, cli.numbers("--top_p", args.top_p))
+    settings = model.settings(**cli.sampling_settings(args))
     if args.label is not None:
         model.class_index(args.label, "--label")
     made, keep = model.edit_tokens(

@@ -73,9 +73,7 @@ from var_jax.evaluation.scores import BLOCK
 from var_jax.evaluation.tokenizer import Perturbed, Reconstructions, similarities
 from var_jax.models.features.lpips import NETS, SMALLEST, Lpips, load_lpips
 from var_jax.models.tokenizer import Tokenizer
-from var_jax.sampling.autoregressive import Weights
 from var_jax.sampling.exports import load_tokenizer, mesh_for_sampling
-from var_jax.sampling.generate import sampler_of
 from var_jax.sampling.to_disk import Job, check_settings
 from var_jax.sharding import hosts
 from var_jax.sharding.mesh import data_mesh, of_first, using
@@ -86,10 +84,11 @@ from var_jax.tools.npz import NpzImages
 
 MODES = ("likelihood", "classify", "tokenizer", "memorization")
 HELD_OUT = "held-out images"
-SWEPT = ("cfg", "top_k", "top_p", "steps")
+SWEPT = ("cfg", "top_k", "top_p", "temperature", "steps")
+SETTINGS = ("guidance", "solver")
 FLAGS = (
     "checkpoint", "samples", "reference", "features", "source", "split", "size", "num", "seed",
-    "lpips", *SWEPT, "solver", *MODES,
+    "lpips", *SWEPT, *SETTINGS, *MODES,
 )  # fmt: skip
 
 
@@ -118,6 +117,8 @@ def define_flags() -> None:
     flags.DEFINE_list("cfg", None, "Guidance scales. Default: the checkpoint's.")
     flags.DEFINE_list("top_k", None, "Codes to sample from, 0: all. Default: the checkpoint's.")
     flags.DEFINE_list("top_p", None, "Shares of probability, 0: all. Default: the checkpoint's.")
+    flags.DEFINE_list("temperature", None, "Of what is left. Default: the checkpoint's.")
+    flags.DEFINE_string("guidance", None, "As of `sample`. Default: the checkpoint's.")
     flags.DEFINE_list("steps", None, "Of a diffusion transformer. Default: the checkpoint's.")
     flags.DEFINE_enum("solver", None, ["euler", "heun"], "Alike.")
     flags.DEFINE_integer("seed", 0, "Of the samples.", 0, MAX_SEED)
@@ -135,7 +136,7 @@ def main(args: flags.FlagValues) -> None:
     sampled = args.reference or args.memorization
     if (args.checkpoint is None) == (args.samples is None) or (args.samples and not sampled):
         raise BadInput("give --checkpoint, or --samples with --reference or --memorization.")
-    given = [name for name in (*SWEPT, "solver", "num", "seed") if args[name].present]
+    given = [name for name in (*SWEPT, *SETTINGS, "num", "seed") if args[name].present]
     if given and not (sampled and args.checkpoint):
         raise BadInput(f"--{given[0]} is of sampling, and nothing is sampled here.")
     if args.reference and args.source:
@@ -341,7 +342,7 @@ def one_setting(args: flags.FlagValues, model: var_jax.Model) -> SamplingConfig:
     """The sampling settings of the flags. Raises: BadInput if they are a sweep."""
     points = sweep(args, model)
     if len(points) > 1:
-        raise BadInput("--memorization takes one --cfg, --top_k, --top_p and --steps, not a list.")
+        raise BadInput("--memorization takes one value of --cfg, --top_k and the like, not a list.")
     return points[""]
 
 
@@ -354,11 +355,10 @@ def sweep(args: flags.FlagValues, model: var_jax.Model) -> dict[str, SamplingCon
             raise BadInput(f"--{name}={wrong[0]:g}; expected a whole number of at least {least}.")
     found = {}
     for values in itertools.product(*lists.values()):
-        point = dict(zip(lists, values, strict=True))
+        point: dict[str, Any] = dict(zip(lists, values, strict=True))
         name = "-".join(f"{key}{value:g}" for key, value in point.items())
-        top_k, steps = (int(point[n]) if n in point else None for n in ("top_k", "steps"))
-        how = point.get("cfg"), top_k, point.get("top_p"), steps, args.solver
-        found[name] = model.settings(*how)
+        point |= {key: int(point[key]) for key in ("top_k", "steps") if key in point}
+        found[name] = model.settings(**point, **{key: args[key].value for key in SETTINGS})
     return found if len(found) > 1 else {"": next(iter(found.values()))}
 
 
@@ -374,7 +374,6 @@ def draw(
     Raises: BadInput if the folder holds samples of others.
     """
     labels = np.resize(np.arange(len(model.class_names), dtype=np.int32), num)
-    weights = Weights(model.models.tokenizer, model.models.transformer)
     prints = "".join(fingerprints(args, model).values())
     about = settings.flags(model.kind) | {"weights": prints, "num": num, "seed": args.seed}
     done, path = folder / "settings.json", folder / "samples.npz"
@@ -382,7 +381,7 @@ def draw(
         if jax.process_index() == 0:
             check_settings(folder, read_json(done), about)
         return path
-    job = Job(sampler_of(model.kind, settings), weights, labels, folder, args.batch_size, args.seed)
+    job = Job(*model.sampler(settings), labels, folder, args.batch_size, args.seed)
     job.begin(about)
     job.sample(np.arange(num, dtype=np.int32))
     if jax.process_index() == 0:

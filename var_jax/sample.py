@@ -24,9 +24,7 @@ from var_jax.checkpoints.export import load_fingerprint
 from var_jax.config import MAX_SEED, SamplingConfig
 from var_jax.data.classes import class_index, meanings
 from var_jax.data.sources import Emoji
-from var_jax.sampling.autoregressive import Weights
 from var_jax.sampling.exports import mesh_for_sampling
-from var_jax.sampling.generate import sampler_of
 from var_jax.sampling.to_disk import Job, Score
 from var_jax.schedule import num_tokens
 from var_jax.sharding import hosts
@@ -38,7 +36,7 @@ from var_jax.tools.plugins import find_function, told
 
 MOST = 10**8  # images; of those parts the names have room for
 SHOWN, ROWS = 100, 8  # images in grid.png and in scales.png
-SETTINGS = ("labels", "num", "smooth", "reject", "scorer", "seed", "dtype")
+SETTINGS = ("labels", "num", "smooth", "reject", "scorer", "seed", "dtype", "draft_scales")
 
 
 def define_flags() -> None:
@@ -57,6 +55,13 @@ def define_flags() -> None:
     )
     cli.define_sampling_flags()
     cli.define_solver_flags()
+    flags.DEFINE_string(
+        "refiner",
+        None,
+        "A checkpoint of a smaller transformer, which samples the scales after --draft_scales:"
+        " collaborative decoding (CoDe).",
+    )
+    flags.DEFINE_integer("draft_scales", None, "How many scales --checkpoint samples then.", 1)
     flags.DEFINE_bool("smooth", False, "Mix codes: nicer to look at, not for metrics.")
     flags.DEFINE_float(
         "reject", 1.0, "Draw more and keep this share of each class, the best by --scorer.", 1e-4, 1
@@ -98,20 +103,18 @@ def main(args: flags.FlagValues) -> None:
     hosts.check_shared("--out", out)
     mesh = mesh_for_sampling(args.checkpoint, args.fsdp)
     model = var_jax.load(args.checkpoint, mesh=mesh, dtype=args.dtype)
+    refiner = model.load_refiner(args.refiner, dtype=args.dtype) if args.refiner else None
     if args.show_scales:
         model.check_kind("--show_scales", "var")
     labels = wanted_labels(args, model)
     score = load_scorer(args, model) if args.reject < 1 else None
-    settings = model.settings(
-        args.cfg, args.top_k, cli.numbers("--top_p", args.top_p), args.steps, args.solver
-    )
-    weights = Weights(model.models.tokenizer, model.models.transformer)
+    settings = model.settings(**cli.sampling_settings(args), steps=args.steps, solver=args.solver)
+    sampler, weights = model.sampler(settings, args.smooth, refiner, args.draft_scales)
     job = Job(
-        sampler_of(model.kind, settings, args.smooth), weights, labels, out, args.batch_size,
-        args.seed, with_tokens=not args.smooth,
-    )  # fmt: skip
+        sampler, weights, labels, out, args.batch_size, args.seed, with_tokens=not args.smooth
+    )
     with using(mesh):
-        job.begin(settings_of(args, model, settings))
+        job.begin(settings_of(args, model, settings, refiner))
         index = np.arange(len(labels), dtype=np.int32)
         if score is not None:
             index = job.choose(args.reject, score)
@@ -225,11 +228,16 @@ def of_images(score: Callable[[np.ndarray, np.ndarray], Any]) -> Score:
 
 
 def settings_of(
-    args: flags.FlagValues, model: var_jax.Model, settings: SamplingConfig
+    args: flags.FlagValues,
+    model: var_jax.Model,
+    settings: SamplingConfig,
+    refiner: var_jax.Model | None,
 ) -> dict[str, Any]:
     """What must be the same where a stopped run continues."""
     parts = {"tokenizer": model.models.tokenizer, "transformer": model.models.transformer}
     weights = "".join(load_fingerprint(args.checkpoint, n, part) for n, part in parts.items())
+    if refiner is not None:
+        weights += load_fingerprint(args.refiner, "transformer", refiner.models.transformer)
     flag_values = {name: args[name].value for name in SETTINGS}
     return flag_values | settings.flags(model.kind) | {"weights": weights}
 

@@ -136,8 +136,8 @@ def test_sampling_settings_may_change_later(trained, tmp_path):
     code, _, err = run_alone("train", "--config", TINY, "--workdir", workdir, flag)
     assert code == 0, err
     about = json.loads((workdir / "checkpoint" / "config.json").read_text())
-    of_dit = {"steps": 50, "solver": "heun"}
-    assert about["sampling"] == {"cfg": 1.5, "top_k": 900, "top_p": [0.5], **of_dit}
+    others = {"temperature": [1.0], "guidance": "ramp", "steps": 50, "solver": "heun"}
+    assert about["sampling"] == {"cfg": 1.5, "top_k": [900], "top_p": [0.5], **others}
     images = ((d / "samples.png").read_bytes() for d in (workdir, trained))
     assert len(set(images)) == 2
     assert (workdir / "metrics.jsonl").read_text() == (trained / "metrics.jsonl").read_text()

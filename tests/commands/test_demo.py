@@ -40,12 +40,13 @@ def loaded(untrained):
 
 
 def test_a_link_restores_its_settings(model):
-    query = {"class": "8", "seed": "7", "cfg": "1.5", "top_k": "30", "top_p": "1,0.5,0.5"}
-    wanted = Settings(8, 7, 1.5, 30, "1,0.5,0.5", 0.3)
+    query = {"class": "8", "seed": "7", "cfg": "1.5", "top_k": "30,5,0", "top_p": "1,0.5,0.5"}
+    wanted = Settings(8, 7, 1.5, "30,5,0", "1,0.5,0.5", 0.3)
     assert Settings.of_link(model, query | {"margin": "0.3"}) == wanted
-    assert wanted.sampling(model)["top_p"] == (1, 0.5, 0.5)
+    sampling = wanted.sampling(model)
+    assert (sampling["top_k"], sampling["top_p"]) == ((30, 5, 0), (1, 0.5, 0.5))
     assert Settings.of_link(model, {}) == Settings.default(model)
-    assert Settings.default(model).top_k == 0  # of 64 codes, while the checkpoint says 900
+    assert Settings.default(model).top_k == "0"  # of 64 codes, while the checkpoint says 900
     named = {"class": "Flags", "seed": "7", "utm_source": "mail"}
     assert Settings.of_link(model, named) == Settings.of_link(model, {"class": "8", "seed": "7"})
     assert Settings.of_link(model, {"class": "-1"}).sampling(model)["label"] is None
@@ -71,7 +72,7 @@ def test_an_emptied_control_is_named(model):
         ({"top_p": "0.5,0.5"}, "top_p=0.5,0.5 has 2 numbers"),
         ({"margin": "0.5"}, "margin=0.5; expected 0.05 to 0.45"),
         ({"cfg": "11"}, "cfg=11.0; expected 0 to 10"),
-        ({"top_k": "65"}, "top_k=65; expected 0 to 64"),
+        ({"top_k": "6,5"}, "top_k=6,5 has 2 numbers"),
     ],
 )
 def test_a_link_with_something_out_of_range(model, query, sentence):

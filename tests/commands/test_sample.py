@@ -8,15 +8,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 from running import complaint, run, start, start_several, wait_for
 
 import var_jax
 from var_jax import BadInput
 from var_jax.checkpoints.export import fingerprint
+from var_jax.config import SamplingConfig
 from var_jax.evaluation.likelihood import class_scores
 from var_jax.sample import counted
-from var_jax.sampling.exports import load_models
+from var_jax.sampling.exports import load_models, load_parts, save_parts
 from var_jax.sharding.mesh import make_mesh
 from var_jax.tools.npz import load_npz, save_npz
 
@@ -87,6 +89,16 @@ def test_bad_input(untrained, tmp_path):
         ("--labels", 3, "--top_p", ".5,.4"): "top_p=0.5,0.4 has 2 numbers; expected one",
         ("--labels", 3, "--top_p", "1.5"): "top_p=1.5; expected 0 to 1",
         ("--labels", 3, "--top_p", "most"): "--top_p=most; expected numbers",
+        ("--labels", 3, "--top_k", "-1"): "top_k=-1; expected a whole number of at least 0",
+        ("--labels", 3, "--top_k", "9,.5,9"): "top_k=0.5; expected a whole number",
+        ("--labels", 3, "--temperature", "0"): "temperature=0.0; expected 0.01 to 100, once or",
+        ("--labels", 3, "--temperature", "1,1"): "temperature=1.0,1.0 has 2 numbers",
+        ("--labels", 3, "--guidance", "more"): "guidance='more'; expected ramp, constant, interval",
+        ("--labels", 3, "--guidance", "interval=2-4"): "guidance=interval=2-4; there are 3 scales",
+        ("--labels", 3, "--draft_scales", 2): "refiner and draft_scales go together",
+        ("--labels", 3, "--refiner", untrained): "refiner and draft_scales go together",
+        ("--labels", 3, "--refiner", untrained, "--draft_scales", 4): "draft_scales=4; expected 1",
+        ("--labels", 3, "--refiner", "emoji", "--draft_scales", 2): "has patch_nums=(1, 1, 1, 2,",
         ("--labels", "3:²"): "--labels holds '3:²'",
         ("--labels", 3, "--smooth", "--show_scales"): "--show_scales needs tokens",
         ("--labels", 3, "--out", Path(__file__)): "test_sample.py",
@@ -133,6 +145,29 @@ def test_the_settings_of_the_checkpoint(untrained, tmp_path):
     np.testing.assert_array_equal(by_itself["tokens"], by_flags["tokens"])
     overridden = sample(copy, tmp_path / "c", "--labels", "3:4", "--top_k", 1)
     assert (overridden["tokens"] != by_itself["tokens"]).any()
+
+
+@pytest.mark.slow
+def test_a_refiner_of_the_same_weights_changes_nothing(untrained, tmp_path):
+    plain = sample(untrained, tmp_path / "plain", "--labels", "3:4")
+    flags = ("--labels", "3:4", "--refiner", untrained, "--draft_scales", 2)
+    np.testing.assert_array_equal(
+        sample(untrained, tmp_path / "refined", *flags)["tokens"], plain["tokens"]
+    )
+
+
+def test_a_refiner_of_another_tokenizer_or_other_classes(untrained, tmp_path):
+    parts, _ = load_parts(untrained)
+    about = json.loads((untrained / "config.json").read_text())
+    names, settings = about["class_names"], SamplingConfig()
+    weights = parts["tokenizer"].quantizer
+    weights.codebook = nnx.Param(weights.codebook[...] + 1)
+    save_parts(tmp_path / "tokenizer", parts, names, settings)
+    save_parts(tmp_path / "classes", parts, names[::-1], settings)
+    flags = ("--checkpoint", untrained, "--labels", 3, "--draft_scales", 2, "--refiner")
+    for name, sentence in (("tokenizer", "has other weights"), ("classes", "has other classes")):
+        said = complaint("sample", *flags, tmp_path / name, "--out", tmp_path / "out")
+        assert sentence in said and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

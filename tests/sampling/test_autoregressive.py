@@ -11,7 +11,15 @@ from flax import nnx
 from golden_cases import models
 
 from var_jax.models.tokenizer import decode_tokens
-from var_jax.sampling.autoregressive import Weights, mix, sample, sample_by_scale
+from var_jax.sampling.autoregressive import (
+    Weights,
+    filtered,
+    mix,
+    sample,
+    sample_by_scale,
+    sample_latent,
+)
+from var_jax.sampling.exports import build
 from var_jax.sampling.generate import collect, generate, image_keys
 from var_jax.sharding.mesh import make_mesh
 
@@ -50,14 +58,17 @@ def test_an_image_does_not_depend_on_batch_size_or_devices():
     )
 
 
+VARIED = {
+    "top_k": (0, 9, 5, 9), "top_p": (0.9, 0.5, 0.9, 0.5), "temperature": (1.5, 1.0, 0.7, 1.1),
+    "guidance": "ssg=0.5",
+}  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("top_k", "top_p"),
-    [(9, (0.9, 0.5, 0.9, 0.5)), (0, 0.0)],
-)
-def test_scale_by_scale_ends_in_the_sample(top_k, top_p):
+@pytest.mark.parametrize("settings", [VARIED, {"top_k": 0, "top_p": 0.0}])
+def test_scale_by_scale_ends_in_the_sample(settings):
     weights, labels = Weights(*models("base")[:2]), jnp.asarray(LABELS[:2])
-    keys, how = image_keys(0, jnp.arange(2)), {"cfg": 2.0, "top_k": top_k, "top_p": top_p}
+    keys, how = image_keys(0, jnp.arange(2)), {"cfg": 2.0} | settings
     stages = list(sample_by_scale(weights, labels, keys, **how))
     assert len(stages) == 4 and (stages[0] != stages[-1]).any()
     wanted = draw(LABELS[:2], batch_size=2, **how)[0]
@@ -71,11 +82,68 @@ def test_seeds_and_labels_matter():
 
 
 @pytest.mark.slow
-def test_each_scale_has_its_top_p():
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_p": (1.0, 1.0, 1e-9, 1e-9), "top_k": 0},
+        {"top_p": 0.0, "top_k": (0, 0, 1, 1)},
+        {"top_p": 0.0, "top_k": 0, "temperature": (1.0, 1.0, 0.01, 0.01)},
+    ],
+)
+def test_each_scale_has_its_settings(settings):
     """Sampled freely at the first two scales and greedily after them, those settle the rest."""
-    greedy = [1e-9] * (len(models("base")[1].config.patch_nums) - 2)
-    tokens = draw(np.full(16, 3, np.int32), top_p=(1.0, 1.0, *greedy), top_k=0, cfg=None)[1]
+    tokens = draw(np.full(16, 3, np.int32), cfg=None, **settings)[1]
     assert len(np.unique(tokens[:, :5], axis=0)) == len(np.unique(tokens, axis=0)) > 1
+
+
+def test_temperature_sharpens_what_top_k_leaves():
+    logits = jnp.log(jnp.array([[[0.1, 0.5, 0.2, 0.2]]]))
+    share = jax.nn.softmax(filtered(logits, 3, 0.0, 0.5))[0, 0]
+    np.testing.assert_allclose(share, np.array([0, 25, 4, 4]) / 33, atol=1e-6)
+
+
+def drafted(refiner, draft_scales, labels, **how):
+    """Tokens of collaborative decoding by the "base" model and another."""
+    tokenizer, transformer, _ = models("base")
+    draw = functools.partial(sample_latent, draft_scales=draft_scales, **how)
+    weights, keys = Weights(tokenizer, transformer, refiner), image_keys(0, jnp.arange(len(labels)))
+    return jax.jit(draw)(weights, jnp.asarray(labels), keys)[1]
+
+
+def test_a_refiner_predicts_the_last_scales_from_the_draft():
+    """Greedily, the token of each scale is the likeliest of the model that is to sample it."""
+    tokenizer, transformer, _ = models("base")
+    config = dataclasses.replace(transformer.config, depth=1, width=64, num_heads=2)
+    rng = np.random.default_rng(0)
+    drawn = lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype)
+    refiner = jax.tree.map(drawn, build(config))
+    labels = jnp.array([1, 2, 3])
+    tokens = drafted(refiner, 2, labels, cfg=None, top_k=1, top_p=0.0)
+    inputs, first = tokenizer.quantizer.teacher_forcing_inputs(tokens), 5  # tokens of two scales
+    predicted = [model(labels, inputs).argmax(-1) for model in (transformer, refiner)]
+    np.testing.assert_array_equal(tokens[:, :first], predicted[0][:, :first])
+    np.testing.assert_array_equal(tokens[:, first:], predicted[1][:, first:])
+    assert (predicted[0] != predicted[1])[:, first:].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draft_scales", [1, 2, 3, 4])
+def test_a_refiner_that_is_the_same_model_changes_nothing(draft_scales):
+    transformer, how = models("base")[1], {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
+    refiner = transformer if draft_scales < 4 else None  # it has nothing left to do
+    tokens = drafted(refiner, draft_scales, LABELS[:4], **how)
+    np.testing.assert_array_equal(tokens, draw()[1][:4])
+
+
+@pytest.mark.slow
+def test_a_refiner_on_a_mesh():
+    transformer, how = models("base")[1], {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
+    weights = Weights(*models("base")[:2], transformer)
+    sampler = functools.partial(sample, draft_scales=2, guidance="ssg=0.2", **how)
+    draw_all = lambda: collect(generate(sampler, weights, LABELS, batch_size=8), len(LABELS)).tokens
+    alone = draw_all()
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        np.testing.assert_array_equal(draw_all(), alone)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ TOKENIZER = TokenizerConfig(
     patch_nums=(3,), **SHARED, channels=8, channel_mults=(1,), num_res_blocks=0, norm_groups=4,
     patch_size=4,
 )  # fmt: skip
-SETTINGS = SamplingConfig(cfg=1.5, top_k=5, top_p=(0.9,), steps=3)
+SETTINGS = SamplingConfig(cfg=1.5, top_k=(5,), top_p=(0.9,), steps=3)
 
 
 @functools.cache
@@ -86,7 +86,7 @@ def test_the_error_falls_with_the_order_of_the_solver(solver, order):
 
 def test_greedy_samples_are_what_teacher_forcing_prefers():
     both, labels, keys = weights("raster"), jnp.array([1, 2]), image_keys(0, jnp.arange(2))
-    sampler = sampler_of("raster", SamplingConfig(cfg=0.0, top_k=1, top_p=(0.0,)))
+    sampler = sampler_of("raster", SamplingConfig(cfg=0.0, top_k=(1,), top_p=(0.0,)))
     images, tokens = sampler(both, labels, keys, None)
     assert images.shape == (2, 12, 12, 3) and tokens.dtype == jnp.int32
     logits = both.transformer(labels, tokens[:, :-1])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from golden_cases import load
 
-from var_jax.sampling.filters import guide, top_k, top_p
+from var_jax.sampling.filters import top_k, top_p
 
 GOLD = load("filters")
 
@@ -23,8 +23,3 @@ def test_golden(name):
 def test_top_p_keeps_the_best():
     kept = top_p(jnp.array([[0.0, 5.0, 1.0]]), 1e-9)
     np.testing.assert_array_equal(np.isfinite(kept), [[False, True, False]])
-
-
-def test_guidance_of_zero_is_the_conditional():
-    both = jax.random.normal(jax.random.key(0), (2, 2, 3, 5))
-    np.testing.assert_array_equal(guide(both, 0.0), both[:, 0])

@@ -3,6 +3,7 @@
 `var`, `raster` and `dit` differ in what they read and in which tokens see which.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -85,17 +86,21 @@ class Backbone(nnx.Module):
         cond: Float[Array, "B D"],
         cache: Cache,
         start: int | Int32[Array, ""],
-        stop: int,
+        *stops: int,
     ) -> tuple[Float[Array, "B l D"], Cache]:
         """All blocks over the tokens from `start` on, which see those before them in the cache.
 
-        Attention reads the cache up to `stop`, where the tokens end if `start` is a number; if it
-        is traced, what lies behind them is hidden. The cache is carried through the layers, each
-        writing its own part: one buffer, in place.
+        They are of one group, or of several that end at `stops`; a token sees its own group and all
+        before it, so attention reads the cache up to the group's stop. If `start` is traced, there
+        is one group, and what lies behind it is hidden. The cache is carried through the layers,
+        each writing its own part: one buffer, in place.
         """
-        seen = None
+        stop = stops[-1]
+        seen, groups = None, [(slice(None), stop)]
         if not isinstance(start, int):
             seen = (jnp.arange(stop) < start + x_BlD.shape[1])[None]
+        elif len(stops) > 1:
+            groups = [(slice(a - start, b - start), b) for a, b in pairwise((start, *stops))]
         block_cond = self.block_cond(cond)
 
         def layer(carry, numbered_block):
@@ -108,17 +113,21 @@ class Backbone(nnx.Module):
                 write = lambda c, n: jax.lax.dynamic_update_slice(c, n.astype(c.dtype)[None], place)
                 written = jax.tree.map(write, cache, Cache(k, v))
                 k, v = (c[number, :, :stop] for c in written)
-                return dense(q, k, v, seen), written
+                mixed = [dense(q[:, own], k[:, :end], v[:, :end], seen) for own, end in groups]
+                return jnp.concatenate(mixed, axis=1) if len(mixed) > 1 else mixed[0], written
 
             return block(x, block_cond, attend), None
 
         layers = jnp.arange(self.config.depth), self.blocks
         return jax.lax.scan(layer, (x_BlD, cache), layers)[0]
 
-    def empty_cache(self, batch: int) -> Cache:
-        """A zeroed cache for `batch` sequences, in the compute dtype."""
+    def empty_cache(self, batch: int, length: int | None = None) -> Cache:
+        """A zeroed cache for `batch` sequences, or the first `length` tokens of them.
+
+        In the compute dtype.
+        """
         c = self.config
-        shape = (c.depth, batch, c.num_tokens, c.num_heads, c.head_dim)
+        shape = (c.depth, batch, length or c.num_tokens, c.num_heads, c.head_dim)
         empty = lambda: reshard(jnp.zeros(shape, self.dtype), None, BATCH, None, "tensor")
         return Cache(empty(), empty())
 

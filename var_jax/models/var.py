@@ -69,12 +69,17 @@ class Transformer(Backbone):
         return data_parallel(Quantizer.teacher_forcing_inputs)(quantizer, tokens)
 
     def decode(
-        self, k: int, x_BlD: Float[Array, "B l D"], labels: Int32[Array, " B"], cache: Cache
+        self, k: int, x_BMD: Float[Array, "B M D"], labels: Int32[Array, " B"], cache: Cache
     ) -> tuple[Float[Array, "B l V"], Cache]:
-        """Logits of scale k given the cached keys and values of the scales before it."""
-        here, cond = slices(self.config.patch_nums)[k], self.embed_labels(labels)
-        x, cache = self.run_cached(x_BlD, cond, cache, here.start, here.stop)
-        return self.head_out(x, cond), cache
+        """Logits of scale k given the cached keys and values of the scales that x does not hold.
+
+        `x_BMD` are the inputs of scale k, or of several scales up to k.
+        """
+        *_, here = scales = slices(self.config.patch_nums)[: k + 1]
+        cond, start = self.embed_labels(labels), here.stop - x_BMD.shape[1]
+        stops = [scale.stop for scale in scales if scale.stop > start]
+        x, cache = self.run_cached(x_BMD, cond, cache, start, *stops)
+        return self.head_out(x[:, here.start - here.stop :], cond), cache
 
     def position(self) -> Float[Array, "L D"]:
         """Where a token lies plus which scale it belongs to."""

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Key, Shaped, UInt8
 
-from var_jax.config import SamplingConfig
+from var_jax.config import PER_SCALE, SamplingConfig
 from var_jax.models.backbone import Cache
 from var_jax.models.tokenizer import Tokenizer, decode_latents
 from var_jax.sampling import filters
+from var_jax.sampling.guidance import Guidance, guided, spatial, spatial_strength
 from var_jax.schedule import slices
 from var_jax.sharding.mesh import BATCH
 from var_jax.sharding.ops import data_parallel, reshape, reshard
@@ -23,6 +24,7 @@ class Weights(NamedTuple):
 
     tokenizer: Tokenizer
     transformer: Any  # of the kind that the sampler is for
+    refiner: Any = None  # a smaller transformer for the last scales (CoDe)
 
 
 class KnownTokens(NamedTuple):
@@ -33,15 +35,19 @@ class KnownTokens(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where sampling is between two scales; with guidance labels, x and cache are of pairs."""
+    """Where sampling is between two scales; with guidance labels and cache are of pairs."""
 
     labels: Int32[Array, " P"]
-    x: Float[Array, "P l D"]  # what the transformer reads at the next scale
+    inputs: tuple[Float[Array, "B l C"], ...]  # of each scale from the second to the next one
     cache: Cache
     f_hat: Float[Array, "B h w C"]  # the running sum of the scales so far
+    coarser: Float[Array, "B m V"] | None = None  # logits of the scale before, if SSG wants them
 
 
-@functools.partial(jax.jit, static_argnames=("top_k", "top_p", "smooth"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("top_k", "top_p", "temperature", "guidance", "smooth", "draft_scales"),
+)
 def sample(
     weights: Weights,
     labels: Int32[Array, " B"],
@@ -49,17 +55,24 @@ def sample(
     known: KnownTokens | None = None,
     *,
     cfg: Float[Array, ""] | float | None = 1.5,
-    top_k: int = 900,
+    top_k: int | tuple[int, ...] = 900,
     top_p: float | tuple[float, ...] = 0.96,
+    temperature: float | tuple[float, ...] = 1.0,
+    guidance: Guidance = "ramp",
     smooth: bool = False,
+    draft_scales: int | None = None,
 ) -> tuple[UInt8[Array, "B H W 3"], Int32[Array, "B L"]]:
-    """Images and their tokens, under guidance `cfg` that rises linearly over the scales.
+    """Images and their tokens, under a guidance scale `cfg` that applies as `guidance` says.
 
-    A label of num_classes means "no class". Without guidance (None) the work is halved. `top_p` is
-    of all scales or of each. `smooth` mixes code vectors instead of picking one: nicer to look at,
-    not for metrics.
+    A label of num_classes means "no class". Without a guidance scale (None) the work is halved.
+    `top_k`, `top_p` and `temperature` are of all scales or of each. `smooth` mixes code vectors
+    instead of picking one: nicer to look at, not for metrics. After `draft_scales` scales the
+    refiner takes over.
     """
-    how = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "smooth": smooth}
+    how = {
+        "cfg": cfg, "top_k": top_k, "top_p": top_p, "temperature": temperature,
+        "guidance": guidance, "smooth": smooth, "draft_scales": draft_scales,
+    }  # fmt: skip
     f_hat, tokens = sample_latent(weights, labels, keys, known, **how)
     return to_images(weights, f_hat), tokens
 
@@ -77,30 +90,44 @@ def sample_latent(
     known: KnownTokens | None = None,
     *,
     cfg: Float[Array, ""] | float | None,
-    top_k: int,
+    top_k: int | tuple[int, ...],
     top_p: float | tuple[float, ...],
+    temperature: float | tuple[float, ...] = 1.0,
+    guidance: Guidance = "ramp",
     smooth: bool = False,
+    draft_scales: int | None = None,
 ) -> tuple[Float[Array, "B h w C"], Int32[Array, "B L"]]:
-    """`sample` up to the quantized latents."""
-    num_scales, tokens = len(weights.transformer.config.patch_nums), []
-    top_ps = np.broadcast_to(top_p, num_scales).tolist()
-    state = begin(weights, labels, guided=cfg is not None)
-    for k in range(num_scales):
-        how = {"cfg": cfg, "top_k": top_k, "top_p": top_ps[k], "smooth": smooth}
+    """`sample` up to the quantized latents.
+
+    With a refiner this is collaborative decoding (CoDe, arXiv 2411.17787): the transformer drafts
+    the first `draft_scales` scales; the refiner reads them all at once and samples the others.
+    """
+    ends, tokens = [scale.stop for scale in slices(weights.transformer.config.patch_nums)], []
+    each = lambda values: np.broadcast_to(values, len(ends)).tolist()
+    per_scale = zip(each(top_k), each(top_p), each(temperature), strict=True)
+    shared = {"cfg": cfg, "guidance": guidance, "smooth": smooth}
+    drafted = len(ends) if draft_scales is None else draft_scales
+    state = begin(weights, labels, guided=cfg is not None, length=ends[drafted - 1])
+    for k, (k_best, p, t) in enumerate(per_scale):
+        how = {"top_k": k_best, "top_p": p, "temperature": t, "anew": k == drafted} | shared
+        if k == drafted:
+            weights = weights._replace(transformer=weights.refiner)
+            state = state._replace(cache=weights.transformer.empty_cache(len(state.labels)))
         state, idx_Bl = sample_scale(k, weights, state, keys, known, **how)
         tokens.append(idx_Bl)
     return state.f_hat, jnp.concatenate(tokens, axis=1)
 
 
-def begin(weights: Weights, labels: Int32[Array, " B"], *, guided: bool) -> State:
-    """The state before the first scale."""
+def begin(
+    weights: Weights, labels: Int32[Array, " B"], *, guided: bool, length: int | None = None
+) -> State:
+    """The state before the first scale; the cache has room for `length` tokens, or else all."""
     transformer, quantizer = weights.transformer, weights.tokenizer.quantizer
     side, C = transformer.config.patch_nums[-1], quantizer.config.latent_dim
     f_hat = reshard(jnp.zeros((len(labels), side, side, C)), BATCH)
     if guided:
         labels = pairs(labels, jnp.full_like(labels, transformer.config.num_classes))
-    cache = transformer.empty_cache(len(labels))
-    return State(labels, transformer.embed_start(labels), cache, f_hat)
+    return State(labels, (), transformer.empty_cache(len(labels), length), f_hat)
 
 
 def sample_scale(
@@ -113,31 +140,64 @@ def sample_scale(
     cfg: Float[Array, ""] | float | None,
     top_k: Int32[Array, ""] | int,
     top_p: Float[Array, ""] | float,
+    temperature: Float[Array, ""] | float = 1.0,
+    guidance: Guidance = "ramp",
     smooth: bool = False,
+    anew: bool = False,
 ) -> tuple[State, Int32[Array, "B l"]]:
-    """Samples the tokens of scale k; the state after it."""
-    transformer, quantizer = weights.transformer, weights.tokenizer.quantizer
-    patch_nums = transformer.config.patch_nums
-    here, ratio = slices(patch_nums)[k], k / max(len(patch_nums) - 1, 1)
-    logits, cache = transformer.decode(k, state.x, state.labels, state.cache)
-    strength = None if cfg is None else cfg * ratio
-    logits = choices(logits, strength, top_k, top_p)
+    """Samples the tokens of scale k; the state after it.
+
+    `anew`: the cache is empty, and the transformer reads all scales so far.
+    """
+    quantizer, patch_nums = weights.tokenizer.quantizer, weights.transformer.config.patch_nums
+    here, last = slices(patch_nums)[k], len(patch_nums) - 1
+    logits, state = predict(k, weights.transformer, state, cfg, guidance, anew)
+    logits = filtered(logits, top_k, top_p, temperature)
     scale_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
     idx_Bl = jax.vmap(jax.random.categorical)(scale_keys, logits).astype(jnp.int32)
     code_BlC = data_parallel(embed)(quantizer, idx_Bl)
     if smooth:
-        code_BlC = mix(scale_keys, logits, quantizer.codebook[...], ratio)
+        code_BlC = mix(scale_keys, logits, quantizer.codebook[...], k / max(last, 1))
     if known is not None:
         keep, kept = known.keep[:, here], known.tokens[:, here]
         idx_Bl = jnp.where(keep, kept, idx_Bl)
         code_BlC = jnp.where(keep[..., None], data_parallel(embed)(quantizer, kept), code_BlC)
     advance = data_parallel(functools.partial(next_scale, k=k))
     f_hat, x_BlC = advance(quantizer, code_BlC, state.f_hat)
-    x = state.x
-    if k + 1 < len(patch_nums):
-        x_BlC = x_BlC if cfg is None else pairs(x_BlC, x_BlC)
-        x = transformer.embed_inputs(x_BlC, here.stop)
-    return State(state.labels, x, cache, f_hat), idx_Bl
+    inputs = (*state.inputs, x_BlC) if k < last else state.inputs
+    return state._replace(inputs=inputs, f_hat=f_hat), idx_Bl
+
+
+def predict(
+    k: int,
+    transformer: Any,
+    state: State,
+    cfg: Float[Array, ""] | float | None,
+    guidance: Guidance,
+    anew: bool,
+) -> tuple[Float[Array, "B l V"], State]:
+    """Guided logits of scale k; the state with the scale's keys and values in the cache."""
+    patch_nums = transformer.config.patch_nums
+    x = embed_inputs(transformer, state, slices(patch_nums)[k].stop, anew)
+    logits, cache = transformer.decode(k, x, state.labels, state.cache)
+    both = (logits, None) if cfg is None else unpaired(logits)
+    logits, coarser = guided(guidance, *both, k, len(patch_nums), cfg), None
+    if strength := spatial_strength(guidance):
+        coarser = logits
+        if state.coarser is not None:
+            logits = spatial(logits, state.coarser, strength)
+    return logits, state._replace(cache=cache, coarser=coarser)
+
+
+def embed_inputs(transformer: Any, state: State, stop: int, anew: bool) -> Float[Array, "P M D"]:
+    """What the transformer reads ahead of the tokens that end at `stop`: all, or of one scale."""
+    parts = [transformer.embed_start(state.labels)] if anew or not state.inputs else []
+    if state.inputs:
+        x = jnp.concatenate(state.inputs, axis=1) if anew else state.inputs[-1]
+        start = stop - x.shape[1]
+        x = pairs(x, x) if len(state.labels) > len(x) else x
+        parts.append(transformer.embed_inputs(x, start))
+    return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
 def sample_by_scale(
@@ -147,45 +207,54 @@ def sample_by_scale(
     known: KnownTokens | None = None,
     *,
     cfg: float | None,
-    top_k: int,
+    top_k: int | tuple[int, ...],
     top_p: float | tuple[float, ...],
+    temperature: float | tuple[float, ...] = 1.0,
+    guidance: Guidance = "ramp",
 ) -> Iterator[UInt8[Array, "B H W 3"]]:
     """The images of `sample` after each scale, each as soon as the scale is sampled.
 
-    One program a scale instead of one in all; other values of guidance, top-k and top-p compile
-    nothing anew.
+    One program a scale instead of one in all; other values of the guidance scale, top-k, top-p and
+    temperature compile nothing anew.
     """
     num_scales = len(weights.transformer.config.patch_nums)
     codes = weights.tokenizer.config.vocab_size
-    top_ps = np.broadcast_to(top_p, num_scales) + np.equal(top_p, 0)  # 0 and 1: all
+    per_scale = (np.broadcast_to(values, num_scales) for values in (top_k, top_p, temperature))
     state = _begin(weights, labels, guided=cfg is not None)
-    for k in range(num_scales):
-        how = {"cfg": cfg, "top_k": np.int32(top_k or codes), "top_p": np.float32(top_ps[k])}
+    for k, (k_best, p, t) in enumerate(zip(*per_scale, strict=True)):
+        how = {
+            "cfg": cfg, "guidance": guidance, "temperature": np.float32(t),
+            "top_k": np.int32(k_best or codes), "top_p": np.float32(p or 1),  # 0: all
+        }  # fmt: skip
         state, _ = _sample_scale(k, weights, state, keys, known, **how)
         yield _to_images(weights, state.f_hat)
 
 
 _begin = jax.jit(begin, static_argnames="guided")
-_sample_scale = jax.jit(sample_scale, static_argnames="k")
+_sample_scale = jax.jit(sample_scale, static_argnames=("k", "guidance"))
 _to_images = jax.jit(to_images)
 
 
-def choices(
-    logits: Float[Array, "P l V"],
-    strength: Float[Array, ""] | float | None,
+def filtered(
+    logits: Float[Array, "B l V"],
     top_k: Int32[Array, ""] | int,
     top_p: Float[Array, ""] | float,
+    temperature: Float[Array, ""] | float,
 ) -> Float[Array, "B l V"]:
-    """Logits that tokens are drawn from: guided, unless `strength` is None, and filtered."""
-    if strength is not None:
-        logits = filters.guide(reshape(logits, len(logits) // 2, 2, *logits.shape[1:]), strength)
+    """Logits that tokens are drawn from: of what top-k and top-p leave, over the temperature."""
     logits = reshard(logits, BATCH)  # the vocabulary whole on each device
-    return filters.top_p(filters.top_k(logits, top_k), top_p)
+    return filters.top_p(filters.top_k(logits, top_k), top_p) / temperature
 
 
 def pairs(cond: Shaped[Array, "B *rest"], uncond: Shaped[Array, "B *rest"]) -> Array:
     """cond and uncond of each image one after the other, (2B, ...): both on the same device."""
     return reshape(jnp.stack([cond, uncond], axis=1), 2 * len(cond), *cond.shape[1:])
+
+
+def unpaired(x: Shaped[Array, "P *rest"]) -> tuple[Array, Array]:
+    """The inverse of `pairs`."""
+    both = reshape(x, len(x) // 2, 2, *x.shape[1:])
+    return both[:, 0], both[:, 1]
 
 
 def embed(quantizer, idx_Bl: Int32[Array, "B l"]) -> Float[Array, "B l C"]:
@@ -219,6 +288,5 @@ def mix(
 
 def sampler(settings: SamplingConfig, smooth: bool = False) -> functools.partial:
     """`sample` with these settings, as `generate` takes it; no guidance is half of the work."""
-    return functools.partial(
-        sample, cfg=settings.cfg or None, top_k=settings.top_k, top_p=settings.top_p, smooth=smooth
-    )
+    how = {name: getattr(settings, name) for name in (*PER_SCALE, "guidance")}
+    return functools.partial(sample, cfg=settings.cfg or None, smooth=smooth, **how)

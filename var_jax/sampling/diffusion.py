@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int32, Key, UInt8
 
 from var_jax import BadInput
 from var_jax.config import SamplingConfig
-from var_jax.sampling.autoregressive import Weights, pairs, to_images
-from var_jax.sampling.filters import guide
+from var_jax.sampling.autoregressive import Weights, pairs, to_images, unpaired
+from var_jax.sampling.guidance import guide
 from var_jax.sharding.mesh import BATCH
 from var_jax.sharding.ops import reshape, reshard
 
@@ -41,7 +41,7 @@ def sample(
         x = x if cfg is None else pairs(x, x)
         v = dit(labels, x, jnp.broadcast_to(time, labels.shape))
         if cfg is not None:
-            v = guide(reshape(v, len(keys), 2, side * side, C), cfg)
+            v = guide(*unpaired(v), cfg)
         return reshape(v, len(keys), side, side, C)
 
     draw = lambda key: jax.random.normal(key, (side, side, C))

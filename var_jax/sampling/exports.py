@@ -14,7 +14,13 @@ from jax.sharding import Mesh
 
 from var_jax import BadInput
 from var_jax.checkpoints import hub
-from var_jax.checkpoints.export import export_config, find_export, load_weights, save_export
+from var_jax.checkpoints.export import (
+    export_config,
+    find_export,
+    fingerprint,
+    load_weights,
+    save_export,
+)
 from var_jax.checkpoints.torch.convert import read_models
 from var_jax.config import (
     MOST,
@@ -43,7 +49,7 @@ class Models(NamedTuple):
     tokenizer: Tokenizer
     transformer: Backbone
     class_names: tuple[str, ...]
-    sampling: SamplingConfig
+    sampling: SamplingConfig = SamplingConfig()
 
 
 def build(config: TokenizerConfig | TransformerConfig) -> Any:
@@ -118,6 +124,39 @@ def load_models(directory: str | PurePath, mesh: Mesh | None = None, dtype: str 
     sampling = section(SamplingConfig, about, "sampling", folder)
     weights = load_weights(folder, placed(abstract, mesh, dtype))
     return Models(**weights, class_names=tuple(about["class_names"]), sampling=sampling)
+
+
+def load_refiner(
+    directory: str | PurePath, drafter: Models, mesh: Mesh | None = None, dtype: str = "auto"
+) -> Models:
+    """Reads the transformer of an export that goes on where `drafter` ends, and shares the rest.
+
+    Raises: BadInput, ahead of reading it, if they differ in tokenizer, scales or classes.
+    """
+    folder, about, abstract = abstract_models(directory, dtype)
+    if "transformer" not in abstract:
+        raise BadInput(f"refiner: {folder} holds no transformer.")
+    check_refiner(drafter, Models(**abstract, class_names=tuple(about["class_names"])), str(folder))
+    ours, theirs = fingerprint(drafter.tokenizer), about.get("fingerprints", {}).get("tokenizer")
+    if ours != (theirs or fingerprint(load_tokenizer(directory, mesh))):
+        raise BadInput(f"refiner: the tokenizer of {folder} has other weights than the drafter's.")
+    weights = load_weights(folder, {"transformer": placed(abstract, mesh, dtype)["transformer"]})
+    return drafter._replace(**weights)
+
+
+def check_refiner(drafter: Models, refiner: Models, name: str) -> None:
+    """Raises BadInput unless two models are VARs of the same scales, codes and classes."""
+    for model in (drafter, refiner):
+        if (kind := model.transformer.config.kind) != "var":
+            raise BadInput(f"refiner: a model of kind {kind} has no scales to draft or refine.")
+    if drafter.class_names != refiner.class_names:
+        raise BadInput(f"refiner: {name} has other classes than the drafter.")
+    ours, theirs = vars(drafter.tokenizer.config), vars(refiner.tokenizer.config)
+    if wrong := next((field for field in ours if ours[field] != theirs[field]), None):
+        raise BadInput(
+            f"refiner: the tokenizer of {name} has {wrong}={theirs[wrong]}, the drafter's"
+            f" {ours[wrong]}; expected the same tokenizer."
+        )
 
 
 def placed(abstract: dict[str, Any], mesh: Mesh | None, dtype: str = "auto") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which tokens may be drawn: guidance, top-k, top-p (VAR §4, official `helpers.py`).
+"""Which tokens may be drawn: top-k, top-p (VAR §4, official `helpers.py`).
 
 Top-k and top-p hide what lies below a threshold. It is found bit by bit instead of by sorting: 32
 comparisons of all logits with a guess, ten times as fast as a sort on CPU, exact, ties included.
@@ -9,14 +9,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, UInt32
-
-
-def guide(
-    logits_B2lV: Float[Array, "B 2 l V"], strength: Float[Array, ""] | float
-) -> Float[Array, "B l V"]:
-    """Classifier-free guidance: (1+t)·cond − t·uncond, of pairs of cond and uncond."""
-    cond, uncond = logits_B2lV[:, 0], logits_B2lV[:, 1]
-    return (1 + strength) * cond - strength * uncond
 
 
 def top_k(logits: Float[Array, "... V"], k: Int32[Array, ""] | int) -> Float[Array, "... V"]:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from var_jax import BadInput
-from var_jax.config import MAX_SEED
+from var_jax.config import MAX_SEED, listed
 from var_jax.data.decoding import Unreadable, decode
 from var_jax.sampling.masks import box_mask
 from var_jax.tools.images import before_and_after
@@ -31,6 +31,12 @@ MAX_PIXELS = 50_000_000  # of an upload, and of what a browser sends
 CANVAS = 512  # side of what is brushed on, in pixels
 BRUSHED = 0.25  # share of a cell that a stroke must cover to have it repainted
 NO_CLASS = -1
+# The least and the most that a control of a number takes.
+LIMITS: dict[str, tuple[float, float]] = {
+    "seed": (0, MAX_SEED),
+    "cfg": (0, 10),
+    "margin": (0.05, 0.45),
+}
 BRUSH, MARGIN = "where I brush", "the margin"
 THEME = Soft(primary_hue="indigo", font=("system-ui", "sans-serif"), font_mono=("monospace",))
 CSS = """
@@ -58,15 +64,15 @@ class Settings:
     label: int  # NO_CLASS: none
     seed: int
     cfg: float
-    top_k: int
-    top_p: str  # one number, or one a scale, with commas
+    top_k: str  # one number, or one a scale, with commas
+    top_p: str  # alike
     margin: float  # share of the side
 
     @classmethod
     def default(cls, model: "Model") -> "Settings":
         """The first class and what the checkpoint says."""
-        how, most = model.settings(), limits(model)["top_k"][1]
-        return cls(0, 0, how.cfg, how.top_k if how.top_k < most else 0, how.listed, 0.25)
+        how = model.settings(top_k=model.settings().top_k)  # 0 for as many as there are codes
+        return cls(0, 0, how.cfg, listed(how.top_k), listed(how.top_p), 0.25)
 
     @classmethod
     def of(cls, model: "Model", values: Mapping[str, Any]) -> "Settings":
@@ -79,7 +85,7 @@ class Settings:
             found[name] = to_number(name, values[name], type(found[name]))
         settings = cls(**found)
         settings.sampling(model)
-        for name, (least, most) in limits(model).items():
+        for name, (least, most) in LIMITS.items():
             if not least <= (value := getattr(settings, name)) <= most:
                 raise BadInput(f"{name}={value}; expected {least} to {most}.")
         return settings
@@ -95,17 +101,13 @@ class Settings:
 
     def sampling(self, model: "Model") -> dict[str, Any]:
         """The arguments of `Model.stream`. Raises: BadInput if one is out of range."""
-        top_p = tuple(to_number("top_p", text, float) for text in self.top_p.split(","))
-        model.settings(self.cfg, self.top_k, top_p)
+        how: dict[str, Any] = {"cfg": self.cfg}
+        for name, kind in (("top_k", int), ("top_p", float)):
+            texts = getattr(self, name).split(",")
+            how[name] = tuple(to_number(name, text, kind) for text in texts)
+        model.settings(**how)
         label = None if self.label == NO_CLASS else self.label
-        how = {"cfg": self.cfg, "top_k": self.top_k, "top_p": top_p}
         return {"label": label, "seed": self.seed, **how}
-
-
-def limits(model: "Model") -> dict[str, tuple[float, float]]:
-    """The least and the most that a control of a number takes."""
-    codes = model.models.tokenizer.config.vocab_size
-    return {"seed": (0, MAX_SEED), "cfg": (0, 10), "top_k": (0, codes), "margin": (0.05, 0.45)}
 
 
 def to_number(name: str, text: Any, kind: type) -> Any:
@@ -305,7 +307,7 @@ QUICK: Any = {"api_visibility": "private", "show_progress": "hidden"}
 
 def add_controls(model: "Model") -> list[Any]:
     """The controls of `Settings`."""
-    now, most = Settings.default(model), limits(model)
+    now, most = Settings.default(model), LIMITS
     classes = [("no class", NO_CLASS), *((n, i) for i, n in enumerate(model.class_names))]
     label = gr.Dropdown(classes, value=now.label, label="Class", filterable=True)
     with gr.Row(equal_height=True):
@@ -321,13 +323,10 @@ def add_controls(model: "Model") -> list[Any]:
         label="Guidance",
         info="How strongly the class counts; 0: off",
     )
-    top_k = gr.Slider(
-        *most["top_k"],
-        now.top_k,
-        step=1,
-        label="Top-k",
-        info="Sample from the k likeliest codes; 0: all",
-    )
+    top_k = gr.Textbox(
+        now.top_k, label="Top-k", elem_id="top_k",
+        info="Sample from the k likeliest codes, 0: all; one number, or one a scale",
+    )  # fmt: skip
     top_p = gr.Textbox(
         now.top_p, label="Top-p", elem_id="top_p",
         info="Sample from this share of probability; one number, or one a scale",

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key, UInt8
 
 from var_jax import BadInput
-from var_jax.config import SamplingConfig
-from var_jax.sampling.autoregressive import Weights, choices, pairs, to_images
+from var_jax.config import PER_SCALE, SamplingConfig
+from var_jax.sampling.autoregressive import Weights, filtered, pairs, to_images, unpaired
+from var_jax.sampling.guidance import guide
 from var_jax.sharding.ops import data_parallel
 
 
-@functools.partial(jax.jit, static_argnames=("top_k", "top_p"))
+@functools.partial(jax.jit, static_argnames=("top_k", "top_p", "temperature"))
 def sample(
     weights: Weights,
     labels: Int32[Array, " B"],
@@ -22,6 +23,7 @@ def sample(
     cfg: Float[Array, ""] | float | None = 1.5,
     top_k: int = 900,
     top_p: float = 0.96,
+    temperature: float = 1.0,
 ) -> tuple[UInt8[Array, "B H W 3"], Int32[Array, "B L"]]:
     """Images and their tokens, under guidance `cfg`, the same for all tokens.
 
@@ -34,7 +36,8 @@ def sample(
     def step(carry, t):
         x, cache = carry
         logits, cache = transformer.decode(t, x, labels, cache)
-        logits = choices(logits, cfg, top_k, top_p)
+        logits = logits if cfg is None else guide(*unpaired(logits), cfg)
+        logits = filtered(logits, top_k, top_p, temperature)
         token_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
         idx_B1 = jax.vmap(jax.random.categorical)(token_keys, logits).astype(jnp.int32)
         read = pairs(idx_B1, idx_B1) if guided else idx_B1
@@ -51,5 +54,5 @@ def sampler(settings: SamplingConfig, smooth: bool = False) -> functools.partial
     """`sample` with these settings, as `generate` takes it. Raises: BadInput for `smooth`."""
     if smooth:
         raise BadInput("smooth sampling mixes the codes of a scale; a raster model has none.")
-    how = {"cfg": settings.cfg or None, "top_k": settings.top_k, "top_p": settings.top_p[0]}
-    return functools.partial(sample, **how)
+    how = {name: getattr(settings, name)[0] for name in PER_SCALE}
+    return functools.partial(sample, cfg=settings.cfg or None, **how)

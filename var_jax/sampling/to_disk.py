@@ -26,6 +26,8 @@ from var_jax.tools.logs import progress
 from var_jax.tools.npz import join_npz, load_npz, save_npz
 
 Score = Callable[[np.ndarray, np.ndarray, Any], Float[np.ndarray, " N"]]  # images, labels, tokens
+# Settings that older versions did not have, and what they did.
+ADDED = {"temperature": "1.0", "guidance": "ramp"}
 LEFTOVER = re.compile(r"settings\.json|\.(settings\.json|(scores-)?[\d-]+\.npz)\.partial")
 
 
@@ -176,7 +178,7 @@ class Job:
 
 def check_settings(parts: epath.Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raises BadInput if unfinished parts are of a job with other settings."""
-    advice = "finish that, remove the folder, or name another --out."
+    advice, found = "finish that, remove the folder, or name another --out.", ADDED | found
     if found.get("weights") != settings["weights"]:
         raise BadInput(f"{parts} holds an unfinished run of other weights; {advice}")
     for name, value in settings.items():

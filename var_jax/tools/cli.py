@@ -14,7 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 from absl import logging as absl_logging
@@ -128,12 +128,34 @@ def define_config_flag() -> None:
 
 
 def define_sampling_flags() -> None:
-    """Defines --cfg, --top_k and --top_p, which default to what the checkpoint says."""
+    """Defines the flags of `sampling_settings`, which default to what the checkpoint says."""
     say = lambda text: f"{text} Default: the checkpoint's."
     flags.DEFINE_float("cfg", None, say("Guidance scale; 0: none."), lower_bound=0)
-    flags.DEFINE_integer("top_k", None, say("Sample from the k likeliest codes; 0: all."), 0)
-    text = "Sample from this share of probability; 0: all. One number, or one a scale: 1,0.5,0.5."
+    each = "One number, or one a scale: "
+    text = f"Sample from the k likeliest codes; 0: all. {each}900,600,600."
+    flags.DEFINE_list("top_k", None, say(text))
+    text = f"Sample from this share of probability; 0: all. {each}1,0.5,0.5."
     flags.DEFINE_list("top_p", None, say(text))
+    text = f"Divides the logits that top-k and top-p leave. {each}1,1.1,1.1."
+    flags.DEFINE_list("temperature", None, say(text))
+    flags.DEFINE_string(
+        "guidance",
+        None,
+        say(
+            "Where --cfg applies: ramp (from none at the first scale to all at the last), constant,"
+            " interval=LO-HI (on these scales; the first is 1), or ssg=BETA: ramp and Scaled"
+            " Spatial Guidance."
+        ),
+    )
+
+
+def sampling_settings(args: flags.FlagValues) -> dict[str, Any]:
+    """The flags of `define_sampling_flags`, as `Model.settings` takes them. Raises: BadInput."""
+    given = {n: numbers(f"--{n}", args[n].value) for n in ("top_k", "top_p", "temperature")}
+    if wrong := [k for k in given["top_k"] or () if k < 0 or not k.is_integer()]:
+        raise BadInput(f"--top_k={wrong[0]:g}; expected a whole number of at least 0.")
+    top_k = given["top_k"] and tuple(map(int, given["top_k"]))
+    return {"cfg": args.cfg, "guidance": args.guidance} | given | {"top_k": top_k}
 
 
 def define_solver_flags() -> None:

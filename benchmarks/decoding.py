@@ -1,0 +1,118 @@
+r"""Quality and time of each way of decoding, on one checkpoint.
+
+    python benchmarks/decoding.py --checkpoint emoji --source emoji --out /tmp/decoding/emoji
+    python benchmarks/decoding.py --checkpoint runs/fashion/checkpoint --split validation \
+        --source idx:/usr/share/datasets/fashion-mnist --out /tmp/decoding/fashion
+
+Prints a table: the Fréchet distance of the features to the split; how often samples are taken for
+their class by a classifier on pixels, beside images of the validation set; seconds of sampling an
+image, compiling apart. With --refiner collaborative decoding joins, and the refiner alone. Samples
+and figures of a row lie in OUT; a stopped command continues.
+"""
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+from absl import flags
+from etils import epath
+
+import var_jax
+from var_jax.data.sources import open_source
+from var_jax.evaluation.features import extract, load_network
+from var_jax.evaluation.image_sets import open_images
+from var_jax.evaluation.pixel_report import arrays, features, fit
+from var_jax.evaluation.quality import distance, open_reference
+from var_jax.tools import cli
+from var_jax.tools.files import output_folder, replacing
+from var_jax.tools.npz import save_npz
+
+
+def define_flags() -> None:
+    """Defines the flags of this benchmark."""
+    flags.DEFINE_string("checkpoint", None, "A folder, or a name.", required=True)
+    flags.DEFINE_string("refiner", None, "A smaller model of the same tokenizer.")
+    flags.DEFINE_string("source", None, "The data that it was trained on.", required=True)
+    flags.DEFINE_string("split", "train", "Of the distance.")
+    flags.DEFINE_string("features", "efficientnet", "As of var_jax.evaluate.")
+    flags.DEFINE_integer("num", 2000, "Samples of each row.", 64)
+    flags.DEFINE_integer("batch_size", 64, "Images at a time.", 1)
+    flags.DEFINE_string("only", "", "Only rows whose name holds this.")
+    flags.DEFINE_string("out", "decoding", "Folder of the rows.")
+
+
+def main(args: flags.FlagValues) -> None:
+    """Samples what is missing and prints a row for each way of decoding."""
+    out, model = output_folder(args.out), var_jax.load(args.checkpoint)
+    size, network = model.image_size, load_network(args.features)
+    reference = open_reference(args.source, network, out / "features", args.split, size)
+    assert reference is not None
+    train, validation = (
+        arrays(open_source(args.source, split, size, resize=1.0))
+        for split in ("train", "validation")
+    )
+    classifier = fit(*train)
+    agreement = lambda images, labels: np.mean(classifier.predict(features(images)) == labels)
+    print(f"| {args.num} samples of {args.checkpoint} | FD | class agreement | ms an image |")
+    print(f"|---|---|---|---|\n| validation set | | {agreement(*validation):.1%} | |", flush=True)
+    for name, settings in rows(model, args.refiner).items():
+        if args.only not in name:
+            continue
+        folder = out / name.replace(" ", "_").replace("/", "_")
+        if not (folder / "figures.json").exists():
+            images, labels, seconds = draw(args, model, settings, folder)
+            found = extract(network, open_images(str(folder / "samples.npz")), folder, 64)
+            row = {
+                "fd": float(distance(found, reference)),
+                "agreement": float(agreement(images, labels)),
+                "ms": 1000 * seconds / len(images),
+            }
+            with replacing(folder / "figures.json") as beside:
+                beside.write_text(json.dumps(row))
+        row = json.loads((folder / "figures.json").read_text())
+        print(
+            f"| {name} | {row['fd']:.1f} | {row['agreement']:.1%} | {row['ms']:.1f} |", flush=True
+        )
+
+
+def rows(model: var_jax.Model, refiner: str | None) -> dict[str, dict[str, Any]]:
+    """The settings of each row: those of the checkpoint, where it does not say otherwise."""
+    K, codes = len(model.patch_nums), model.models.tokenizer.config.vocab_size
+    cfg, half = model.settings().cfg or 1.5, K // 2
+    found: dict[str, dict[str, Any]] = {
+        "as the checkpoint says": {},
+        "temperature 0.9": {"temperature": 0.9},
+        "temperature 1.1": {"temperature": 1.1},
+        "top-k on the finer half": {"top_k": [0] * half + [codes // 8] * (K - half)},
+        **{
+            f"cfg {cfg}, {guidance}": {"cfg": cfg, "guidance": guidance}
+            for guidance in ("ramp", "constant", f"interval={K // 3 + 1}-{K - K // 3}")
+        },
+        **{f"ssg={beta}": {"guidance": f"ssg={beta}"} for beta in (0.1, 0.3)},
+    }
+    if refiner is not None:
+        small = model.load_refiner(refiner)
+        for drafts in (half, 3 * K // 4):
+            found[f"CoDe, {drafts} of {K} drafted"] = {"refiner": small, "draft_scales": drafts}
+        found["the refiner alone"] = {"model": small}
+    return found
+
+
+def draw(
+    args: flags.FlagValues, model: var_jax.Model, settings: dict[str, Any], folder: epath.Path
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Samples of all classes in turn, written to `folder`, their labels, and the seconds."""
+    settings = dict(settings)
+    model = settings.pop("model", model)
+    labels = np.resize(np.arange(len(model.class_names), dtype=np.int32), args.num)
+    model.sample(labels[: args.batch_size], batch_size=args.batch_size, **settings)  # compiles
+    started = time.perf_counter()
+    images = np.asarray(model.sample(labels, batch_size=args.batch_size, **settings))
+    seconds = time.perf_counter() - started
+    save_npz(folder / "samples.npz", arr_0=images, labels=labels)
+    return images, labels, seconds
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)

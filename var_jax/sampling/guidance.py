@@ -1,0 +1,90 @@
+"""Guidance: how the logits of a scale come from those with the class and those without it.
+
+`SamplingConfig.guidance` chooses by name. A function (cond, uncond, k) → logits may stand in its
+place: logits (B,l,V), k from 0; `uncond` is None where there is no guidance scale.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from scipy.fft import dct
+
+from var_jax.config import parse_guidance
+
+Logits = Float[Array, "B l V"]
+Guidance = str | Callable[[Logits, Logits | None, int], Logits]
+
+
+def guided(
+    guidance: Guidance,
+    cond: Logits,
+    uncond: Logits | None,
+    k: int,
+    num_scales: int,
+    cfg: Float[Array, ""] | float | None,
+) -> Logits:
+    """The logits of scale k under classifier-free guidance, whose scale is all of `cfg` or less."""
+    if not isinstance(guidance, str):
+        return guidance(cond, uncond, k)
+    if uncond is None or cfg is None:
+        return cond
+    name, numbers = parse_guidance(guidance)
+    share = k / max(num_scales - 1, 1)
+    if name == "constant":
+        share = 1.0
+    if name == "interval":
+        share = float(numbers[0] <= k + 1 <= numbers[1])
+    return guide(cond, uncond, cfg * share)
+
+
+def guide(
+    cond: Float[Array, "B *rest"],
+    uncond: Float[Array, "B *rest"],
+    strength: Float[Array, ""] | float,
+) -> Float[Array, "B *rest"]:
+    """Classifier-free guidance: (1+t)·cond − t·uncond (arXiv 2207.12598, eq. 6)."""
+    return (1 + strength) * cond - strength * uncond
+
+
+def spatial_strength(guidance: Guidance) -> float:
+    """BETA of Scaled Spatial Guidance; 0 without it."""
+    if not isinstance(guidance, str):
+        return 0.0
+    name, numbers = parse_guidance(guidance)
+    return numbers[0] if name == "ssg" else 0.0
+
+
+def spatial(
+    logits: Logits, coarser: Float[Array, "B m V"], strength: float
+) -> Float[Array, "B l V"]:
+    """Scaled Spatial Guidance: ℓ + β·(ℓ − prior), the prior made of the scale before.
+
+    arXiv 2602.05534, eq. 8. The first scale has no prior. β is the same at all scales.
+    """
+    sides = (round(x.shape[1] ** 0.5) for x in (coarser, logits))
+    highest = jax.lax.Precision.HIGHEST
+    prior = jnp.einsum("lm,BmV->BlV", prior_matrix(*sides), coarser, precision=highest)
+    return logits + strength * (logits - prior)
+
+
+@functools.cache
+def prior_matrix(size_in: int, size_out: int) -> Float[np.ndarray, "l m"]:
+    """Discrete Spatial Enhancement (arXiv 2602.05534, alg. 1) from a square of tokens to a finer.
+
+    The finer square is interpolated linearly; then its low frequencies, those that the coarser one
+    has, are replaced by the coarser one's. Frequencies are of the orthonormal DCT-II, whose
+    coefficients grow with the side: scaled, so that a constant stays what it is. All of it is
+    linear, and one matrix.
+    """
+    basis = lambda n: np.asarray(dct(np.eye(n), axis=0, norm="ortho"))
+    centres = (np.arange(size_out) + 0.5) * size_in / size_out - 0.5
+    interpolate = np.stack([np.interp(centres, np.arange(size_in), e) for e in np.eye(size_in)], 1)
+    low = basis(size_out)[:size_in]
+    coarse = low.T @ basis(size_in) * (size_out / size_in) ** 0.5
+    of_squares = lambda matrix: np.kron(matrix, matrix)
+    high = of_squares(interpolate) - of_squares(low.T @ low @ interpolate)
+    return (of_squares(coarse) + high).astype(np.float32)
