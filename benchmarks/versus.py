@@ -305,12 +305,11 @@ def draw(path: epath.Path, rows: Sequence[dict[str, Any]]) -> None:
     for name in FIGURES:
         mean = {key: statistics.mean(row[name] for row in group) for key, group in groups.items()}
         if one_budget:
-            series[name][""] = range(len(mean)), list(mean.values())
+            series[name][""] = [model for model, _ in mean], list(mean.values())
         for model in {} if one_budget else dict.fromkeys(model for model, _ in mean):
             points = [(budget, y) for (of, budget), y in mean.items() if of == model]
             series[name][model] = tuple(zip(*points, strict=True))
-    words = ", ".join(f"{i} {model}" for i, (model, _) in enumerate(groups))
-    curves(path, series, words if one_budget else "TFLOPs of training")
+    curves(path, series, "" if one_budget else "TFLOPs of training")
 
 
 def small_configs() -> dict[str, ConfigDict]:
