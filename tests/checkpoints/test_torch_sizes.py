@@ -74,9 +74,8 @@ def test_the_schedule_is_read_from_the_file():
         transformer_config(without, None)
 
 
-@pytest.mark.parametrize(
-    "case", [CASES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_golden_cases(case):
     c = json.loads(str(load(case)["config"]))
     shapes = json.loads((FOLDER / f"{case}.shapes.json").read_text())

@@ -71,7 +71,9 @@ def test_rejection_by_the_model_itself(untrained, tmp_path):
     assert "--reject needs --scorer here" in complaint("sample", *flags)
 
 
-def test_bad_input(untrained, tmp_path):
+def test_bad_input(untrained, tmp_path, monkeypatch):
+    model = var_jax.load(untrained)  # once
+    monkeypatch.setattr(var_jax, "load", lambda *args, **how: model)
     parts = tmp_path / "begun" / "parts"
     parts.mkdir(parents=True)
     (parts / "settings.json").write_text(json.dumps({"weights": "another"}))

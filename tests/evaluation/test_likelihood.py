@@ -51,6 +51,7 @@ def test_it_is_the_loss_by_scale(models, sampled):
     np.testing.assert_allclose(found[:, -1], wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_figures_of_a_set_are_means_over_its_images(models):
     source = open_source("emoji", "validation", 32)
     found = likelihood_figures(models.tokenizer, models.transformer, source, count=5)

@@ -110,6 +110,7 @@ def drafted(refiner, draft_scales, labels, **how):
     return jax.jit(draw)(weights, jnp.asarray(labels), keys)[1]
 
 
+@pytest.mark.slow
 def test_a_refiner_predicts_the_last_scales_from_the_draft():
     """Greedily, the token of each scale is the likeliest of the model that is to sample it."""
     tokenizer, transformer, _ = models("base")

@@ -93,7 +93,7 @@ def test_greedy_samples_are_what_teacher_forcing_prefers():
     np.testing.assert_array_equal(logits.argmax(-1), tokens)
 
 
-@pytest.mark.parametrize("kind", ["raster", "dit"])
+@pytest.mark.parametrize("kind", ["raster", pytest.param("dit", marks=pytest.mark.slow)])
 def test_an_image_is_of_its_seed_and_index(kind):
     made = draw(kind)
     assert made.images.shape == (5, 12, 12, 3) and made.images.dtype == np.uint8

@@ -51,6 +51,7 @@ def test_the_dit_learns():
     assert losses[0] == pytest.approx(2, rel=0.1) and losses[-10:].mean() < losses[:10].mean() - 0.1
 
 
+@pytest.mark.slow
 def test_the_dit_keeps_the_statistics_of_its_latents():
     learner = trained("dit")[1].transformer
     latent = make_latents()

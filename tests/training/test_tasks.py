@@ -75,6 +75,7 @@ def test_both_tasks_learn(alone):
     assert transformer_losses[0] == pytest.approx(np.log(64), rel=0.01)  # uniform at the start
 
 
+@pytest.mark.slow
 def test_the_rate_that_is_logged_is_the_optimizers(alone):
     """It counts no skipped steps: here five were made of nine."""
     pairs = (TOKENIZER_TASK, alone[1], {}), (TRANSFORMER_TASK, alone[3], {"tokenizer": alone[1]})
@@ -152,6 +153,7 @@ def test_token_noise_replaces_up_to_its_share():
     assert share.min() < 0.05 and set(np.unique(noise)) == set(range(-1, 64))
 
 
+@pytest.mark.slow
 def test_noise_changes_what_is_read_and_not_what_is_predicted(alone):
     """Finer scales make up for a wrong code: what is predicted after it is another residual."""
     tokenizer = jax.tree.map(jnp.asarray, alone[1].autoencoder.best)
