@@ -5,7 +5,9 @@ Programs compiled by any worker or subprocess of a run are kept for the others.
 
 import atexit
 import functools
+import gc
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -19,11 +21,27 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import jaxtyping
 import optax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("var_jax", "typechecker.check")
+
+MOST_MAPS = 15_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+    """Lets go of compiled programs once they map much memory.
+
+    Linux gives a process 65,530 maps, and XLA crashes where it gets no more.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def relaxed(f):
