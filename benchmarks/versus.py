@@ -170,8 +170,8 @@ class Study:
             with replacing(path) as beside:
                 beside.write_text(json.dumps(measured))
         found |= json.loads(path.read_text())
-        told = {name: shown(x) if type(x) is float else x for name, x in found.items()}
-        print(", ".join(f"{name} {value}" for name, value in told.items()), flush=True)
+        cells = {name: shown(x) if type(x) is float else x for name, x in found.items()}
+        print(", ".join(f"{name} {value}" for name, value in cells.items()), flush=True)
         return found
 
     def loss(self, point: Point) -> float:

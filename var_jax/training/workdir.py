@@ -20,7 +20,7 @@ from var_jax.tools.files import acquire_lock, replacing
 
 TRAININGS = ("tokenizer", "transformer")
 RECORDED = ("fingerprint", "copies", "networks", "changes")  # in config.json, beside the fields
-INPUTS = {  # what a run reads besides data, and how it is told that it changed
+INPUTS = {  # what a run reads besides its data, and what an error says when it has changed
     "fingerprint": "pretrained_tokenizer held other weights than",
     "copies": "data.tokens held another number of copies than",
     "networks": "train_tokenizer.lpips_file or .gan.dino_file held other weights than",
