@@ -36,7 +36,7 @@ from var_jax.sampling.generate import (
 )
 from var_jax.sampling.guidance import Guidance
 from var_jax.sampling.masks import as_box, as_mask, box_mask, known_mask, pool_mask
-from var_jax.schedule import num_tokens
+from var_jax.schedule import Schedule, Size, name_of, num_tokens, px, shape_of
 from var_jax.sharding.mesh import AXES, check_model, using
 from var_jax.sharding.ops import round_up
 from var_jax.sharding.rows import fetch, few_sizes, in_batches, put
@@ -129,13 +129,13 @@ class Model:
         return self.models.class_names
 
     @property
-    def image_size(self) -> int:
-        """The side of the images in pixels."""
+    def image_size(self) -> Size:
+        """The side of the images in pixels; (height, width) if they are not square."""
         return self.models.tokenizer.config.image_size
 
     @property
-    def patch_nums(self) -> tuple[int, ...]:
-        """The sides of the scales in tokens, coarse to fine."""
+    def patch_nums(self) -> Schedule:
+        """The sides of the scales in tokens, coarse to fine; (height, width) of other scales."""
         return self.models.tokenizer.config.patch_nums
 
     def sample(
@@ -242,7 +242,7 @@ class Model:
         check_batch_size(batch_size)
         images = as_array("images", images)
         images = images[None] if images.ndim == 3 else images
-        shape = (self.image_size, self.image_size, 3)
+        shape = (*shape_of(self.image_size), 3)
         if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
             raise BadInput(
                 f"images are {images.dtype} of shape {images.shape}; expected uint8 (N, {shape[0]},"
@@ -487,21 +487,21 @@ class Model:
         self, image: UInt8[np.ndarray, "..."] | None, repaint: Any
     ) -> tuple[Int32[np.ndarray, " L"], Bool[np.ndarray, " L"]]:
         """The tokens of an image, and which of them an edit keeps."""
-        cells, size = self.patch_nums[-1], self.image_size
-        if (shape := as_array("image", image).shape) != (size, size, 3):
-            raise BadInput(f"an image of shape {shape} is given; expected ({size}, {size}, 3).")
+        cells, size = self.patch_nums[-1], shape_of(self.image_size)
+        if (shape := as_array("image", image).shape) != (*size, 3):
+            raise BadInput(f"an image of shape {shape} is given; expected {(*size, 3)}.")
         area = as_array("repaint", repaint)
-        if area.shape == (size, size):
+        if area.shape == size:
             where = pool_mask(as_mask(area), cells)
         elif area.shape == (4,):
             where = box_mask(as_box(f"box {repaint}", to_numbers("repaint", repaint)), cells)
         else:
             raise BadInput(
-                f"repaint has shape {area.shape}; expected a mask of ({size}, {size}) or a"
+                f"repaint has shape {area.shape}; expected a mask of {size} or a"
                 " box (y0, x0, y1, x1)."
             )
         if not where.any():
-            raise BadInput(f"nothing is left to repaint on the {cells} x {cells} cells.")
+            raise BadInput(f"nothing is left to repaint on the {name_of(cells)} cells.")
         return self.encode(np.asarray(image))[0], known_mask(where, self.patch_nums)
 
     def _check_tokens(self, tokens: Any) -> Int32[np.ndarray, "N L"]:
@@ -546,7 +546,7 @@ class Model:
         c = self.models.transformer.config
         what = f"scales {self.patch_nums}" if self.kind == "var" else f"kind {self.kind}"
         return (
-            f"Model({self.image_size} px, {len(self.class_names)} classes, depth {c.depth}, width"
+            f"Model({px(self.image_size)}, {len(self.class_names)} classes, depth {c.depth}, width"
             f" {c.width}, {what})"
         )
 

@@ -10,14 +10,26 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
 from var_jax import BadInput
-from var_jax.schedule import PATCH_NUMS_256, PATCH_NUMS_512, Stage, num_tokens, stages
+from var_jax.schedule import (
+    PATCH_NUMS_256,
+    PATCH_NUMS_512,
+    Schedule,
+    Size,
+    Stage,
+    lengths,
+    num_tokens,
+    shape_of,
+    shapes,
+    size_of,
+    stages,
+)
 
 T = TypeVar("T")
 
@@ -28,18 +40,19 @@ FREE: dict[str, Callable[[Any], Any]] = {"binds": lambda value: None}
 SET: dict[str, Callable[[Any], Any]] = {"binds": bool}
 
 
-def check_schedule(patch_nums: tuple[int, ...]) -> None:
+def check_schedule(patch_nums: Schedule) -> None:
     """Raises BadInput unless the sides start at 1 and never fall; a side may come again.
 
-    A single scale may have any side: that is plain vector quantization, whose tokens have no
+    A single scale may have any size: that is plain vector quantization, whose tokens have no
     coarser scale to be predicted from.
     """
-    rises = all(a <= b for a, b in itertools.pairwise(patch_nums))
-    begins = patch_nums[:1] == (1,) or (len(patch_nums) == 1 and patch_nums[0] > 0)
+    pairs = itertools.pairwise(shapes(patch_nums))
+    rises = all(h <= H and w <= W for (h, w), (H, W) in pairs)
+    begins = patch_nums[:1] == (1,) or (len(patch_nums) == 1 and min(numbers(patch_nums)) > 0)
     if not (begins and rises):
         raise BadInput(
-            f"patch_nums={patch_nums} must start at 1 and never fall, like (1, 2, 4, 8), or be a"
-            " single scale, like (8,)."
+            f"patch_nums={patch_nums} must start at 1 and never fall, like (1, 2, 4, 8) or (1, 2,"
+            " (2, 3), (4, 6)), or be a single scale, like (8,)."
         )
 
 
@@ -59,7 +72,8 @@ def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
     And unless all fields are sizes of some model.
     """
     for name, (least, most) in ranges.items():
-        if not least <= (value := getattr(config, name)) <= most:
+        value = getattr(config, name)
+        if not all(least <= number <= most for number in numbers(value)):
             wanted = f"at least {least}" if most == math.inf else f"{least} to {most}"
             if most == PART[1]:
                 wanted = f"{least} to less than 1"
@@ -67,11 +81,19 @@ def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
     for name, most in MOST.items():
         value = getattr(config, name, 0)
         values = value if isinstance(value, tuple) else (value,)
-        if max(values, default=0) > most:
+        if max(numbers(value), default=0) > most:
             found = f"{name}={str(value)[:60]}"
             raise BadInput(f"{found} is beyond any model; expected at most {most}.")
         if len(values) > MOST_VALUES:
             raise BadInput(f"{name} has {len(values)} numbers; expected at most {MOST_VALUES}.")
+
+
+def numbers(value: Any) -> Iterator[Any]:
+    """The numbers of a field: of a tuple all that it holds."""
+    for part in value if isinstance(value, tuple) else ():
+        yield from numbers(part)
+    if not isinstance(value, tuple):
+        yield value
 
 
 def check_dtype(name: str) -> None:
@@ -95,7 +117,8 @@ PER_SCALE = {"top_k": ANY, "top_p": SHARE, "temperature": (0.01, 100)}
 class TokenizerConfig:
     """The multi-scale VQ-VAE (VAR §3.1): a CNN around a residual quantizer."""
 
-    patch_nums: tuple[int, ...] = PATCH_NUMS_256  # sides of the scales in tokens, coarse to fine
+    # Sizes of the scales in tokens, coarse to fine: a side, or (height, width).
+    patch_nums: Schedule = PATCH_NUMS_256
     vocab_size: int = 4096  # codes in the codebook
     latent_dim: int = 32  # width of a code vector
     channels: int = 160  # of the CNN at full resolution
@@ -109,6 +132,7 @@ class TokenizerConfig:
     beta: float = 0.25  # weight of the commitment term
 
     def __post_init__(self):
+        object.__setattr__(self, "patch_nums", tuple(map(size_of, self.patch_nums)))
         check_schedule(self.patch_nums)
         check_ranges(
             self, vocab_size=SOME, latent_dim=SOME, channels=SOME, num_res_blocks=ANY,
@@ -134,9 +158,10 @@ class TokenizerConfig:
         return self.patch_size * 2 ** (len(self.channel_mults) - 1)
 
     @property
-    def image_size(self) -> int:
-        """Side of the images in pixels."""
-        return self.patch_nums[-1] * self.downsample
+    def image_size(self) -> Size:
+        """Side of the images in pixels, or (height, width)."""
+        height, width = shape_of(self.patch_nums[-1])
+        return size_of((height * self.downsample, width * self.downsample))
 
     @property
     def images_at_a_time(self) -> int:
@@ -145,7 +170,7 @@ class TokenizerConfig:
         24 in one part made XLA's TPU compiler tile the convolutions so badly that a step of d16
         took 15 times as long (benchmarks/aot.md).
         """
-        return max(1, 8 * 256 * 256 // self.image_size**2)
+        return max(1, 8 * 256 * 256 // math.prod(shape_of(self.image_size)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,12 +228,13 @@ class TransformerConfig(BlocksConfig):
 
     kind: str = "var"  # or the baselines raster, dit
     patch_size: int = 1  # of a dit: side of the patches of the latent that are its tokens
-    patch_nums: tuple[int, ...] = PATCH_NUMS_256  # these three are the tokenizer's
+    patch_nums: Schedule = PATCH_NUMS_256  # these three are the tokenizer's
     vocab_size: int = 4096
     latent_dim: int = 32
     num_classes: int = 1000  # of an experiment, 0: as many as its data have
 
     def __post_init__(self):
+        object.__setattr__(self, "patch_nums", tuple(map(size_of, self.patch_nums)))
         check_schedule(self.patch_nums)
         super().__post_init__()
         check_ranges(self, vocab_size=SOME, latent_dim=SOME, num_classes=ANY, patch_size=SOME)
@@ -222,8 +248,9 @@ class TransformerConfig(BlocksConfig):
             raise BadInput(f"{kind}: VAR begins with a scale of one token; raster and dit do not.")
         if self.kind == "raster" and len(sides) > 1:
             raise BadInput(f"{kind}: a raster-scan model takes a single scale, like (16,).")
-        if self.kind == "dit" and max(sides) % self.patch_size:
-            raise BadInput(f"{kind}: patch_size={self.patch_size} does not divide {max(sides)}.")
+        for side in shape_of(sides[-1]):
+            if self.kind == "dit" and side % self.patch_size:
+                raise BadInput(f"{kind}: patch_size={self.patch_size} does not divide {side}.")
         if self.kind == "dit" and not self.adaln:
             raise BadInput("kind=dit needs adaln=True: its blocks learn the time no other way.")
 
@@ -245,8 +272,8 @@ class TransformerConfig(BlocksConfig):
         if self.kind == "raster":
             return (1,) * self.num_tokens
         if self.kind == "dit":
-            return ((self.patch_nums[-1] // self.patch_size) ** 2,)
-        return tuple(side * side for side in self.patch_nums)
+            return (lengths(self.patch_nums)[-1] // self.patch_size**2,)
+        return lengths(self.patch_nums)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -445,8 +472,8 @@ class DataConfig:
 
     # The emoji, a folder, X.npz, tfds:NAME: see data/sources.
     source: str = field(default="emoji", metadata=FREE)
-    size: int = 256  # side of the square images in pixels
-    resize: float = 1.125  # shorter edge ahead of the random crop, in sizes
+    size: Size = 256  # of the images in pixels: a side, or (height, width)
+    resize: float = 1.125  # of what they are cropped from, the least that covers so many sizes
     flip: bool = False  # mirror half of the images (of the emoji no symbols and flags)
     shift: int = 0  # random move by up to so many pixels
     # Processes that decode, beside threads; they need room in /dev/shm.
@@ -455,6 +482,7 @@ class DataConfig:
     tokens: str = field(default="", metadata=SET)
 
     def __post_init__(self):
+        object.__setattr__(self, "size", size_of(self.size))
         check_ranges(self, size=SOME, resize=SOME, shift=ANY, workers=ANY)
 
 
@@ -487,7 +515,7 @@ class SamplingConfig:
         if isinstance(self.guidance, str):  # a program may have put a function there
             parse_guidance(self.guidance)
 
-    def check(self, patch_nums: tuple[int, ...]) -> None:
+    def check(self, patch_nums: Schedule) -> None:
         """Raises BadInput if a setting is of another number of scales."""
         for name in PER_SCALE:
             if len(values := getattr(self, name)) not in (1, len(patch_nums)):
@@ -566,11 +594,12 @@ class Config:
             raise BadInput(
                 f"export_dtype={self.export_dtype!r} is not one of float32, float16, bfloat16."
             )
-        latent, last = self.data.size / self.tokenizer.downsample, self.tokenizer.patch_nums[-1]
-        if latent != last:
+        if self.data.size != self.tokenizer.image_size:
+            h, w = (f"{side / self.tokenizer.downsample:g}" for side in shape_of(self.data.size))
             raise BadInput(
-                f"tokenizer.patch_nums ends in {last}, but images of data.size={self.data.size}"
-                f" reduced {self.tokenizer.downsample} times give latents of side {latent:g}."
+                f"tokenizer.patch_nums ends in {self.tokenizer.patch_nums[-1]}, but images of"
+                f" data.size={self.data.size} reduced {self.tokenizer.downsample} times give"
+                f" latents of {f'side {h}' if h == w else f'{h} x {w}'}."
             )
         check_losses(self.train_tokenizer, self.data.size)
         if self.train_tokenizer.scale_dropout and len(self.tokenizer.patch_nums) <= LEAST_SCALES:
@@ -622,14 +651,14 @@ class Config:
                 raise BadInput(f"{name}={value} is of tokens; a dit is trained on latents.")
 
 
-def check_losses(training: TrainTokenizerConfig, size: int) -> None:
+def check_losses(training: TrainTokenizerConfig, size: Size) -> None:
     """Raises BadInput if images of `size` are too small for a network that a loss needs."""
     gan, at = training.gan, "train_tokenizer."
     for name, weight, smallest in (
         (f"{at}lpips_weight", training.lpips_weight, 32),
         (f"{at}gan.layers", gan.weight and gan.discriminator == "patchgan", 3 * 2**gan.layers),
     ):
-        if training.steps and weight and size < smallest:
+        if training.steps and weight and min(shape_of(size)) < smallest:
             value = gan.layers if "layers" in name else weight
             raise BadInput(
                 f"{name}={value} takes images of {smallest} pixels a side or more, not"
@@ -640,12 +669,12 @@ def check_losses(training: TrainTokenizerConfig, size: int) -> None:
 def defaults() -> ConfigDict:
     """Every field of `Config` at its default, so that a flag can set also what a file does not.
 
-    In `sampling` one number may stand for a tuple, which ConfigDict would refuse; `from_dict`
-    checks the types.
+    In `sampling` and `data` one number may stand for a tuple, which ConfigDict would refuse;
+    `from_dict` checks the types.
     """
     fields = settings(Config())
-    sampling = ConfigDict(fields.pop("sampling"), type_safe=False)
-    return ConfigDict(fields | {"sampling": sampling})
+    loose = {name: ConfigDict(fields[name], type_safe=False) for name in ("sampling", "data")}
+    return ConfigDict(fields | loose)
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -686,15 +715,20 @@ def from_dict(cls: type[T], section: Any, name: str = "config") -> T:
             inside = key if name == "config" else f"{name}.{key}"
             values[key] = from_dict(type(default), value, inside)
         else:
-            values[key] = _coerce(f"{name}.{key}", value, default)
+            values[key] = _coerce(f"{name}.{key}", value, default, fields[key].type)
     try:
         return cls(**values)
     except BadInput as error:  # begins with the field
         raise BadInput(f"{name}.{error}") from None
 
 
-def _coerce(name: str, value: Any, default: Any) -> Any:
-    """`value` as the type of `default`; an int may be a float, a list or one number a tuple."""
+def _coerce(name: str, value: Any, default: Any, kind: Any) -> Any:
+    """`value` as the type of `default`; an int may be a float, a list or one number a tuple.
+
+    A field of the `kind` Size or Schedule holds sides or pairs (height, width).
+    """
+    if kind == Schedule or (kind == Size and isinstance(value, (list, tuple))):
+        return _coerce_sizes(name, value, default)
     if isinstance(default, tuple):
         values = value if isinstance(value, (list, tuple)) else (value,)
         kind, called = (int, "integers") if type(default[0]) is int else (float, "numbers")
@@ -711,3 +745,16 @@ def _coerce(name: str, value: Any, default: Any) -> Any:
             f" {type(default).__name__}, like {default!r}."
         )
     return value
+
+
+def _coerce_sizes(name: str, value: Any, default: Size | Schedule) -> Size | Schedule:
+    """A schedule, or if the default is one a size, with tuples in place of lists."""
+    several = isinstance(default, tuple)
+    values = value if several and isinstance(value, (list, tuple)) else (value,)
+    values = tuple(tuple(v) if isinstance(v, list) else v for v in values)
+    for size in values:
+        sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
+        if not all(type(side) is int for side in sides):
+            wanted = "a tuple of integers or pairs" if several else "an integer or a pair"
+            raise BadInput(f"{name}={value!r} must be {wanted} (height, width), like {default}.")
+    return values if several else values[0]

@@ -23,7 +23,8 @@ from var_jax import BadInput
 from var_jax.api import MOST_EDITS, read_image
 from var_jax.config import MAX_SEED
 from var_jax.data.decoding import crop
-from var_jax.sampling.masks import Box, as_box, box_mask
+from var_jax.sampling.masks import Box, as_box, box_mask, enlarge_mask, pool_mask
+from var_jax.schedule import name_of
 from var_jax.sharding.mesh import data_mesh
 from var_jax.tools import cli
 from var_jax.tools.files import output_folder
@@ -125,10 +126,9 @@ def areas(
     Raises: BadInput if nothing is left.
     """
     size, cells = model.image_size, model.patch_nums[-1]
-    cell = size // cells
     if mask is not None:
         bright = crop(mask, size, 1, resample=Image.Resampling.BOX)[..., 0] / 255
-        snapped = bright.reshape(cells, cell, cells, cell).mean((1, 3)) >= 0.5
+        snapped = pool_mask(bright, cells)
         pixels = bright >= 0.5
     else:
         assert box is not None
@@ -137,10 +137,10 @@ def areas(
         snapped, pixels = ~snapped, ~pixels
     if not snapped.any():
         flag = "mask" if mask is not None else "box"
-        raise BadInput(f"--{flag} leaves nothing to repaint on the {cells} x {cells} cells.")
+        raise BadInput(f"--{flag} leaves nothing to repaint on the {name_of(cells)} cells.")
     if mask is not None and snapped.all():
         print("the mask is white in all cells: the whole image is repainted")
-    snapped = snapped.repeat(cell, 0).repeat(cell, 1)
+    snapped = enlarge_mask(snapped, size)
     return snapped, pixels if args.paste else snapped
 
 

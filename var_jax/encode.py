@@ -26,6 +26,7 @@ from var_jax.data.sources import ImageSource, open_source
 from var_jax.data.token_cache import records_of, write_cache
 from var_jax.models.tokenizer import encode_images
 from var_jax.sampling.exports import load_tokenizer
+from var_jax.schedule import name_of, shape_of
 from var_jax.sharding import hosts
 from var_jax.sharding.mesh import check_batch, data_mesh, make_mesh, using
 from var_jax.sharding.rows import in_batches
@@ -69,11 +70,11 @@ def encode_npz(args: flags.FlagValues) -> None:
     images, mesh, out = NpzImages(args.images), data_mesh(), output_folder(args.out)
     with using(mesh), progress(images.shape[0], 0, "encoding") as bar:
         tokenizer = load_tokenizer(args.checkpoint, mesh)
-        side, parts = tokenizer.config.image_size, []
-        if images.shape[1:3] != (side, side):
+        wanted, parts = tokenizer.config.image_size, []
+        if images.shape[1:3] != shape_of(wanted):
             raise BadInput(
-                f"{args.images} holds images of {images.shape[1]} x {images.shape[2]} pixels; the"
-                f" tokenizer of {args.checkpoint} is for {side} x {side}."
+                f"{args.images} holds images of {name_of(images.shape[1:3])} pixels; the"
+                f" tokenizer of {args.checkpoint} is for {name_of(wanted)}."
             )
         size = min(args.batch_size, images.shape[0])
         for batch in images.batches(size):

@@ -75,6 +75,7 @@ from var_jax.models.features.lpips import NETS, SMALLEST, Lpips, load_lpips
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.sampling.exports import load_tokenizer, mesh_for_sampling
 from var_jax.sampling.to_disk import Job, check_settings
+from var_jax.schedule import Size, shape_of, size_of
 from var_jax.sharding import hosts
 from var_jax.sharding.mesh import data_mesh, of_first, using
 from var_jax.tools import cli
@@ -173,7 +174,7 @@ def load(
     return var_jax.load(args.checkpoint, mesh=mesh) if args.checkpoint else None
 
 
-def validation_source(args: flags.FlagValues, size: int) -> Source:
+def validation_source(args: flags.FlagValues, size: Size) -> Source:
     """The images of --source that a model is measured on, at `size` pixels."""
     return open_source(args.source, args.split or "validation", size, resize=1.0)
 
@@ -207,11 +208,11 @@ def reconstruction(
     args: flags.FlagValues, network: Network, tokenizer: Tokenizer, out: epath.Path
 ) -> dict[str, float]:
     """What the tokenizer makes of the images of --source; on process 0."""
-    side, size, folder = tokenizer.config.image_size, args.batch_size, out / "features"
-    images = SourceImages(validation_source(args, side))
-    again = Reconstructions(tokenizer, images, size, similarities(perceptual(args, side), size))
-    originals, made = (extract(network, each, folder, size) for each in (images, again))
-    perturbed = extract(network, Perturbed(again), folder, size)
+    size, count, folder = tokenizer.config.image_size, args.batch_size, out / "features"
+    images = SourceImages(validation_source(args, size))
+    again = Reconstructions(tokenizer, images, count, similarities(perceptual(args, size), count))
+    originals, made = (extract(network, each, folder, count) for each in (images, again))
+    perturbed = extract(network, Perturbed(again), folder, count)
     if jax.process_index() > 0:
         return {}
     reference, name = reference_of(originals), distance_name(network)
@@ -219,7 +220,7 @@ def reconstruction(
     return again.figures() | distances | {f"p{name}": distance(perturbed, reference)}
 
 
-def perceptual(args: flags.FlagValues, size: int) -> dict[str, Lpips]:
+def perceptual(args: flags.FlagValues, size: Size) -> dict[str, Lpips]:
     """The weights of LPIPS by the name of the figure.
 
     Where they are not to be had, one line says how to get them, unless --lpips asks for them.
@@ -230,8 +231,8 @@ def perceptual(args: flags.FlagValues, size: int) -> dict[str, Lpips]:
     try:
         if net not in NETS:
             raise BadInput(f"--lpips={','.join(args.lpips)}: expected alex or vgg, then files.")
-        if size < SMALLEST:
-            raise BadInput(f"images have {size} pixels a side; LPIPS takes {SMALLEST} or more.")
+        if (side := min(shape_of(size))) < SMALLEST:
+            raise BadInput(f"images have {side} pixels a side; LPIPS takes {SMALLEST} or more.")
         return {f"lpips_{net}": load_lpips(net, *paths)}
     except BadInput as error:
         if args["lpips"].present:
@@ -262,10 +263,10 @@ def quality(
         for name, settings in sweep(args, model).items():
             num, folder = args.num or 50_000, out / (name or "samples")
             sets[name] = NpzImages(draw(args, model, settings, num, folder))
-    count, size = next(iter(sets.values())).shape[:2]
+    count, *shape, _ = next(iter(sets.values())).shape
     check_count(count)  # ahead of the features of the reference
     folder = out / "features"
-    where = {"size": args.size or size, "split": split}
+    where = {"size": args.size or size_of(tuple(shape)), "split": split}
     reference = open_reference(args.reference, network, folder, **where, batch_size=args.batch_size)
     if held_out := held_out_images(args.reference, split, count, where["size"]):
         sets[HELD_OUT] = held_out
@@ -293,10 +294,10 @@ def memorized(
     """
     if model is None:
         samples, losses, tokenizer = open_images(args.samples), {}, None
-        sources = open_splits(args.source, samples.shape)
+        sources = open_splits(args.source, size_of(samples.shape[1:3]))
     else:
         settings, tokenizer = one_setting(args, model), model.models.tokenizer
-        sources = open_splits(args.source, (0, model.image_size, model.image_size, 3))
+        sources = open_splits(args.source, model.image_size)
         losses, num = losses_on(args, sources, model), args.num or len(sources["validation"])
         samples = NpzImages(draw(args, model, settings, num, out / "samples"))
     folder = out / "features"
@@ -311,15 +312,9 @@ def memorized(
     return {name: losses.get(name, {}) | distances.get(name, {}) for name in distances | losses}
 
 
-def open_splits(spec: str, shape: tuple[int, ...]) -> dict[str, Source]:
-    """Both splits of a data source at the size of images (N,H,W,3).
-
-    Raises: BadInput if there are none, or the images are not square.
-    """
-    _, height, width, _ = shape
-    if height != width:
-        raise BadInput(f"samples have {height} by {width} pixels; images of {spec} are square.")
-    return {split: open_source(spec, split, height, resize=1.0) for split in SPLITS}
+def open_splits(spec: str, size: Size) -> dict[str, Source]:
+    """Both splits of a data source at `size` pixels. Raises: BadInput if there are none."""
+    return {split: open_source(spec, split, size, resize=1.0) for split in SPLITS}
 
 
 def losses_on(

@@ -26,7 +26,7 @@ from var_jax.data.classes import class_index, meanings
 from var_jax.data.sources import Emoji
 from var_jax.sampling.exports import mesh_for_sampling
 from var_jax.sampling.to_disk import Job, Score
-from var_jax.schedule import num_tokens
+from var_jax.schedule import num_tokens, shape_of
 from var_jax.sharding import hosts
 from var_jax.sharding.mesh import of_first, using
 from var_jax.tools import cli
@@ -192,7 +192,7 @@ def load_scorer(args: flags.FlagValues, model: var_jax.Model) -> Score:
     """
     if args.scorer is not None:
         return of_user(find_function("--scorer", args.scorer, 2), args.scorer)
-    emoji = Emoji("train", min(model.image_size, 64))
+    emoji = Emoji("train", min(*shape_of(model.image_size), 64))
     if model.class_names == emoji.class_names:
         from var_jax.evaluation.pixel_report import scorer  # scikit-learn takes seconds
 

@@ -1,13 +1,19 @@
 """The scale schedule: the order of the tokens of one image, coarse to fine (VAR §3.1).
 
-A schedule is the tuple `patch_nums` of side lengths, 1 first. Scale k holds `patch_nums[k]**2`
-tokens; the scales follow each other in one sequence of L tokens. Everything here is static NumPy.
+A schedule is the tuple `patch_nums` of the sizes of the scales in tokens, 1 first: a side if the
+scale is square, else (height, width). The scales follow each other in one sequence of L tokens,
+each in raster order. Nothing else knows how a size is written. Everything here is static NumPy.
 """
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
+
+Shape = tuple[int, int]  # height, width
+Size = int | Shape  # of an image, a latent or a scale: a side if it is square, else its shape
+Schedule = tuple[Size, ...]
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # L = 680
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)  # L = 2240
@@ -22,20 +28,51 @@ class Stage(NamedTuple):
     warmup: int  # steps in which the loss of the newest scale sets in
 
 
-def slices(patch_nums: tuple[int, ...]) -> tuple[slice, ...]:
+def shape_of(size: Size) -> Shape:
+    """Height and width."""
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def size_of(shape: Size) -> Size:
+    """The one way in which configs and files say a size: a side if it is square."""
+    height, width = shape_of(shape)
+    return height if height == width else (height, width)
+
+
+def name_of(size: Size) -> str:
+    """A size in a sentence: "256 x 384", height first."""
+    return " x ".join(map(str, shape_of(size)))
+
+
+def px(size: Size) -> str:
+    """The size of images, short: "256 px", or "256 x 384 px"."""
+    return f"{size if isinstance(size, int) else name_of(size)} px"
+
+
+def shapes(patch_nums: Schedule) -> tuple[Shape, ...]:
+    """Height and width of each scale."""
+    return tuple(map(shape_of, patch_nums))
+
+
+def lengths(patch_nums: Schedule) -> tuple[int, ...]:
+    """The number of tokens of each scale."""
+    return tuple(height * width for height, width in shapes(patch_nums))
+
+
+def slices(patch_nums: Schedule) -> tuple[slice, ...]:
     """Where each scale lies in the sequence of L tokens."""
-    ends = np.cumsum([p * p for p in patch_nums]).tolist()
-    return tuple(slice(end - p * p, end) for p, end in zip(patch_nums, ends, strict=True))
+    ends = itertools.accumulate(lengths(patch_nums))
+    return tuple(slice(end - l, end) for l, end in zip(lengths(patch_nums), ends, strict=True))
 
 
-def num_tokens(patch_nums: tuple[int, ...]) -> int:
+def num_tokens(patch_nums: Schedule) -> int:
     """L, the length of the sequence."""
-    return sum(p * p for p in patch_nums)
+    return sum(lengths(patch_nums))
 
 
-def level_ids(patch_nums: tuple[int, ...]) -> Int32[np.ndarray, " L"]:
+def level_ids(patch_nums: Schedule) -> Int32[np.ndarray, " L"]:
     """The scale each token belongs to, 0..K-1."""
-    return np.repeat(np.arange(len(patch_nums), dtype=np.int32), [p * p for p in patch_nums])
+    return np.repeat(np.arange(len(patch_nums), dtype=np.int32), lengths(patch_nums))
 
 
 def stages(num_scales: int, share: float, steps: int) -> tuple[Stage, ...]:

@@ -461,15 +461,12 @@ def test_a_reference_is_refused_before_samples_are_drawn(untrained, tmp_path, me
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (("--samples", "{}/wide.npz"), "samples have 16 by 24 pixels; images of"),
-        (("--samples", "{}/wide.npz", "--source", "{}/none"), "samples have 16 by 24 pixels"),
-        (("--samples", "{}/square.npz", "--source", "{}/none"), "there is no such folder"),
+        (("--samples", "{}/wide.npz", "--source", "{}/none"), "there is no such folder"),
         (("--samples", "{}"), "is no .npz and no folder of images"),
     ],
 )
 def test_memorization_of_what_does_not_fit(tmp_path, mean_colours, flags, sentence):
     np.savez(tmp_path / "wide.npz", arr_0=np.zeros((9, 16, 24, 3), np.uint8))
-    np.savez(tmp_path / "square.npz", arr_0=IMAGES)
     flags = ("--memorization", "--source", "emoji", *(flag.format(tmp_path) for flag in flags))
     assert sentence in complaint("evaluate", *flags, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -94,7 +94,7 @@ def test_patches_are_squares_of_the_latent():
     x = jnp.arange(2 * 4 * 4 * 3).reshape(2, 4, 4, 3).astype(jnp.float32)
     made = patches(x, 2)
     np.testing.assert_array_equal(made[0, 1].reshape(2, 2, 3), x[0, :2, 2:])
-    np.testing.assert_array_equal(from_patches(made, 2), x)
+    np.testing.assert_array_equal(from_patches(made, 2, 2), x)
 
 
 @pytest.mark.parametrize("width", [32, 30])

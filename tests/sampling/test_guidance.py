@@ -52,7 +52,7 @@ def test_the_prior_has_the_low_frequencies_of_the_coarser_scale_and_keeps_consta
 
 
 def test_ssg_moves_logits_away_from_the_prior():
-    found = spatial(COND, COND[:, :1], 0.5)
+    found = spatial(COND, COND[:, :1], 0.5, 1, 2)
     np.testing.assert_allclose(found, COND + 0.5 * (COND - COND[:, :1]), atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Encoded images of any format and size to square RGB crops, with Pillow.
+"""Encoded images of any format and size to RGB crops of one size, with Pillow.
 
 Pillow, because its antialiased Lanczos filter is the paper's and its decoder is as fast as any
 (benchmarks/data.py); it works on a thread without holding Python's lock.
@@ -13,6 +13,8 @@ import zlib
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
+
+from var_jax.schedule import Size, shape_of
 
 MAX_PIXELS = 100_000_000  # an image takes 4 bytes a pixel, on each thread of the pipeline
 MAX_BYTES = 4 * MAX_PIXELS  # of a file
@@ -128,28 +130,32 @@ def without_metadata(data: bytes) -> bytes:
 
 def crop(
     image: Image.Image,
-    size: int,
+    size: Size,
     resize: float,
     rng: np.random.Generator | None = None,
     resample: Image.Resampling = Image.Resampling.LANCZOS,
-) -> UInt8[np.ndarray, "size size 3"]:
-    """A square of the image whose shorter edge is `resize` (at least 1) times `size`.
+) -> UInt8[np.ndarray, "h w 3"]:
+    """A part of `size` of the image, which is made as small as covers `resize` (at least 1) sizes.
 
-    At random with `rng`, else the centre. Only the square is resampled (VAR §4.1: Lanczos to
+    At random with `rng`, else the centre. Only the part is resampled (VAR §4.1: Lanczos to
     1.125, then a random crop). Sizes round as torchvision's Resize and CenterCrop do.
     """
-    short = round(resize * size)
-    scale = short / min(image.size)
-    sides = [short if side == min(image.size) else int(side * scale) for side in image.size]
-    slack = [side - size for side in sides]
+    height, width = shape_of(size)
+    least = [round(resize * side) for side in (width, height)]
+    scales = np.divide(least, image.size)
+    sides = [
+        few if scale == scales.max() else int(side * scales.max())
+        for few, side, scale in zip(least, image.size, scales, strict=True)
+    ]
+    slack = [side - few for side, few in zip(sides, (width, height), strict=True)]
     if rng is None:
         corner = [round(s / 2) for s in slack]
     else:
         corner = [int(rng.integers(0, s, endpoint=True)) for s in slack]
     ratio = np.divide(image.size, sides)
-    end = np.minimum(ratio * np.add(corner, size), image.size)
+    end = np.minimum(ratio * np.add(corner, (width, height)), image.size)
     box = (*(ratio * corner).tolist(), *end.tolist())
-    return np.asarray(image.resize((size, size), resample, box))
+    return np.asarray(image.resize((width, height), resample, box))
 
 
 def _rgb(image: Image.Image, backdrop: str) -> Image.Image:

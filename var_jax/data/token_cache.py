@@ -5,6 +5,7 @@ label and the tokens of image i as training sees it in epoch c.
 """
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ from var_jax.data.records import (
 from var_jax.data.sources import Source
 from var_jax.data.sources.base import Item
 from var_jax.models.tokenizer import Tokenizer, encode_images
-from var_jax.schedule import num_tokens
+from var_jax.schedule import Schedule, num_tokens
 from var_jax.sharding.mesh import put_batch
 from var_jax.tools.paths import user_path
 
@@ -70,7 +71,7 @@ def open_tokens(
     folder: str,
     split: str,
     fingerprint: str,
-    patch_nums: tuple[int, ...],
+    patch_nums: Schedule,
     source: Source,
     **settings: Any,
 ) -> TokenCache:
@@ -88,13 +89,13 @@ def open_tokens(
     }
     wanted = {
         "tokenizer": fingerprint,
-        "patch_nums": list(patch_nums),
+        "patch_nums": patch_nums,
         **settings,
         f"{split}_images": len(source),
         f"checksum_of_{split}_images": checksum_of(source),
         "class_names": list(source.class_names),
     }
-    for name, ours in wanted.items():
+    for name, ours in json.loads(json.dumps(wanted)).items():  # as a manifest has them
         if found.get(name) != ours:
             raise BadInput(
                 f"{folder} holds tokens made with {name}={short(found.get(name))}, but this run has"

@@ -14,6 +14,7 @@ from var_jax.data.decoding import Unreadable, decode
 from var_jax.data.sources import Source, open_source
 from var_jax.data.sources.folders import flat_images
 from var_jax.evaluation.reading import in_order
+from var_jax.schedule import Size
 from var_jax.tools.npz import NpzImages, is_npz
 from var_jax.tools.paths import user_path
 
@@ -90,7 +91,7 @@ class FolderImages:
 
 
 def open_images(
-    spec: str, split: str = "train", size: int | None = None, count: int | None = None
+    spec: str, split: str = "train", size: Size | None = None, count: int | None = None
 ) -> ImageSet:
     """The images of an .npz or of a folder without folders of classes, at their own size; else
     `count`, evenly spread, of a data source at `size` pixels.

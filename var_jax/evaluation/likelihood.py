@@ -14,7 +14,7 @@ from var_jax.models.backbone import Backbone
 from var_jax.models.quantizer import Quantizer
 from var_jax.models.tokenizer import Tokenizer, encode_images
 from var_jax.models.var import score_tokens
-from var_jax.schedule import slices
+from var_jax.schedule import lengths, slices
 from var_jax.sharding.rows import in_batches
 from var_jax.tools.logs import progress
 
@@ -97,7 +97,7 @@ def likelihood_figures(
             cost -= found.sum(0, dtype=np.float64)
             right += hits.sum(0, dtype=np.float64)
             bar.update(len(tokens))
-    length, bits = len(chosen) * np.square(sides), cost / np.log(2) / len(chosen)
+    length, bits = len(chosen) * np.array(lengths(sides)), cost / np.log(2) / len(chosen)
     figures = {"loss": cost.sum() / length.sum(), "accuracy": right.sum() / length.sum()}
     figures["bits_per_image"] = bits.sum()
     for k in range(len(sides)):

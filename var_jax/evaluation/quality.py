@@ -17,6 +17,7 @@ from var_jax.evaluation.frechet import frechet
 from var_jax.evaluation.image_sets import ImageSet, SourceImages, flat_folder, open_images
 from var_jax.evaluation.reading import READ
 from var_jax.evaluation.scores import BLOCK, inception_score, kernel_distance, precision_recall
+from var_jax.schedule import Size
 from var_jax.sharding.mesh import of_first
 from var_jax.tools.npz import is_npz, is_whole, load_npz, load_others, save_npz
 
@@ -33,7 +34,7 @@ class Reference(NamedTuple):
 
 
 def open_reference(
-    spec: str, network: Network, folder: epath.Path, split: str, size: int, batch_size: int = 64
+    spec: str, network: Network, folder: epath.Path, split: str, size: Size, batch_size: int = 64
 ) -> Reference | None:
     """The reference that `spec` names: statistics saved before, an ADM batch, or any images.
 
@@ -67,7 +68,7 @@ def open_reference(
     return reference
 
 
-def check_reference(spec: str, network: Network, split: str, size: int) -> None:
+def check_reference(spec: str, network: Network, split: str, size: Size) -> None:
     """Raises BadInput for what `open_reference` would refuse, ahead of all features and samples."""
     given = load_others(spec) if is_npz(spec) else {}
     if "features" in given:
@@ -121,7 +122,7 @@ def reference_of(found: Features) -> Reference:
     return Reference(statistics, found.rows("pool", MOST_NEIGHBOURS))
 
 
-def held_out_images(spec: str, split: str, count: int, size: int) -> ImageSet | None:
+def held_out_images(spec: str, split: str, count: int, size: Size) -> ImageSet | None:
     """As many real images of a data source that are not in the reference: the floor of figures."""
     if is_npz(spec) or flat_folder(spec):
         return None

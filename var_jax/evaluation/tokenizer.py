@@ -10,7 +10,7 @@ from var_jax.evaluation.image_sets import ImageSet
 from var_jax.evaluation.scores import psnr, ssim
 from var_jax.models.features.lpips import Lpips, lpips
 from var_jax.models.tokenizer import Tokenizer, decode_tokens, encode_images, to_float
-from var_jax.schedule import slices
+from var_jax.schedule import Schedule, slices
 from var_jax.sharding.ops import data_parallel
 from var_jax.sharding.rows import in_batches, replicate
 
@@ -134,7 +134,7 @@ def _lpips(weights: Lpips, pairs: dict[str, UInt8[Array, "B H W 3"]]) -> Float[A
 
 
 def histograms(
-    tokens: Int32[np.ndarray, "N L"], patch_nums: tuple[int, ...], vocab_size: int
+    tokens: Int32[np.ndarray, "N L"], patch_nums: Schedule, vocab_size: int
 ) -> Float[np.ndarray, "K V"]:
     """How often each code occurs at each scale."""
     of_scale = lambda place: np.bincount(tokens[:, place].ravel(), minlength=vocab_size)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 from var_jax import BadInput
 from var_jax.models import attention_tpu
 from var_jax.models.backend import platform
+from var_jax.schedule import Schedule, lengths
 from var_jax.sharding.mesh import BATCH
 from var_jax.sharding.ops import on_mesh, reshard
 
@@ -29,9 +30,9 @@ class Pattern:
     blocks: tuple[int, ...]  # their lengths
 
     @classmethod
-    def block_causal(cls, patch_nums: tuple[int, ...]) -> "Pattern":
+    def block_causal(cls, patch_nums: Schedule) -> "Pattern":
         """A block for each scale: VAR."""
-        return cls(tuple(side * side for side in patch_nums))
+        return cls(lengths(patch_nums))
 
     @classmethod
     def causal(cls, length: int) -> "Pattern":

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
@@ -117,9 +118,10 @@ class DinoHeads(nnx.Module):
 
         Of images larger than DINO takes it sees a random crop, smaller ones it sees enlarged.
         """
-        if image.shape[1] < SIZE:
-            image = upsample(image, SIZE)
-        elif image.shape[1] > SIZE:
+        h, w = image.shape[1:3]
+        if (short := min(h, w)) < SIZE:
+            image = upsample(image, (h * SIZE // short, w * SIZE // short))
+        if image.shape[1:3] != (SIZE, SIZE):
             image = jax.vmap(random_crop)(image, keys)
         features = dino_s16(frozen, image, dtype)
         return jnp.concatenate([head(x) for head, x in zip(self.heads, features, strict=True)], 1)
@@ -160,27 +162,27 @@ def augment(image: Float[Array, "H W 3"], key: Key[Array, ""]) -> Float[Array, "
     """
     of_colour, of_shift, of_square = jax.random.split(key, 3)
     brightness, saturation, contrast = jax.random.uniform(of_colour, (3,))
-    side = image.shape[0]
+    sides = np.array(image.shape[:2])
     image = image + (brightness - 0.5)
     grey = image.mean(axis=-1, keepdims=True)
     image = (image - grey) * (2 * saturation) + grey
     mean = image.mean()
     image = (image - mean) * (contrast + 0.5) + mean
-    most = round(side * SHIFT)
+    most = np.rint(sides * SHIFT).astype(int)
     y, x = jax.random.randint(of_shift, (2,), -most, most + 1)
-    image = select(image, y, x, side)
-    size = round(side * CUTOUT)
-    start = jax.random.randint(of_square, (2,), 0, side) - size // 2
-    offset = jnp.arange(side)[:, None] - start[None]
-    inside = (offset >= 0) & (offset < size)
-    return jnp.where(inside[:, None, :1] & inside[None, :, 1:], 0.0, image)
+    image = select(image, y, x, image.shape[:2])
+    size = np.rint(sides * CUTOUT).astype(int)
+    start = jax.random.randint(of_square, (2,), 0, sides) - size // 2
+    offsets = (jnp.arange(side) - first for side, first in zip(sides, start, strict=True))
+    rows, columns = ((i >= 0) & (i < most) for i, most in zip(offsets, size, strict=True))
+    return jnp.where(rows[:, None, None] & columns[None, :, None], 0.0, image)
 
 
-def select(image: Float[Array, "H W 3"], y: Array, x: Array, size: int) -> Float[Array, "h h 3"]:
-    """The square at (y, x), zeros where it leaves the image; as products, which suit TPUs."""
+def select(image: Float[Array, "H W 3"], y: Array, x: Array, size: Size) -> Float[Array, "h w 3"]:
+    """The part at (y, x), zeros where it leaves the image; as products, which suit TPUs."""
     rows, columns = (
-        (jnp.arange(size)[:, None] + start == jnp.arange(length)[None]).astype(image.dtype)
-        for start, length in ((y, image.shape[0]), (x, image.shape[1]))
+        (jnp.arange(wanted)[:, None] + start == jnp.arange(length)[None]).astype(image.dtype)
+        for start, wanted, length in zip((y, x), shape_of(size), image.shape[:2], strict=True)
     )
     exact = jax.lax.Precision.HIGHEST
     return jnp.einsum("Hh,hwC,Ww->HWC", rows, image, columns, precision=exact)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int32, Key
 
 from var_jax.config import TransformerConfig
 from var_jax.models.backbone import LAYOUT, Backbone, normal, ones, zeros
+from var_jax.schedule import Size, shape_of
 from var_jax.sharding.mesh import layout_of
 from var_jax.sharding.ops import flatten_tokens, project, reshape, unflatten_tokens
 from var_jax.tools.trees import path_name
@@ -80,10 +81,11 @@ class DiT(Backbone):
         c, cond = self.config, self.embed_labels(labels) + self.embed_time(time)
         x_BLP = patches(x_BhwC, c.patch_size)
         x = project(flatten_tokens(x_BLP), self.word[...]) + self.word_bias[...][None]
-        position = sincos_positions(x_BhwC.shape[1] // c.patch_size, c.width)
+        h, w = (side // c.patch_size for side in x_BhwC.shape[1:3])
+        position = sincos_positions((h, w), c.width)
         x = (unflatten_tokens(x, len(labels)) + position[None]).astype(self.dtype)
         velocity = self.head_out(self.run(x, cond, key), cond, split=None)
-        return from_patches(velocity, c.patch_size)
+        return from_patches(velocity, c.patch_size, h)
 
     def embed_time(self, time: Float[Array, " B"]) -> Float[Array, "B D"]:
         """Sines and cosines of the time, then two layers."""
@@ -114,19 +116,20 @@ def patches(x: Float[Array, "B h w C"], p: int) -> Float[Array, "B L ppC"]:
     return reshape(x, B, h * w // p**2, p * p * C)
 
 
-def from_patches(x: Float[Array, "B L ppC"], p: int) -> Float[Array, "B h w C"]:
-    """The inverse of `patches`, of a square."""
+def from_patches(x: Float[Array, "B L ppC"], p: int, rows: int) -> Float[Array, "B h w C"]:
+    """The inverse of `patches`, of so many rows of patches."""
     B, L, P = x.shape
-    n = round(L**0.5)
-    x = reshape(x, B, n, n, p, p, P // p**2).transpose(0, 1, 3, 2, 4, 5)
-    return reshape(x, B, n * p, n * p, P // p**2)
+    columns, C = L // rows, P // p**2
+    x = reshape(x, B, rows, columns, p, p, C).transpose(0, 1, 3, 2, 4, 5)
+    return reshape(x, B, rows * p, columns * p, C)
 
 
-def sincos_positions(side: int, width: int) -> Float[np.ndarray, "L D"]:
-    """Fixed positions on a square grid: sines and cosines of y, then of x (DiT §3.2)."""
+def sincos_positions(size: Size, width: int) -> Float[np.ndarray, "L D"]:
+    """Fixed positions on a grid: sines and cosines of y, then of x (DiT §3.2)."""
     rates = 10_000.0 ** -(np.arange(width // 4) / (width // 4))
-    angle = np.arange(side)[:, None] * rates
+    h, w = shape_of(size)
+    angle = np.arange(max(h, w))[:, None] * rates
     line = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
-    grid = np.concatenate([line[:, None].repeat(side, 1), line[None].repeat(side, 0)], axis=2)
-    flat = grid.reshape(side * side, -1).astype(np.float32)
+    grid = np.concatenate([line[:h, None].repeat(w, 1), line[None, :w].repeat(h, 0)], axis=2)
+    flat = grid.reshape(h * w, -1).astype(np.float32)
     return np.pad(flat, ((0, 0), (0, width - flat.shape[1])))

@@ -1,6 +1,6 @@
 """The multi-scale residual quantizer: VAR §3.1, algorithms 1 and 2.
 
-A latent f is explained coarse to fine. At scale k the residual is area-averaged to p_k × p_k, each
+A latent f is explained coarse to fine. At scale k the residual is area-averaged to p_k × q_k, each
 cell takes its nearest code, the codes are upsampled to full size and smoothed by phi_k, and the
 result is subtracted from the residual. All of it is float32 at highest precision: a wrong nearest
 code is a wrong training target.
@@ -22,7 +22,7 @@ from var_jax.models.resize import (
     resize_all,
     upsample,
 )
-from var_jax.schedule import phi_indices, slices
+from var_jax.schedule import num_tokens, phi_indices, shapes, slices
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -87,21 +87,22 @@ class Quantizer(nnx.Module):
         self.phi_kernel = nnx.Param(draw((J, 3, 3, C, C)))
         self.phi_bias = nnx.Param(draw((J, C)))
 
-    def nearest(self, z_BppC: Float[Array, "B p p C"]) -> Int32[Array, "B p p"]:
+    def nearest(self, z_BpqC: Float[Array, "B p q C"]) -> Int32[Array, "B p q"]:
         """The closest code of each cell: Euclidean, or by cosine under `codebook_znorm`."""
         codebook = self.codebook[...]
         if self.config.codebook_znorm:
             codebook = codebook / jnp.linalg.norm(codebook, axis=-1, keepdims=True).clip(1e-12)
-            return jnp.einsum("BpqC,VC->BpqV", z_BppC, codebook, precision=HIGHEST).argmax(-1)
-        dot = jnp.einsum("BpqC,VC->BpqV", z_BppC, codebook, precision=HIGHEST)
+            return jnp.einsum("BpqC,VC->BpqV", z_BpqC, codebook, precision=HIGHEST).argmax(-1)
+        dot = jnp.einsum("BpqC,VC->BpqV", z_BpqC, codebook, precision=HIGHEST)
         # ‖z‖² is the same for every code, so the order does not need it.
         squared = jnp.sum(codebook**2, axis=-1)[None, None, None]
         return (squared - 2 * dot).argmin(-1).astype(jnp.int32)
 
-    def contribution(self, k: int, code_BppC: Float[Array, "B p p C"]) -> Float[Array, "B h w C"]:
+    def contribution(self, k: int, code_BlC: Float[Array, "B *l C"]) -> Float[Array, "B h w C"]:
         """What scale k adds to the latent: phi_k(upsample(codes)), phi(h) = (1-r)·h + r·conv(h)."""
         j = phi_indices(len(self.config.patch_nums), self.phi_bias.shape[0])[k]
-        h = upsample(code_BppC, self.config.patch_nums[-1])
+        *_, latent = sizes = shapes(self.config.patch_nums)
+        h = upsample(code_BlC.reshape(len(code_BlC), *sizes[k], code_BlC.shape[-1]), latent)
         conv = jax.lax.conv_general_dilated(
             h, self.phi_kernel[j], (1, 1), "SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=HIGHEST,
@@ -109,11 +110,9 @@ class Quantizer(nnx.Module):
         ratio = self.config.phi_ratio
         return (1 - ratio) * h + ratio * (conv + self.phi_bias[j][None, None, None])
 
-    def embed(self, idx_BL: Int32[Array, "B L"], k: int) -> Float[Array, "B p p C"]:
-        """The code vectors of scale k, as a square."""
-        p = self.config.patch_nums[k]
-        idx_Bl = idx_BL[:, slices(self.config.patch_nums)[k]]
-        return self.codebook[...][idx_Bl.reshape(-1, p, p)]
+    def embed(self, idx_BL: Int32[Array, "B L"], k: int) -> Float[Array, "B l C"]:
+        """The code vectors of scale k."""
+        return self.codebook[...][idx_BL[:, slices(self.config.patch_nums)[k]]]
 
     def encode(
         self, f_BhwC: Float[Array, "B h w C"], noise_BL: Int32[Array, "B L"] | None = None
@@ -126,16 +125,16 @@ class Quantizer(nnx.Module):
         """
         rest, f_hat = jax.lax.stop_gradient(f_BhwC), jnp.zeros_like(f_BhwC)
         codes, used, residuals, sums = [], [], [], []
-        for here, p in zip(slices(self.config.patch_nums), self.config.patch_nums, strict=True):
-            z_BppC = downsample(rest, p)
-            idx_Bl = self.nearest(z_BppC).reshape(-1, p * p)
+        for k, here in enumerate(slices(self.config.patch_nums)):
+            z_BpqC = downsample(rest, self.config.patch_nums[k])
+            idx_Bl = self.nearest(z_BpqC).reshape(len(z_BpqC), -1)
             codes.append(idx_Bl)
-            residuals.append(z_BppC.reshape(-1, p * p, z_BppC.shape[-1]))
+            residuals.append(flat(z_BpqC))
             if noise_BL is not None:
                 noise_Bl = noise_BL[:, here]
                 idx_Bl = jnp.where(noise_Bl >= 0, noise_Bl, idx_Bl)
             used.append(idx_Bl)
-            h = self.contribution(len(sums), self.codebook[...][idx_Bl.reshape(-1, p, p)])
+            h = self.contribution(k, self.codebook[...][idx_Bl])
             f_hat, rest = f_hat + h, rest - h
             sums.append(f_hat)
         codes, used, residuals = (jnp.concatenate(x, 1) for x in (codes, used, residuals))
@@ -183,7 +182,7 @@ class Quantizer(nnx.Module):
         fixed, codes, found = jax.lax.stop_gradient, self.codebook[...], []
         unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12)
         for here, p in zip(slices(self.config.patch_nums), self.config.patch_nums, strict=True):
-            f_BlC = downsample(f_BhwC, p).reshape(len(f_BhwC), p * p, -1)
+            f_BlC = flat(downsample(f_BhwC, p))
             z_BlC = residual_BLC[:, here] + f_BlC - fixed(f_BlC)  # coarser codes are constants
             if self.config.codebook_znorm:
                 z_BlC, codes = unit(z_BlC), unit(codes)
@@ -220,9 +219,7 @@ class Quantizer(nnx.Module):
 
     def next_input(self, f_hat_BhwC: Float[Array, "B h w C"], k: int) -> Float[Array, "B l C"]:
         """What the transformer reads at scale k: the running sum of all before, area-averaged."""
-        p = self.config.patch_nums[k]
-        x_BppC = downsample(f_hat_BhwC, p)
-        return x_BppC.reshape(-1, p * p, x_BppC.shape[-1])
+        return flat(downsample(f_hat_BhwC, self.config.patch_nums[k]))
 
     def teacher_forcing_inputs(self, idx_BL: Int32[Array, "B L"]) -> Float[Array, "B L-1 C"]:
         """The inputs of scales 2..K given all codes.
@@ -230,21 +227,21 @@ class Quantizer(nnx.Module):
         What `decode` and `next_input` compute, all scales in the same few products: one scale after
         another takes XLA longer to compile than all of the transformer.
         """
-        sides, side = self.config.patch_nums, self.config.patch_nums[-1]
+        *coarser, (h, w) = sizes = shapes(self.config.patch_nums)
         B, C = idx_BL.shape[0], self.config.latent_dim
-        if len(sides) == 1:
+        if not coarser:
             return jnp.zeros((B, 0, C))
-        code_BLC = self.codebook[...][idx_BL[:, : -side * side]]
-        grow = lambda x, p: jnp.pad(x, ((0, 0), (0, side - p), (0, side - p), (0, 0)))
+        code_BLC = self.codebook[...][idx_BL[:, : num_tokens(tuple(coarser))]]
+        grow = lambda x, p, q: jnp.pad(x, ((0, 0), (0, h - p), (0, w - q), (0, 0)))
         h_KBhwC = jnp.stack([
-            grow(code_BLC[:, s].reshape(B, p, p, C), p)
-            for s, p in zip(slices(sides[:-1]), sides[:-1], strict=True)
+            grow(code_BLC[:, s].reshape(B, p, q, C), p, q)
+            for s, (p, q) in zip(slices(tuple(coarser)), coarser, strict=True)
         ])  # fmt: skip
-        h_KBhwC = resize_all(h_KBhwC, [bicubic_matrix(p, side) for p in sides[:-1]])
+        h_KBhwC = resize_all(h_KBhwC, coarser, [(h, w)] * len(coarser), bicubic_matrix)
         # phi as a product with the nine shifted copies.
-        j = np.array(phi_indices(len(sides), self.phi_bias.shape[0])[:-1])
+        j = np.array(phi_indices(len(sizes), self.phi_bias.shape[0])[:-1])
         padded = jnp.pad(h_KBhwC, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
-        shifted = [padded[:, :, y : y + side, x : x + side] for y in range(3) for x in range(3)]
+        shifted = [padded[:, :, y : y + h, x : x + w] for y in range(3) for x in range(3)]
         kernel = self.phi_kernel[...][j].reshape(len(j), -1, C)
         conv = jnp.einsum(
             "KBhwN,KNC->KBhwC", jnp.concatenate(shifted, -1), kernel, precision=HIGHEST
@@ -252,6 +249,12 @@ class Quantizer(nnx.Module):
         ratio = self.config.phi_ratio
         conv = conv + self.phi_bias[...][j][:, None, None, None]
         f_hat = jnp.cumsum((1 - ratio) * h_KBhwC + ratio * conv, axis=0)
-        small = resize_all(f_hat, [area_matrix(side, p) for p in sides[1:]])
-        parts = [x[:, :p, :p].reshape(B, p * p, C) for x, p in zip(small, sides[1:], strict=True)]
+        small = resize_all(f_hat, [(h, w)] * len(coarser), sizes[1:], area_matrix)
+        parts = [flat(x[:, :p, :q]) for x, (p, q) in zip(small, sizes[1:], strict=True)]
         return jnp.concatenate(parts, axis=1)
+
+
+def flat(x_BpqC: Float[Array, "B p q C"]) -> Float[Array, "B l C"]:
+    """The cells of a scale as a sequence, in raster order."""
+    B, p, q, C = x_BpqC.shape
+    return x_BpqC.reshape(B, p * q, C)

@@ -5,12 +5,16 @@ two stacked ones. jax's own "bicubic-pytorch" gives the same; its "area" has ano
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from var_jax.schedule import Size, shape_of
+
+Matrix = Callable[[int, int], Float[np.ndarray, "out in"]]  # of a resize along one axis
 
 
 @functools.cache
@@ -44,30 +48,40 @@ def area_matrix(size_in: int, size_out: int) -> Float[np.ndarray, "out in"]:
     return matrix
 
 
-def _resize(x_BhwC: Array, matrix: np.ndarray) -> Array:
+def _resize(x_BhwC: Array, size: Size, matrix: Matrix) -> Array:
+    given, wanted = x_BhwC.shape[1:3], shape_of(size)
+    if given == wanted:
+        return x_BhwC
+    rows, columns = map(matrix, given, wanted)
     return jnp.einsum(
-        "Hh,BhwC,Ww->BHWC", matrix, x_BhwC, matrix, precision=jax.lax.Precision.HIGHEST
+        "Hh,BhwC,Ww->BHWC", rows, x_BhwC, columns, precision=jax.lax.Precision.HIGHEST
     )
 
 
-def upsample(x_BppC: Float[Array, "B p p C"], size: int) -> Float[Array, "B h h C"]:
-    """Bicubic, to `size` × `size`; the identity when already there."""
-    side = x_BppC.shape[1]
-    return x_BppC if side == size else _resize(x_BppC, bicubic_matrix(side, size))
+def upsample(x_BpqC: Float[Array, "B p q C"], size: Size) -> Float[Array, "B h w C"]:
+    """Bicubic, to `size`; the identity when already there."""
+    return _resize(x_BpqC, size, bicubic_matrix)
 
 
-def downsample(x_BhhC: Float[Array, "B h h C"], size: int) -> Float[Array, "B p p C"]:
-    """Area average, to `size` × `size`; the identity when already there."""
-    side = x_BhhC.shape[1]
-    return x_BhhC if side == size else _resize(x_BhhC, area_matrix(side, size))
+def downsample(x_BhwC: Float[Array, "B h w C"], size: Size) -> Float[Array, "B p q C"]:
+    """Area average, to `size`; the identity when already there."""
+    return _resize(x_BhwC, size, area_matrix)
 
 
 def resize_all(
-    x_KBhhC: Float[Array, "K B h h C"], matrices: Sequence[Float[np.ndarray, "_ _"]]
-) -> Float[Array, "K B h h C"]:
-    """Resizes stack k by matrix k, all at once; rows and columns beyond its size are zeros."""
-    side = x_KBhhC.shape[2]
-    square = lambda m: np.pad(m, [(0, side - n) for n in m.shape])
-    matrix = np.stack([square(m) for m in matrices])
-    x = jnp.einsum("KHh,KBhwC->KBHwC", matrix, x_KBhhC, precision=jax.lax.Precision.HIGHEST)
-    return jnp.einsum("KWw,KBHwC->KBHWC", matrix, x, precision=jax.lax.Precision.HIGHEST)
+    x_KBhwC: Float[Array, "K B h w C"],
+    given: Sequence[Size],
+    wanted: Sequence[Size],
+    matrix: Matrix,
+) -> Float[Array, "K B h w C"]:
+    """Resizes the upper left corner of stack k from size k to size k, all stacks at once.
+
+    Rows and columns beyond a size are zeros.
+    """
+    x = x_KBhwC
+    for axis, product in enumerate(("KHh,KBhwC->KBHwC", "KWw,KBHwC->KBHWC")):
+        length = x_KBhwC.shape[2 + axis]
+        sides = ([shape_of(size)[axis] for size in sizes] for sizes in (given, wanted))
+        padded = [np.pad(m, [(0, length - n) for n in m.shape]) for m in map(matrix, *sides)]
+        x = jnp.einsum(product, np.stack(padded), x, precision=jax.lax.Precision.HIGHEST)
+    return x

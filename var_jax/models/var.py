@@ -1,6 +1,6 @@
 """The next-scale transformer (VAR §3.2): AdaLN blocks, all tokens of a scale predicted at once.
 
-The input at scale k is the running sum of all coarser scales, area-averaged to p_k × p_k (scale 1
+The input at scale k is the running sum of all coarser scales, area-averaged to p_k × q_k (scale 1
 reads the class embedding).
 """
 

@@ -14,7 +14,7 @@ from var_jax.models.backbone import Cache
 from var_jax.models.tokenizer import Tokenizer, decode_latents
 from var_jax.sampling import filters
 from var_jax.sampling.guidance import Guidance, guided, spatial, spatial_strength
-from var_jax.schedule import slices
+from var_jax.schedule import shape_of, slices
 from var_jax.sharding.mesh import BATCH
 from var_jax.sharding.ops import data_parallel, reshape, reshard
 
@@ -123,8 +123,8 @@ def begin(
 ) -> State:
     """The state before the first scale; the cache has room for `length` tokens, or else all."""
     transformer, quantizer = weights.transformer, weights.tokenizer.quantizer
-    side, C = transformer.config.patch_nums[-1], quantizer.config.latent_dim
-    f_hat = reshard(jnp.zeros((len(labels), side, side, C)), BATCH)
+    latent = *shape_of(transformer.config.patch_nums[-1]), quantizer.config.latent_dim
+    f_hat = reshard(jnp.zeros((len(labels), *latent)), BATCH)
     if guided:
         labels = pairs(labels, jnp.full_like(labels, transformer.config.num_classes))
     return State(labels, (), transformer.empty_cache(len(labels), length), f_hat)
@@ -185,7 +185,7 @@ def predict(
     if strength := spatial_strength(guidance):
         coarser = logits
         if state.coarser is not None:
-            logits = spatial(logits, state.coarser, strength)
+            logits = spatial(logits, state.coarser, strength, *patch_nums[k - 1 : k + 1])
     return logits, state._replace(cache=cache, coarser=coarser)
 
 
@@ -266,9 +266,8 @@ def next_scale(
     quantizer, code_BlC: Float[Array, "B l C"], f_hat: Float[Array, "B h w C"], *, k: int
 ) -> tuple[Float[Array, "B h w C"], Float[Array, "B m C"]]:
     """The running sum with scale k in it, and what the transformer reads at the scale after it."""
-    B, l, C = code_BlC.shape
-    side, last = round(l**0.5), len(quantizer.config.patch_nums) - 1
-    f_hat = f_hat + quantizer.contribution(k, code_BlC.reshape(B, side, side, C))
+    last = len(quantizer.config.patch_nums) - 1
+    f_hat = f_hat + quantizer.contribution(k, code_BlC)
     return f_hat, quantizer.next_input(f_hat, min(k + 1, last))
 
 

@@ -11,6 +11,7 @@ from var_jax import BadInput
 from var_jax.config import SamplingConfig
 from var_jax.sampling.autoregressive import Weights, pairs, to_images, unpaired
 from var_jax.sampling.guidance import guide
+from var_jax.schedule import shape_of
 from var_jax.sharding.mesh import BATCH
 from var_jax.sharding.ops import reshape, reshard
 
@@ -33,7 +34,7 @@ def sample(
     A label of num_classes means "no class". Without guidance (None) the work is halved.
     """
     dit = weights.transformer
-    side, C = dit.config.patch_nums[-1], dit.config.latent_dim
+    shape = *shape_of(dit.config.patch_nums[-1]), dit.config.latent_dim
     if cfg is not None:
         labels = pairs(labels, jnp.full_like(labels, dit.config.num_classes))
 
@@ -42,9 +43,9 @@ def sample(
         v = dit(labels, x, jnp.broadcast_to(time, labels.shape))
         if cfg is not None:
             v = guide(*unpaired(v), cfg)
-        return reshape(v, len(keys), side, side, C)
+        return reshape(v, len(keys), *shape)
 
-    draw = lambda key: jax.random.normal(key, (side, side, C))
+    draw = lambda key: jax.random.normal(key, shape)
     noise = reshard(jax.vmap(draw)(keys), BATCH)
     latent = dit.statistics.denormalize(solve(velocity, noise, steps, solver))
     return to_images(weights, latent), None

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from scipy.fft import dct
 
 from var_jax.config import parse_guidance
+from var_jax.schedule import Size, shape_of
 
 Logits = Float[Array, "B l V"]
 Guidance = str | Callable[[Logits, Logits | None, int], Logits]
@@ -59,32 +60,38 @@ def spatial_strength(guidance: Guidance) -> float:
 
 
 def spatial(
-    logits: Logits, coarser: Float[Array, "B m V"], strength: float
+    logits: Logits, coarser: Float[Array, "B m V"], strength: float, given: Size, wanted: Size
 ) -> Float[Array, "B l V"]:
     """Scaled Spatial Guidance: ℓ + β·(ℓ − prior), the prior made of the scale before.
 
-    arXiv 2602.05534, eq. 8. The first scale has no prior. β is the same at all scales.
+    `given` is the size of the scale before, `wanted` of this one. arXiv 2602.05534, eq. 8. The
+    first scale has no prior. β is the same at all scales.
     """
-    sides = (round(x.shape[1] ** 0.5) for x in (coarser, logits))
-    highest = jax.lax.Precision.HIGHEST
-    prior = jnp.einsum("lm,BmV->BlV", prior_matrix(*sides), coarser, precision=highest)
+    matrix, highest = prior_matrix(given, wanted), jax.lax.Precision.HIGHEST
+    prior = jnp.einsum("lm,BmV->BlV", matrix, coarser, precision=highest)
     return logits + strength * (logits - prior)
 
 
 @functools.cache
-def prior_matrix(size_in: int, size_out: int) -> Float[np.ndarray, "l m"]:
-    """Discrete Spatial Enhancement (arXiv 2602.05534, alg. 1) from a square of tokens to a finer.
+def prior_matrix(size_in: Size, size_out: Size) -> Float[np.ndarray, "l m"]:
+    """Discrete Spatial Enhancement (arXiv 2602.05534, alg. 1) from a scale of tokens to a finer.
 
-    The finer square is interpolated linearly; then its low frequencies, those that the coarser one
-    has, are replaced by the coarser one's. Frequencies are of the orthonormal DCT-II, whose
-    coefficients grow with the side: scaled, so that a constant stays what it is. All of it is
-    linear, and one matrix.
+    The finer one is interpolated linearly; then its low frequencies, those that the coarser one
+    has, are replaced by the coarser one's. All of it is linear, and one matrix.
+    """
+    axes = map(_along_an_axis, shape_of(size_in), shape_of(size_out))
+    interpolate, low, coarse = (np.kron(y, x) for y, x in zip(*axes, strict=True))
+    return (coarse + (interpolate - low)).astype(np.float32)
+
+
+def _along_an_axis(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Matrices (m,n): to interpolate, and of that the low frequencies; those of the coarser one.
+
+    Frequencies are of the orthonormal DCT-II, whose coefficients grow with the side: scaled, so
+    that a constant stays what it is.
     """
     basis = lambda n: np.asarray(dct(np.eye(n), axis=0, norm="ortho"))
-    centres = (np.arange(size_out) + 0.5) * size_in / size_out - 0.5
-    interpolate = np.stack([np.interp(centres, np.arange(size_in), e) for e in np.eye(size_in)], 1)
-    low = basis(size_out)[:size_in]
-    coarse = low.T @ basis(size_in) * (size_out / size_in) ** 0.5
-    of_squares = lambda matrix: np.kron(matrix, matrix)
-    high = of_squares(interpolate) - of_squares(low.T @ low @ interpolate)
-    return (of_squares(coarse) + high).astype(np.float32)
+    centres = (np.arange(m) + 0.5) * n / m - 0.5
+    interpolate = np.stack([np.interp(centres, np.arange(n), e) for e in np.eye(n)], 1)
+    low = basis(m)[:n]
+    return interpolate, low.T @ low @ interpolate, low.T @ basis(n) * (m / n) ** 0.5

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from var_jax import BadInput
+from var_jax.schedule import Schedule, Size, shape_of, shapes
 
 Box = tuple[float, float, float, float]  # y0, x0, y1, x1, fractions of the image
 
@@ -23,10 +24,11 @@ def as_box(given: str, edges: Sequence[float]) -> Box:
     raise BadInput(f"{given}; expected y0,x0,y1,x1 with 0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1.")
 
 
-def box_mask(box: Box, side: int) -> Bool[np.ndarray, "side side"]:
+def box_mask(box: Box, size: Size) -> Bool[np.ndarray, "h w"]:
     """True inside the box, whose edges are rounded to whole cells (halves to even)."""
-    y0, x0, y1, x1 = (round(edge * side) for edge in box)
-    mask = np.zeros((side, side), bool)
+    shape = shape_of(size)
+    y0, x0, y1, x1 = (round(edge * side) for edge, side in zip(box, 2 * shape, strict=True))
+    mask = np.zeros(shape, bool)
     mask[y0:y1, x0:x1] = True
     return mask
 
@@ -51,14 +53,20 @@ def as_mask(values: Shaped[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
     return numbers
 
 
-def pool_mask(mask: Float[np.ndarray, "H W"], side: int) -> Bool[np.ndarray, "side side"]:
-    """True where a cell's mean is at least 1/2; H and W are multiples of `side`."""
-    H, W = mask.shape
-    return mask.reshape(side, H // side, side, W // side).mean((1, 3)) >= 0.5
+def pool_mask(mask: Float[np.ndarray, "H W"], size: Size) -> Bool[np.ndarray, "h w"]:
+    """True where the mean of a cell of `size` cells is at least 1/2; they divide H and W."""
+    (H, W), (h, w) = mask.shape, shape_of(size)
+    return mask.reshape(h, H // h, w, W // w).mean((1, 3)) >= 0.5
+
+
+def enlarge_mask(mask: Bool[np.ndarray, "h w"], size: Size) -> Bool[np.ndarray, "H W"]:
+    """Cells as pixels of an image of `size`, the inverse of `pool_mask`."""
+    (H, W), (h, w) = shape_of(size), mask.shape
+    return mask.repeat(H // h, 0).repeat(W // w, 1)
 
 
 def known_mask(
-    repaint: Bool[np.ndarray, "side side"], patch_nums: tuple[int, ...]
+    repaint: Bool[np.ndarray, "h w"], patch_nums: Schedule
 ) -> Bool[np.ndarray, " L"]:
     """The tokens to keep, scales concatenated, from the cells of the finest scale to repaint.
 
@@ -67,9 +75,9 @@ def known_mask(
     """
     keep = (~repaint).astype(np.float32)
     scales = []
-    for side in patch_nums:
-        reading = bilinear_matrix(len(keep), side)
-        scales.append((reading @ keep @ reading.T > 0.5).ravel() if side > 1 else [True])
+    for shape in shapes(patch_nums):
+        rows, columns = map(bilinear_matrix, keep.shape, shape)
+        scales.append((rows @ keep @ columns.T > 0.5).ravel() if shape != (1, 1) else [True])
     return np.concatenate(scales)
 
 

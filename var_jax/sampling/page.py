@@ -18,7 +18,8 @@ from PIL import Image
 from var_jax import BadInput
 from var_jax.config import MAX_SEED, listed
 from var_jax.data.decoding import Unreadable, decode
-from var_jax.sampling.masks import box_mask
+from var_jax.sampling.masks import box_mask, enlarge_mask
+from var_jax.schedule import Size, shape_of
 from var_jax.tools.images import before_and_after
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ MAX_BYTES = 10 * 2**20  # of an upload
 MAX_WAITING = 16  # requests
 MAX_SESSIONS = 100  # whose image to edit is kept
 MAX_PIXELS = 50_000_000  # of an upload, and of what a browser sends
-CANVAS = 512  # side of what is brushed on, in pixels
+CANVAS = 512  # longer side of what is brushed on, in pixels
 BRUSHED = 0.25  # share of a cell that a stroke must cover to have it repainted
 NO_CLASS = -1
 # The least and the most that a control of a number takes.
@@ -124,13 +125,14 @@ def read_upload(path: str, model: "Model") -> UInt8[np.ndarray, "H W 3"]:
     if size > MAX_BYTES:
         most = f"at most {MAX_BYTES / 1e6:.0f} MB"
         raise BadInput(f"{name} has {size / 1e6:.0f} MB; expected {most}.")
+    short = max(shape_of(model.image_size))
     try:
-        return np.asarray(model.crop(decode(Path(path).read_bytes(), model.image_size)))
+        return np.asarray(model.crop(decode(Path(path).read_bytes(), short)))
     except Unreadable as error:
         raise BadInput(f"{name} cannot be read: {error}.") from error
 
 
-def brushed(strokes: UInt8[np.ndarray, "S S 4"] | None, model: "Model") -> Bool[np.ndarray, "H W"]:
+def brushed(strokes: UInt8[np.ndarray, "S T 4"] | None, model: "Model") -> Bool[np.ndarray, "H W"]:
     """The cells of the finest scale that strokes touch, as a mask of the model's size.
 
     Raises: BadInput if there are none.
@@ -138,11 +140,11 @@ def brushed(strokes: UInt8[np.ndarray, "S S 4"] | None, model: "Model") -> Bool[
     cells, mask = model.patch_nums[-1], np.zeros((1, 1), bool)
     if strokes is not None and strokes.ndim == 3:
         alpha = Image.fromarray(np.ascontiguousarray(strokes[..., -1]))
-        share = np.asarray(alpha.resize((cells, cells), Image.Resampling.BOX)) / 255
+        share = np.asarray(alpha.resize(shape_of(cells)[::-1], Image.Resampling.BOX)) / 255
         mask = share >= BRUSHED
     if not mask.any():
         raise BadInput("nothing is brushed yet; brush over what is to be painted anew.")
-    return enlarged(mask, model.image_size)
+    return enlarge_mask(mask, model.image_size)
 
 
 def in_margin(margin: float, model: "Model") -> Bool[np.ndarray, "H W"]:
@@ -150,13 +152,18 @@ def in_margin(margin: float, model: "Model") -> Bool[np.ndarray, "H W"]:
     mask = ~box_mask((margin, margin, 1 - margin, 1 - margin), model.patch_nums[-1])
     if not mask.any():
         raise BadInput(f"a margin of {margin} is less than half a cell; expected more.")
-    return enlarged(mask, model.image_size)
+    return enlarge_mask(mask, model.image_size)
 
 
 def enlarged(image: np.ndarray, side: int) -> np.ndarray:
-    """A square image with larger pixels."""
-    times = max(1, side // len(image))
+    """An image with larger pixels, whose longer edge is about `side`."""
+    times = max(1, side // max(image.shape[:2]))
     return image.repeat(times, 0).repeat(times, 1)
+
+
+def in_html(size: Size) -> str:
+    """A size in HTML, height first."""
+    return "&times;".join(map(str, shape_of(size)))
 
 
 def strip(
@@ -164,8 +171,8 @@ def strip(
 ) -> str:
     """HTML of the images after each scale so far, and empty places for those to come."""
     figures = [] if masked is None else [figure(masked, "to repaint")]
-    for k, side in enumerate(model.patch_nums):
-        figures.append(figure(images[k] if k < len(images) else None, f"{side}&times;{side}"))
+    for k, size in enumerate(model.patch_nums):
+        figures.append(figure(images[k] if k < len(images) else None, in_html(size)))
     return f'<div class="scales">{"".join(figures)}</div>'
 
 
@@ -274,12 +281,12 @@ def build(model: "Model", name: str) -> gr.Blocks:
     """The page of a checkpoint called `name`."""
     do = Handlers(model)
     with gr.Blocks(title=f"VAR: {name}", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        size, side = model.image_size, model.patch_nums[-1]
         gr.Markdown(
             "# Images, one scale at a time\n"
             "VAR predicts an image from coarse to fine: each scale from all coarser ones. This"
-            f" checkpoint, **{name}**, makes images of {size}&times;{size} pixels in"
-            f" {len(model.patch_nums)} scales; the finest has {side}&times;{side} tokens."
+            f" checkpoint, **{name}**, makes images of {in_html(model.image_size)} pixels in"
+            f" {len(model.patch_nums)} scales; the finest has {in_html(model.patch_nums[-1])}"
+            " tokens."
         )
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
@@ -353,13 +360,14 @@ def add_samples(do: Handlers, controls: list[Any]) -> tuple[gr.Image, list[Any]]
 
 def add_edits(do: Handlers, controls: list[Any]) -> list[Any]:
     """The tab that edits: what an image to edit is put into."""
-    original = gr.State(time_to_live=3600)
+    original, sides = gr.State(time_to_live=3600), shape_of(do.model.image_size)
+    height, width = (CANVAS * side // max(sides) for side in sides)
     with gr.Row():
         with gr.Column(min_width=300):
             editor = gr.ImageEditor(
                 label="Brush over it", sources=(), transforms=(),
                 layers=False, brush=gr.Brush(60, ["#ff0080"], color_mode="fixed"), format="png",
-                canvas_size=(CANVAS, CANVAS), fixed_canvas=True, height=460, elem_id="editor",
+                canvas_size=(width, height), fixed_canvas=True, height=460, elem_id="editor",
             )  # fmt: skip
             upload = gr.UploadButton("Upload an image", size="sm", elem_id="upload")
         with gr.Column(min_width=300):

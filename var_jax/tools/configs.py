@@ -123,6 +123,8 @@ def _parsed(text: str, old: Any) -> Any:
     value = ast.literal_eval(text)
     if isinstance(old, tuple):
         return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if isinstance(value, tuple) and type(old) is int:  # (height, width): of a size and no other
+        return value
     if isinstance(old, float) and type(value) is int:
         value = float(value)
     if type(value) is not type(old) or (isinstance(value, float) and not math.isfinite(value)):

@@ -27,6 +27,7 @@ from var_jax.models.features.inception import abstract_inception, inception
 from var_jax.sampling.autoregressive import Weights
 from var_jax.sampling.exports import build, placed
 from var_jax.sampling.generate import sampler_of
+from var_jax.schedule import shape_of
 from var_jax.sharding.mesh import BATCH, check_batch, check_hosts, check_model, shard
 from var_jax.sharding.ops import data_parallel
 from var_jax.tools import tpu_cost
@@ -161,11 +162,11 @@ def lower(config: Config, program: str, mesh: Mesh, batch_size: int):
     place = lambda shape, dtype: jax.ShapeDtypeStruct(
         shape, dtype, sharding=NamedSharding(mesh, P(BATCH))
     )
-    size, L = config.data.size, config.transformer.num_tokens
-    image = place((batch_size, size, size, 3), jnp.uint8)
-    side, C = config.tokenizer.patch_nums[-1], config.tokenizer.latent_dim
+    image = place((batch_size, *shape_of(config.data.size), 3), jnp.uint8)
+    h, w = shape_of(config.tokenizer.patch_nums[-1])
+    L, C = config.transformer.num_tokens, config.tokenizer.latent_dim
     tokens, label = place((batch_size, L), jnp.int32), place((batch_size,), jnp.int32)
-    latent = place((batch_size, side, side, C), jnp.float32)
+    latent = place((batch_size, h, w, C), jnp.float32)
     cached = {"latent": latent} if config.transformer.kind == "dit" else {"tokens": tokens}
     key = jax.eval_shape(lambda: jax.random.key(0))
     tokenizer = shard(build(config.tokenizer), mesh)
@@ -215,14 +216,14 @@ def local_bytes(tree: Any) -> int:
 def model_flops(config: Config, program: str) -> float:
     """Operations of one image that are the model's, whoever recomputes what."""
     if program == "features":
-        image = jax.ShapeDtypeStruct((1, config.data.size, config.data.size, 3), jnp.uint8)
+        image = jax.ShapeDtypeStruct((1, *shape_of(config.data.size), 3), jnp.uint8)
         with backend.assume("tpu"):
             return matmul_flops(inception, abstract_inception(), image)
     transformer = transformer_flops(config.transformer)
     if program == "transformer":
         return transformer
     tokenizer, size = build(config.tokenizer), config.data.size
-    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *shape_of(size), 3), jnp.float32)
     codes = jax.ShapeDtypeStruct((1, config.transformer.num_tokens), jnp.int32)
     with backend.assume("tpu"):
         if program == "tokenizer":

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32, Key, Shaped
 from var_jax.config import TrainTransformerConfig, TransformerConfig
 from var_jax.models.quantizer import Quantizer
 from var_jax.models.tokenizer import encode
-from var_jax.schedule import Stage, num_tokens
+from var_jax.schedule import Schedule, Stage, lengths, num_tokens
 from var_jax.sharding.mesh import BATCH
 from var_jax.sharding.ops import data_parallel, reshard
 from var_jax.training.losses import cross_entropy_metrics
@@ -83,10 +83,10 @@ def targets_and_inputs(
 
 
 def token_weights(
-    stage: Stage, patch_nums: tuple[int, ...], step: Int32[Array, ""]
+    stage: Stage, patch_nums: Schedule, step: Int32[Array, ""]
 ) -> Float[Array, " L"]:
     """How much each token of a stage counts: those of its newest scale the more, the later."""
-    *old, new = (side * side for side in patch_nums[: stage.scales])
+    *old, new = lengths(patch_nums[: stage.scales])
     done = (step - stage.start + 1).astype(jnp.float32) / stage.warmup
     return jnp.concatenate([jnp.ones(sum(old)), jnp.full(new, jnp.minimum(done, 1.0))])
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int32, Key
 
-from var_jax.schedule import level_ids
+from var_jax.schedule import Schedule, lengths, level_ids
 from var_jax.sharding.mesh import BATCH
 from var_jax.sharding.ops import on_mesh
 
@@ -37,7 +37,7 @@ def update_codebook(
     key: Key[Array, ""],
     decay: float,
     restart: float,
-    patch_nums: tuple[int, ...] = (),
+    patch_nums: Schedule = (),
 ) -> tuple[Float[Array, "V C"], CodebookStats, Bool[Array, " V"]]:
     """The codebook after a batch, its statistics, and which codes were restarted.
 
@@ -65,7 +65,7 @@ def update_codebook(
 
 
 def random_tokens(
-    key: Key[Array, ""], count: int, B: int, L: int, patch_nums: tuple[int, ...] = ()
+    key: Key[Array, ""], count: int, B: int, L: int, patch_nums: Schedule = ()
 ) -> Int32[Array, " count"]:
     """Numbers of tokens (B,L): any alike, or with `patch_nums` each scale alike, so that the
     coarsest, whose tokens are few, gets its share.
@@ -73,7 +73,7 @@ def random_tokens(
     if not patch_nums:
         return jax.random.randint(key, (count,), 0, B * L)
     of_scale, of_token, of_image = jax.random.split(key, 3)
-    sizes = jnp.array([p * p for p in patch_nums])
+    sizes = jnp.array(lengths(patch_nums))
     scale = jax.random.randint(of_scale, (count,), 0, len(patch_nums))
     size, start = sizes[scale], (jnp.cumsum(sizes) - sizes)[scale]
     place = jnp.floor(jax.random.uniform(of_token, (count,)) * size.astype(jnp.float32))
@@ -109,7 +109,7 @@ def batch_stats(
 
 
 def codes_by_scale(
-    idx_BL: Int32[Array, "B L"], num_codes: int, patch_nums: tuple[int, ...]
+    idx_BL: Int32[Array, "B L"], num_codes: int, patch_nums: Schedule
 ) -> Int32[Array, " K"]:
     """How many codes each scale of a batch uses: collapse begins unseen, at the coarsest."""
     levels, K = level_ids(patch_nums), len(patch_nums)

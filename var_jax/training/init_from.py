@@ -14,7 +14,7 @@ from var_jax.models.backbone import Backbone
 from var_jax.models.resize import bicubic_matrix
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.sampling.exports import abstract_models, load_parts
-from var_jax.schedule import slices
+from var_jax.schedule import Schedule, shapes, slices
 from var_jax.sharding.mesh import to_host
 from var_jax.tools.trees import path_name
 
@@ -110,12 +110,13 @@ def matching_scales(given: int, wanted: int) -> Int[np.ndarray, " wanted"]:
 
 
 def resize_positions(
-    pos_embed: Float[np.ndarray, "L D"], given: tuple[int, ...], wanted: tuple[int, ...]
+    pos_embed: Float[np.ndarray, "L D"], given: Schedule, wanted: Schedule
 ) -> Float[np.ndarray, "M D"]:
     """Position embeddings of another schedule, each scale resized bicubically from its match."""
-    parts, places = [], slices(given)
-    for side, k in zip(wanted, matching_scales(len(given), len(wanted)), strict=True):
-        grid = pos_embed[places[k]].reshape(given[k], given[k], -1)
-        matrix = bicubic_matrix(given[k], side)
-        parts.append(np.einsum("Hh,hwD,Ww->HWD", matrix, grid, matrix).reshape(side * side, -1))
+    parts, places, known = [], slices(given), shapes(given)
+    for shape, k in zip(shapes(wanted), matching_scales(len(given), len(wanted)), strict=True):
+        grid = pos_embed[places[k]].reshape(*known[k], -1)
+        rows, columns = map(bicubic_matrix, known[k], shape)
+        resized = np.einsum("Hh,hwD,Ww->HWD", rows, grid, columns)
+        parts.append(resized.reshape(-1, grid.shape[-1]))
     return np.concatenate(parts)

@@ -15,6 +15,7 @@ from var_jax.models.features.dino import (
     load_dino_s16,
 )
 from var_jax.models.features.lpips import abstract_lpips, load_lpips, lpips
+from var_jax.schedule import Size, shape_of
 from var_jax.tools.flops import matmul_flops
 from var_jax.training.task import Frozen
 
@@ -49,14 +50,14 @@ def has_dino(config: TrainTokenizerConfig) -> bool:
     return bool(config.gan.weight) and config.gan.discriminator == "dino"
 
 
-def loss_flops(config: TrainTokenizerConfig, size: int) -> float:
-    """Operations of the losses' networks for one image of `size` pixels a side in a step.
+def loss_flops(config: TrainTokenizerConfig, size: Size) -> float:
+    """Operations of the losses' networks for one image of `size` in a step.
 
     Of frozen networks the forward passes of image and reconstruction and the way back to the
     reconstruction; of trained ones both sides' gradients of activations and weights too.
     """
     networks, key = abstract_loss_networks(config), jax.eval_shape(lambda: jax.random.key(0))
-    image, total = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32), 0.0
+    image, total = jax.ShapeDtypeStruct((1, *shape_of(size), 3), jnp.float32), 0.0
     if config.lpips_weight:
         total += 1.5 * matmul_flops(lpips, networks["lpips"], image, image)
     if config.gan.weight:

@@ -6,7 +6,7 @@ import optax
 from jaxtyping import Array, Float, Int32
 
 from var_jax.models.var import score_tokens
-from var_jax.schedule import slices
+from var_jax.schedule import Schedule, slices
 
 
 def squared_error(a: Float[Array, "B H W 3"], b: Float[Array, "B H W 3"]) -> Float[Array, " B"]:
@@ -75,7 +75,7 @@ def psnr_of_error(error: Float[Array, " B"]) -> Float[Array, " B"]:
 def cross_entropy_metrics(
     logits: Float[Array, "B L V"],
     tokens: Int32[Array, "B L"],
-    patch_nums: tuple[int, ...],
+    patch_nums: Schedule,
     smoothing: float = 0.0,
     weight: Float[Array, " L"] | None = None,
 ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:

@@ -24,6 +24,7 @@ from var_jax.config import (
 )
 from var_jax.data.records import sound
 from var_jax.sampling.exports import build
+from var_jax.schedule import shape_of
 from var_jax.tools.files import read_json, replacing
 from var_jax.tools.flops import matmul_flops, training_totals
 from var_jax.tools.logs import read_metrics
@@ -178,8 +179,8 @@ def parameters(config: TransformerConfig, tokenizer: TokenizerConfig) -> dict[st
 @functools.cache
 def encoding_flops(config: TokenizerConfig) -> int:
     """Operations of encoding an image; a token cache spends them once for all epochs and runs."""
-    tokenizer, side = build(config), config.image_size
-    image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    tokenizer = build(config)
+    image = jax.ShapeDtypeStruct((1, *shape_of(config.image_size), 3), jnp.float32)
     return matmul_flops(type(tokenizer).encode, tokenizer, image)
 
 

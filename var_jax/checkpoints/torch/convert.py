@@ -27,6 +27,7 @@ from var_jax.checkpoints.torch.safetensors import read_safetensors, write_safete
 from var_jax.checkpoints.torch.sizes import MARKS, tokenizer_config, transformer_config
 from var_jax.checkpoints.torch.state_dict import file_and_key, find_state_dict
 from var_jax.config import TokenizerConfig, TransformerConfig
+from var_jax.schedule import Schedule, px
 from var_jax.tools.files import local_path, replacing
 from var_jax.tools.logs import progress
 
@@ -77,7 +78,7 @@ def kind_of(head: bytes) -> str:
 def read_models(
     paths: Mapping[str, str],
     build: Build,
-    patch_nums: tuple[int, ...] | None = None,
+    patch_nums: Schedule | None = None,
     num_heads: int | None = None,
     codebook_znorm: bool = False,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -161,6 +162,8 @@ def write_models(
 
 def no_counterpart(config: ModelConfig) -> str:
     """Which field of a config the PyTorch release cannot express; "" if none."""
+    if any(isinstance(size, tuple) for size in config.patch_nums):
+        return f"patch_nums={config.patch_nums} is not square, as the PyTorch release needs it"
     for field, only in FIXED.items():
         if (value := getattr(config, field, only)) != only:
             part = "tokenizer" if isinstance(config, TokenizerConfig) else "transformer"
@@ -175,8 +178,8 @@ def summary(model: Any) -> str:
     kinds = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
     c = model.config
     if isinstance(c, TokenizerConfig):
-        side = c.patch_nums[-1] * c.downsample
-        return f"a tokenizer of {count:.1f} M {kinds} ({side} px, {c.vocab_size} codes)"
+        size = px(c.image_size)
+        return f"a tokenizer of {count:.1f} M {kinds} ({size}, {c.vocab_size} codes)"
     return f"a transformer of {count:.1f} M {kinds} (depth {c.depth}, {c.num_classes} classes)"
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from var_jax import BadInput
 from var_jax.checkpoints.torch.names import CODE_USAGE, Tensors
 from var_jax.config import TokenizerConfig, TransformerConfig
-from var_jax.schedule import PATCH_NUMS_256, PATCH_NUMS_512, level_ids, num_tokens
+from var_jax.schedule import PATCH_NUMS_256, PATCH_NUMS_512, Schedule, level_ids, num_tokens
 
 MARKS = {"tokenizer": "encoder.conv_in.weight", "transformer": "word_embed.weight"}
 TEMPERATURES = "blocks.0.attn.scale_mul_1H11"  # one for each head, with QK-norm
@@ -23,7 +23,7 @@ def check_kind(tensors: Tensors, kind: str) -> None:
 
 
 def tokenizer_config(
-    tensors: Tensors, patch_nums: tuple[int, ...] | None, codebook_znorm: bool = False
+    tensors: Tensors, patch_nums: Schedule | None, codebook_znorm: bool = False
 ) -> TokenizerConfig:
     """Sizes of a tokenizer; its schedule is the official one of 256 px unless given.
 
@@ -54,7 +54,7 @@ def tokenizer_config(
     )
 
 
-def phis(tensors: Tensors, patch_nums: tuple[int, ...]) -> int:
+def phis(tensors: Tensors, patch_nums: Schedule) -> int:
     """How many phi convolutions the scales share; 0 if each has its own."""
     own = count(tensors, r"quantize\.quant_resi\.(\d+)\.")
     if own not in (0, len(patch_nums)):
@@ -66,7 +66,7 @@ def phis(tensors: Tensors, patch_nums: tuple[int, ...]) -> int:
 
 
 def transformer_config(
-    tensors: Tensors, patch_nums: tuple[int, ...] | None, num_heads: int | None = None
+    tensors: Tensors, patch_nums: Schedule | None, num_heads: int | None = None
 ) -> TransformerConfig:
     """Sizes of a transformer; what they cannot say comes from the arguments.
 
@@ -104,7 +104,7 @@ def heads(tensors: Tensors, width: int, num_heads: int | None) -> int:
     return found
 
 
-def schedule(tensors: Tensors, patch_nums: tuple[int, ...] | None) -> tuple[int, ...]:
+def schedule(tensors: Tensors, patch_nums: Schedule | None) -> Schedule:
     """The sides of the scales: as given, as the file's `lvl_1L` says, or the official ones."""
     length, scales = sizes(tensors, "pos_1LC", 3)[1], sizes(tensors, "lvl_embed.weight", 2)[0]
     official = {num_tokens(p): p for p in (PATCH_NUMS_256, PATCH_NUMS_512)}
@@ -122,7 +122,7 @@ def schedule(tensors: Tensors, patch_nums: tuple[int, ...] | None) -> tuple[int,
     return chosen
 
 
-def written_schedule(tensors: Tensors) -> tuple[int, ...] | None:
+def written_schedule(tensors: Tensors) -> Schedule | None:
     """The schedule in the buffer `lvl_1L`, the scale of each token; None if it holds none."""
     if "lvl_1L" not in tensors or not jnp.issubdtype(tensors["lvl_1L"].dtype, jnp.integer):
         return None

@@ -10,6 +10,7 @@ from var_jax.data.sources.npz import open_npz
 from var_jax.data.sources.packed import open_packed
 from var_jax.data.sources.tars import TARS, open_tars
 from var_jax.data.sources.tfds import open_tfds
+from var_jax.schedule import Size, shape_of
 from var_jax.tools.files import local_path
 from var_jax.tools.npz import is_npz
 from var_jax.tools.paths import user_path
@@ -26,16 +27,16 @@ __all__ = [
 ]
 
 
-def open_source(spec: str, split: str, size: int, resize: float = 1.125) -> Source:
+def open_source(spec: str, split: str, size: Size, resize: float = 1.125) -> Source:
     """The source that `spec` names: "emoji", an .npz, a folder, "idx:DIR" or "tfds:NAME".
 
-    Its images are squares of side `size`, cropped from a shorter edge of `resize` times that.
+    Its images are of `size`, cropped from the smallest that cover `resize` times that.
 
     Raises: BadInput if there is no such source, split or size.
     """
     if split not in SPLITS:
         raise BadInput(f"split is {split!r}; expected train or validation.")
-    if size < 1 or resize < 1:
+    if min(shape_of(size)) < 1 or resize < 1:
         raise BadInput(f"data.size={size} and data.resize={resize} must be at least 1.")
     if spec == "emoji":
         check_only_packaged(split)

@@ -1,4 +1,4 @@
-"""What the formats share: the protocols, square crops, and the rule for the held-out tenth."""
+"""What the formats share: the protocols, crops, and the rule for the held-out tenth."""
 
 import collections
 import dataclasses
@@ -14,6 +14,7 @@ from PIL import Image
 
 from var_jax import BadInput
 from var_jax.data.decoding import Skipped, Unreadable, crop, decode
+from var_jax.schedule import Size, shape_of
 from var_jax.tools.buckets import retrying
 
 SPLITS = ("train", "validation")
@@ -71,14 +72,14 @@ class EncodedImages:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSource:
-    """Square crops of side `size` of encoded images: random for training, else the centre.
+    """Crops of `size` of encoded images: random for training, else the centre.
 
     An image that cannot be read is replaced by the next readable one, the same on every host and
     thread; a warning names it.
     """
 
     encoded: EncodedImages
-    size: int
+    size: Size
     resize: float
     skipped: Skipped = dataclasses.field(default_factory=Skipped)
 
@@ -101,7 +102,7 @@ class ImageSource:
         for i in range(index, index + MOST_UNREADABLE):
             try:
                 data, label, name = self.encoded.load(i % len(self))
-                image = decode(data, round(self.resize * self.size))
+                image = decode(data, round(self.resize * max(shape_of(self.size))))
             except OSError as error:
                 if error.errno not in OF_ONE_IMAGE and not isinstance(error, FileNotFoundError):
                     raise
@@ -110,19 +111,19 @@ class ImageSource:
             except Unreadable as reason:
                 self.skipped.add(name, reason)
             else:
-                square = crop(image, self.size, self.resize, rng)
-                return {"image": square, "label": np.array(label, np.int32)}
+                part = crop(image, self.size, self.resize, rng)
+                return {"image": part, "label": np.array(label, np.int32)}
         raise BadInput(f"{MOST_UNREADABLE} images in a row cannot be read, the last is {name}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class ArraySource:
-    """Images in memory. Those that are not of side `size` are cropped as by `ImageSource`."""
+    """Images in memory. Those that are not of `size` are cropped as by `ImageSource`."""
 
     images: UInt8[np.ndarray, "N H W 3"]
     labels: Int32[np.ndarray, " N"]
     class_names: tuple[str, ...]
-    size: int
+    size: Size
     resize: float = 1.0
 
     def __len__(self) -> int:
@@ -137,7 +138,7 @@ class ArraySource:
 
     def _item(self, index: int, rng: np.random.Generator | None) -> Item:
         image = self.images[index]
-        if image.shape[:2] != (self.size, self.size):
+        if image.shape[:2] != shape_of(self.size):
             image = crop(Image.fromarray(image), self.size, self.resize, rng)
         return {"image": image, "label": self.labels[index]}
 

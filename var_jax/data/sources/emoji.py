@@ -9,6 +9,7 @@ from PIL import Image
 
 from var_jax import BadInput
 from var_jax.data.sources.base import SPLITS, ArraySource, Item, held_out_tenth
+from var_jax.schedule import Size, shape_of
 
 CELL = 64  # side of one image in the sheet, pixels
 COLUMNS = 44  # 44² cells hold them all, in a nearly square sheet
@@ -17,7 +18,7 @@ NOT_FLIPPABLE = ("Symbols", "Flags")
 
 
 class Emoji(ArraySource):
-    """The emoji in memory, `size` pixels wide: even, at most 64.
+    """The emoji in memory, of `size` pixels, cropped from the longer side: even, at most 64.
 
     `split` is "train", "validation" (every tenth image of a class) or "all". `names` and
     `subgroups` hold one entry an image.
@@ -25,10 +26,11 @@ class Emoji(ArraySource):
     Raises: BadInput if `split` or `size` is anything else.
     """
 
-    def __init__(self, split: str, size: int = 32):
+    def __init__(self, split: str, size: Size = 32):
         if split not in (*SPLITS, "all"):
             raise BadInput(f"split is {split!r}; the emoji have {', '.join(SPLITS)}, all.")
-        if size % 2 or not 2 <= size <= CELL:
+        side = max(shape_of(size))
+        if side % 2 or not 2 <= side <= CELL:
             raise BadInput(f"image size is {size}; the emoji come in even sizes from 2 to {CELL}.")
         assets = resources.files("var_jax") / "assets"
         index = json.loads((assets / "emoji.json").read_text())
@@ -36,7 +38,7 @@ class Emoji(ArraySource):
         held_out = held_out_tenth(index["name"], labels)
         keep = {"train": ~held_out, "validation": held_out}.get(split, slice(None))
         with (assets / "emoji.webp").open("rb") as file:
-            images = _cells(Image.open(file), size)[: len(labels)][keep]
+            images = _cells(Image.open(file), side)[: len(labels)][keep]
         images.setflags(write=False)  # items are views
         super().__init__(images, labels[keep], tuple(index["groups"]), size)
         subgroups = np.array(index["subgroups"])[index["subgroup"]]

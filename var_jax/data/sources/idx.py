@@ -13,6 +13,7 @@ from jaxtyping import Int32, UInt8
 
 from var_jax import BadInput
 from var_jax.data.sources.base import ArraySource
+from var_jax.schedule import Size
 from var_jax.tools.files import in_bucket
 from var_jax.tools.paths import user_path
 
@@ -28,7 +29,7 @@ NAMES: dict[tuple[int, ...], tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def open_idx(directory: str, split: str, size: int, resize: float) -> ArraySource:
+def open_idx(directory: str, split: str, size: Size, resize: float) -> ArraySource:
     """One split of MNIST, Fashion-MNIST, KMNIST or EMNIST in `directory`, compressed or not.
 
     28×28 grey images become 32×32 RGB by a black border. Other classes than Fashion-MNIST's are

@@ -7,11 +7,12 @@ from jaxtyping import Shaped
 
 from var_jax import BadInput
 from var_jax.data.sources.base import ArraySource, check_names, split_indices
+from var_jax.schedule import Size
 from var_jax.tools.npz import check_unpacked_size, reading
 from var_jax.tools.paths import user_path
 
 
-def open_npz(path: str, split: str, size: int, resize: float) -> ArraySource:
+def open_npz(path: str, split: str, size: Size, resize: float) -> ArraySource:
     """Images of an .npz: `arr_0` uint8 (N,H,W,3), `labels` (N,), perhaps `class_names` (C,).
 
     A tenth is held out, by the contents of the images.
