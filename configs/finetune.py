@@ -17,19 +17,17 @@ from var_jax.sampling.exports import abstract_models
 
 def get_config(variant: str = "emoji") -> ConfigDict:
     """The config that starts from the checkpoint `variant`."""
-    about = abstract_models(variant)[1]
+    about, models = abstract_models(variant)[1:]
     if "transformer" not in about:
         raise BadInput(f"{variant} holds a tokenizer but no transformer to start from.")
     config = defaults()
     config.seed = 0
     config.init_from = config.pretrained_tokenizer = variant
-    tokenizer, transformer = about["tokenizer"], about["transformer"]
-    sizes = {name: tuple(v) if isinstance(v, list) else v for name, v in tokenizer.items()}
-    config.tokenizer.update({name: sizes[name] for name in config.tokenizer if name in sizes})
+    tokenizer, transformer = vars(models["tokenizer"].config), about["transformer"]
+    config.tokenizer.update(tokenizer)
     same = {name: transformer[name] for name in transformer if name not in SHARED}
     config.transformer.update(same, num_classes=0)
-    downsample = tokenizer["patch_size"] * 2 ** (len(tokenizer["channel_mults"]) - 1)
-    config.data.size = tokenizer["patch_nums"][-1] * downsample
+    config.data.size = models["tokenizer"].config.image_size
     config.train_transformer.update(
         steps=2000, batch_size=64, learning_rate=1e-4, schedule="lin0", warmup_steps=100,
         final_lr_ratio=0.1, ema_decay=0.99,

@@ -21,13 +21,12 @@ from var_jax.sampling.exports import abstract_models
 
 def get_config(variant: str = "emoji") -> ConfigDict:
     """The config that starts from the tokenizer of the checkpoint `variant`."""
-    about, models = abstract_models(variant)[1:]
+    tokenizer = abstract_models(variant)[2]["tokenizer"].config
     config = defaults()
     config.seed = 0
     config.pretrained_tokenizer = variant
-    sizes = {n: tuple(v) if isinstance(v, list) else v for n, v in about["tokenizer"].items()}
-    config.tokenizer.update({name: sizes[name] for name in config.tokenizer if name in sizes})
-    config.data.size = models["tokenizer"].config.image_size
+    config.tokenizer.update(vars(tokenizer))
+    config.data.size = tokenizer.image_size
     config.train_tokenizer.update(
         steps=2000, batch_size=64, learning_rate=3e-5, schedule="cos", warmup_steps=100,
         final_lr_ratio=0.1, b1=0.5, b2=0.9, weight_decay=0.0, final_weight_decay=0.0,

@@ -54,6 +54,40 @@ def test_a_flag_can_set_every_field_of_an_experiment(name, variant):
     assert settings(from_dict(Config, config)) == config
 
 
+OBLONG = {
+    "tokenizer": {"patch_nums": [1, 2, [2, 3], (4, 4), (4, 6)], "channel_mults": (1, 1, 1)},
+    "data": {"size": [16, 24]},
+}
+
+
+def test_sizes_are_sides_or_pairs():
+    config = from_dict(Config, OBLONG)
+    assert config.tokenizer.patch_nums == config.transformer.patch_nums
+    assert config.tokenizer.patch_nums == (1, 2, (2, 3), 4, (4, 6))  # one way to say a square
+    assert config.transformer.blocks == (1, 4, 6, 16, 24)
+    assert config.data.size == config.tokenizer.image_size == (16, 24)
+    written = json.loads(json.dumps(settings(config)))
+    assert written["tokenizer"]["patch_nums"] == [1, 2, [2, 3], 4, [4, 6]]
+    assert from_dict(Config, written) == config
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "sentence"),
+    [
+        ("data", {"size": (24, 16)}, r"\(4, 6\), but images of data.size=\(24, 16\) .* 6 x 4\."),
+        ("data", {"size": (16, 24, 3)}, r"data\.size=\(16, 24, 3\) must be an integer or a pair"),
+        ("data", {"size": (16, "a")}, r"data\.size=\(16, 'a'\) must be an integer or a pair"),
+        ("data", {"size": (0, 24)}, r"data\.size=\(0, 24\); expected at least 1"),
+        ("data", {"shift": (1, 2)}, r"data\.shift=\(1, 2\) is of type tuple, expected int"),
+        ("tokenizer", {"patch_nums": (1, (2, 3.5))}, "must be a tuple of integers or pairs"),
+        ("tokenizer", {"patch_nums": (1, ((2, 3), 4))}, "must be a tuple of integers or pairs"),
+    ],
+)
+def test_bad_sizes(section, fields, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        from_dict(Config, OBLONG | {section: OBLONG[section] | fields})
+
+
 def test_one_number_stands_for_a_tuple_of_it():
     for top_p in (1, [1], (1.0,)):
         assert from_dict(SamplingConfig, {"top_p": top_p}).top_p == (1.0,)
@@ -202,6 +236,10 @@ def test_the_shipped_checkpoint_is_of_the_large_emoji_config():
         ({"patch_nums": (2, 4)}, r"patch_nums=\(2, 4\) must start at 1 and never fall"),
         ({"patch_nums": (1, 4, 2)}, r"patch_nums=\(1, 4, 2\) must start at 1 and never fall"),
         ({"patch_nums": (0,)}, r"patch_nums=\(0,\) must start at 1"),
+        ({"patch_nums": ((1, 2), 4)}, r"patch_nums=\(\(1, 2\), 4\) must start at 1"),
+        ({"patch_nums": (1, (2, 3), (4, 2))}, r"patch_nums=\(1, \(2, 3\), \(4, 2\)\) must"),
+        ({"patch_nums": ((0, 4),)}, r"patch_nums=\(\(0, 4\),\) must start at 1"),
+        ({"patch_nums": (1, (2, 999))}, r"patch_nums=\(1, \(2, 999\)\) is beyond any model"),
         ({"channels": 20}, "norm_groups=32 does not divide the 20 channels of a level"),
         ({"channel_mults": (1, 2), "num_res_blocks": 0}, "only residual blocks change the width"),
         ({"norm_groups": 0}, "norm_groups=0; expected at least 1"),

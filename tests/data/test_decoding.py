@@ -58,6 +58,17 @@ def test_crop_is_a_part_of_the_whole_resized(size):
         assert {y for _, y in places} == set(range(corners[1] + 1))
 
 
+@pytest.mark.parametrize("size", [(60, 40), (40, 60), (31, 31)])
+def test_oblong_crops(size):
+    image, whole = noise(*size), crop(noise(*size), (18, 27), 1.0)
+    assert whole.shape == (18, 27, 3)
+    turned = crop(image.transpose(Image.Transpose.TRANSPOSE), (27, 18), 1.0)
+    assert np.abs(whole.astype(int) - turned.swapaxes(0, 1)).max() <= 1  # passes in other order
+    if size == (60, 40):  # the same shape: the whole image is resized
+        np.testing.assert_array_equal(whole, image.resize((27, 18), Image.Resampling.LANCZOS))
+    assert crop(image, (18, 27), 1.125, np.random.default_rng(0)).shape == (18, 27, 3)
+
+
 def test_crop_of_the_image_itself_changes_nothing():
     image = noise(16, 16)
     assert (crop(image, 16, 1.0, np.random.default_rng(0)) == np.asarray(image)).all()

@@ -51,6 +51,13 @@ def test_the_prior_has_the_low_frequencies_of_the_coarser_scale_and_keeps_consta
     np.testing.assert_allclose(prior_matrix(4, 4), np.eye(16), atol=1e-6)  # a side that comes again
 
 
+def test_the_prior_of_oblong_scales():
+    given = prior_matrix((2, 3), (4, 6)).reshape(4, 6, 2, 3)
+    turned = prior_matrix((3, 2), (6, 4)).reshape(6, 4, 3, 2)
+    np.testing.assert_allclose(given, turned.transpose(1, 0, 3, 2), atol=1e-6)
+    np.testing.assert_allclose(given.sum((2, 3)), 1, atol=1e-5)
+
+
 def test_ssg_moves_logits_away_from_the_prior():
     found = spatial(COND, COND[:, :1], 0.5, 1, 2)
     np.testing.assert_allclose(found, COND + 0.5 * (COND - COND[:, :1]), atol=1e-5)

@@ -9,8 +9,8 @@ from test_autoregressive import LABELS, draw
 from var_jax import BadInput
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.sampling.autoregressive import KnownTokens
-from var_jax.sampling.masks import as_mask, box_mask, known_mask, pool_mask
-from var_jax.schedule import PATCH_NUMS_256, PATCH_NUMS_512
+from var_jax.sampling.masks import as_mask, box_mask, enlarge_mask, known_mask, pool_mask
+from var_jax.schedule import PATCH_NUMS_256, PATCH_NUMS_512, shape_of, slices
 
 BOXES = {"inpaint": (0.25, 0.25, 0.75, 0.75), "outpaint": (0.1, 0.2, 0.8, 0.6)}
 
@@ -39,6 +39,19 @@ def test_a_mask_image_of_a_box_is_the_box():
     half = np.zeros((4, 4))
     half[0, :2], half[2, 0] = 1, 1  # 2 of 4 pixels, 1 of 4
     np.testing.assert_array_equal(pool_mask(half, 2), [[True, False], [False, False]])
+
+
+def test_masks_of_turned_images_are_turned():
+    sizes, turned = (1, (1, 2), (2, 3), (4, 6)), (1, (2, 1), (3, 2), (6, 4))
+    wide, high = box_mask((0.25, 0, 0.75, 0.5), (4, 6)), box_mask((0, 0.25, 0.5, 0.75), (6, 4))
+    np.testing.assert_array_equal(wide, high.T)
+    np.testing.assert_array_equal(pool_mask(enlarge_mask(wide, (8, 18)) * 1.0, (4, 6)), wide)
+    kept = known_mask(high, turned)
+    for size, here, there in zip(sizes, slices(sizes), slices(turned), strict=True):
+        h, w = shape_of(size)
+        np.testing.assert_array_equal(
+            known_mask(wide, sizes)[here].reshape(h, w), kept[there].reshape(w, h).T
+        )
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from var_jax.config import (
     TrainTransformerConfig,
 )
 from var_jax.models.patch_codec import make_tokenizer
+from var_jax.models.resize import bicubic_matrix
 from var_jax.models.var import Transformer
 from var_jax.sampling.exports import save_parts
 from var_jax.sharding.mesh import make_mesh, shard
@@ -82,6 +83,18 @@ def test_positions_of_another_schedule_are_interpolated(export):
     np.testing.assert_array_equal(
         longer.level_embed[...], export[1].level_embed[...][np.array([0, 0, 1, 2, 2])]
     )
+
+
+def test_positions_of_an_oblong_schedule_are_interpolated(export):
+    wide, _ = started(export, patch_nums=(1, 2, (4, 6)))
+    high, _ = started(export, patch_nums=(1, 2, (6, 4)))
+    old = np.asarray(export[1].pos_embed[...])
+    np.testing.assert_allclose(wide.pos_embed[...][:5], old[:5], atol=1e-6)
+    fine = np.asarray(wide.pos_embed[...][5:]).reshape(4, 6, -1)
+    rows = bicubic_matrix(4, 6)  # the height stays, the width grows
+    wanted = np.einsum("Ww,hwD->hWD", rows, old[5:].reshape(4, 4, -1))
+    np.testing.assert_allclose(fine, wanted, atol=1e-5)
+    assert high.pos_embed[...].shape == wide.pos_embed[...].shape
 
 
 def test_another_vocabulary_starts_a_fresh_head(export):

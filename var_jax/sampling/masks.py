@@ -65,9 +65,7 @@ def enlarge_mask(mask: Bool[np.ndarray, "h w"], size: Size) -> Bool[np.ndarray, 
     return mask.repeat(H // h, 0).repeat(W // w, 1)
 
 
-def known_mask(
-    repaint: Bool[np.ndarray, "h w"], patch_nums: Schedule
-) -> Bool[np.ndarray, " L"]:
+def known_mask(repaint: Bool[np.ndarray, "h w"], patch_nums: Schedule) -> Bool[np.ndarray, " L"]:
     """The tokens to keep, scales concatenated, from the cells of the finest scale to repaint.
 
     A token is kept where the mask of kept cells, read bilinearly at its centre, is above 1/2. The

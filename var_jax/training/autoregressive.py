@@ -82,9 +82,7 @@ def targets_and_inputs(
     return tokens, transformer.inputs(quantizer, used)
 
 
-def token_weights(
-    stage: Stage, patch_nums: Schedule, step: Int32[Array, ""]
-) -> Float[Array, " L"]:
+def token_weights(stage: Stage, patch_nums: Schedule, step: Int32[Array, ""]) -> Float[Array, " L"]:
     """How much each token of a stage counts: those of its newest scale the more, the later."""
     *old, new = lengths(patch_nums[: stage.scales])
     done = (step - stage.start + 1).astype(jnp.float32) / stage.warmup
