@@ -473,7 +473,7 @@ class DataConfig:
     # The emoji, a folder, X.npz, tfds:NAME: see data/sources.
     source: str = field(default="emoji", metadata=FREE)
     size: Size = 256  # of the images in pixels: a side, or (height, width)
-    resize: float = 1.125  # of what they are cropped from, the least that covers so many sizes
+    resize: float = 1.125  # sizes that an image is resized to cover ahead of the random crop
     flip: bool = False  # mirror half of the images (of the emoji no symbols and flags)
     shift: int = 0  # random move by up to so many pixels
     # Processes that decode, beside threads; they need room in /dev/shm.

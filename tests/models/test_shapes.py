@@ -8,7 +8,7 @@ from flax import nnx
 from var_jax.config import TokenizerConfig
 from var_jax.models.quantizer import Quantizer
 from var_jax.models.resize import downsample, upsample
-from var_jax.schedule import level_ids, lengths, num_tokens, shapes, size_of, slices
+from var_jax.schedule import lengths, level_ids, num_tokens, shapes, size_of, slices
 
 WIDE = (1, (1, 2), 2, (2, 3), (4, 6))
 HIGH = tuple(size_of(shape[::-1]) for shape in shapes(WIDE))

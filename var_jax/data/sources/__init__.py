@@ -30,7 +30,7 @@ __all__ = [
 def open_source(spec: str, split: str, size: Size, resize: float = 1.125) -> Source:
     """The source that `spec` names: "emoji", an .npz, a folder, "idx:DIR" or "tfds:NAME".
 
-    Its images are of `size`, cropped from the smallest that cover `resize` times that.
+    Its images are crops of `size`, each of an image resized to just cover `resize` times that.
 
     Raises: BadInput if there is no such source, split or size.
     """
