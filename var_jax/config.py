@@ -722,12 +722,12 @@ def from_dict(cls: type[T], section: Any, name: str = "config") -> T:
         raise BadInput(f"{name}.{error}") from None
 
 
-def _coerce(name: str, value: Any, default: Any, kind: Any) -> Any:
+def _coerce(name: str, value: Any, default: Any, declared: Any) -> Any:
     """`value` as the type of `default`; an int may be a float, a list or one number a tuple.
 
-    A field of the `kind` Size or Schedule holds sides or pairs (height, width).
+    A field that is declared a Size or a Schedule holds sides or pairs (height, width).
     """
-    if kind == Schedule or (kind == Size and isinstance(value, (list, tuple))):
+    if declared == Schedule or (declared == Size and isinstance(value, (list, tuple))):
         return _coerce_sizes(name, value, default)
     if isinstance(default, tuple):
         values = value if isinstance(value, (list, tuple)) else (value,)

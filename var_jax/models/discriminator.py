@@ -174,7 +174,7 @@ def augment(image: Float[Array, "H W 3"], key: Key[Array, ""]) -> Float[Array, "
     size = np.rint(sides * CUTOUT).astype(int)
     start = jax.random.randint(of_square, (2,), 0, sides) - size // 2
     offsets = (jnp.arange(side) - first for side, first in zip(sides, start, strict=True))
-    rows, columns = ((i >= 0) & (i < most) for i, most in zip(offsets, size, strict=True))
+    rows, columns = ((i >= 0) & (i < length) for i, length in zip(offsets, size, strict=True))
     return jnp.where(rows[:, None, None] & columns[None, :, None], 0.0, image)
 
 
