@@ -23,7 +23,7 @@ from var_jax import BadInput
 from var_jax.checkpoints.export import load_fingerprint
 from var_jax.config import MAX_SEED, SamplingConfig
 from var_jax.data.classes import class_index, meanings
-from var_jax.data.sources import Emoji
+from var_jax.data.sources.emoji import CELL, Emoji
 from var_jax.sampling.exports import mesh_for_sampling
 from var_jax.sampling.to_disk import Job, Score
 from var_jax.schedule import num_tokens, shape_of
@@ -192,7 +192,8 @@ def load_scorer(args: flags.FlagValues, model: var_jax.Model) -> Score:
     """
     if args.scorer is not None:
         return of_user(find_function("--scorer", args.scorer, 2), args.scorer)
-    emoji = Emoji("train", min(*shape_of(model.image_size), 64))
+    size = model.image_size
+    emoji = Emoji("train", size if max(shape_of(size)) <= CELL else CELL)
     if model.class_names == emoji.class_names:
         from var_jax.evaluation.pixel_report import scorer  # scikit-learn takes seconds
 
