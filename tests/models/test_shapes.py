@@ -1,6 +1,7 @@
 """Oblong schedules: what the quantizer computes of turned latents is turned."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,7 +13,7 @@ from var_jax.schedule import lengths, level_ids, num_tokens, shapes, size_of, sl
 
 WIDE = (1, (1, 2), 2, (2, 3), (4, 6))
 HIGH = tuple(size_of(shape[::-1]) for shape in shapes(WIDE))
-LATENTS = np.random.default_rng(0).normal(size=(3, 4, 6, 8)).astype(np.float32)
+LATENTS = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 6, 8)), jnp.float32)
 
 
 def quantizer(patch_nums, turned=False):
