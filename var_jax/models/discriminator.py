@@ -14,6 +14,7 @@ from var_jax.config import GanConfig
 from var_jax.models.features.dino import GROUPS_S16, SIZE, WIDTH_S16, DinoV2, dino_s16
 from var_jax.models.resize import upsample
 from var_jax.models.tokenizer import conv, group_norm
+from var_jax.schedule import Size, shape_of
 
 MAX_WIDTH = 8  # of PatchGAN's convolutions, in `channels`
 SHIFT, CUTOUT = 1 / 8, 0.2  # of DiffAug, in sides of the image
