@@ -248,7 +248,7 @@ class TransformerConfig(BlocksConfig):
             raise BadInput(f"{kind}: VAR begins with a scale of one token; raster and dit do not.")
         if self.kind == "raster" and len(sides) > 1:
             raise BadInput(f"{kind}: a raster-scan model takes a single scale, like (16,).")
-        for side in shape_of(sides[-1]):
+        for side in shape_of(self.patch_nums[-1]):
             if self.kind == "dit" and side % self.patch_size:
                 raise BadInput(f"{kind}: patch_size={self.patch_size} does not divide {side}.")
         if self.kind == "dit" and not self.adaln:

@@ -71,9 +71,10 @@ def encode_npz(args: flags.FlagValues) -> None:
     with using(mesh), progress(images.shape[0], 0, "encoding") as bar:
         tokenizer = load_tokenizer(args.checkpoint, mesh)
         wanted, parts = tokenizer.config.image_size, []
-        if images.shape[1:3] != shape_of(wanted):
+        _, h, w, _ = images.shape
+        if (h, w) != shape_of(wanted):
             raise BadInput(
-                f"{args.images} holds images of {name_of(images.shape[1:3])} pixels; the"
+                f"{args.images} holds images of {name_of((h, w))} pixels; the"
                 f" tokenizer of {args.checkpoint} is for {name_of(wanted)}."
             )
         size = min(args.batch_size, images.shape[0])

@@ -263,10 +263,10 @@ def quality(
         for name, settings in sweep(args, model).items():
             num, folder = args.num or 50_000, out / (name or "samples")
             sets[name] = NpzImages(draw(args, model, settings, num, folder))
-    count, *shape, _ = next(iter(sets.values())).shape
+    count, height, width, _ = next(iter(sets.values())).shape
     check_count(count)  # ahead of the features of the reference
     folder = out / "features"
-    where = {"size": args.size or size_of(tuple(shape)), "split": split}
+    where = {"size": args.size or size_of((height, width)), "split": split}
     reference = open_reference(args.reference, network, folder, **where, batch_size=args.batch_size)
     if held_out := held_out_images(args.reference, split, count, where["size"]):
         sets[HELD_OUT] = held_out
@@ -294,7 +294,8 @@ def memorized(
     """
     if model is None:
         samples, losses, tokenizer = open_images(args.samples), {}, None
-        sources = open_splits(args.source, size_of(samples.shape[1:3]))
+        _, height, width, _ = samples.shape
+        sources = open_splits(args.source, size_of((height, width)))
     else:
         settings, tokenizer = one_setting(args, model), model.models.tokenizer
         sources = open_splits(args.source, model.image_size)

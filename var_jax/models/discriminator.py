@@ -163,7 +163,8 @@ def augment(image: Float[Array, "H W 3"], key: Key[Array, ""]) -> Float[Array, "
     """
     of_colour, of_shift, of_square = jax.random.split(key, 3)
     brightness, saturation, contrast = jax.random.uniform(of_colour, (3,))
-    sides = np.array(image.shape[:2])
+    h, w, _ = image.shape
+    sides = np.array((h, w))
     image = image + (brightness - 0.5)
     grey = image.mean(axis=-1, keepdims=True)
     image = (image - grey) * (2 * saturation) + grey
@@ -171,7 +172,7 @@ def augment(image: Float[Array, "H W 3"], key: Key[Array, ""]) -> Float[Array, "
     image = (image - mean) * (contrast + 0.5) + mean
     most = np.rint(sides * SHIFT).astype(int)
     y, x = jax.random.randint(of_shift, (2,), -most, most + 1)
-    image = select(image, y, x, image.shape[:2])
+    image = select(image, y, x, (h, w))
     size = np.rint(sides * CUTOUT).astype(int)
     start = jax.random.randint(of_square, (2,), 0, sides) - size // 2
     offsets = (jnp.arange(side) - first for side, first in zip(sides, start, strict=True))

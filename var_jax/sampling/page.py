@@ -137,10 +137,10 @@ def brushed(strokes: UInt8[np.ndarray, "S T 4"] | None, model: "Model") -> Bool[
 
     Raises: BadInput if there are none.
     """
-    cells, mask = model.patch_nums[-1], np.zeros((1, 1), bool)
+    (height, width), mask = shape_of(model.patch_nums[-1]), np.zeros((1, 1), bool)
     if strokes is not None and strokes.ndim == 3:
         alpha = Image.fromarray(np.ascontiguousarray(strokes[..., -1]))
-        share = np.asarray(alpha.resize(shape_of(cells)[::-1], Image.Resampling.BOX)) / 255
+        share = np.asarray(alpha.resize((width, height), Image.Resampling.BOX)) / 255
         mask = share >= BRUSHED
     if not mask.any():
         raise BadInput("nothing is brushed yet; brush over what is to be painted anew.")
