@@ -18,9 +18,8 @@ from var_jax.__main__ import commands
 MAY_CHANGE = {None: "", config.FREE["binds"]: "yes", config.SET["binds"]: "its path"}
 
 
-def field_comments() -> dict[tuple[str, str], str]:
-    """The comment of each field in config.py, beside it or above it, by (class, field)."""
-    text = Path(config.__file__).read_text()
+def field_comments(text: str) -> dict[tuple[str, str], str]:
+    """The comment of each field in a module, beside it or above it, by (class, field)."""
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     comments = {t.start[0]: t for t in tokens if t.type == tokenize.COMMENT}
     alone = {line for line, t in comments.items() if t.line.lstrip().startswith("#")}
@@ -51,7 +50,9 @@ def described(cls: type, field: str, comments: dict[tuple[str, str], str]) -> st
 
 def config_page() -> str:
     """Every field, its default, what it means, and whether a resumed run may change it."""
-    comments, parts = field_comments(), []
+    comments, parts = {}, []
+    for path in Path(config.__file__).parent.glob("*.py"):
+        comments |= field_comments(path.read_text())
     for name, cls in sections():
         rows = []
         for field in dataclasses.fields(cls):
