@@ -19,10 +19,11 @@ from jaxtyping import Bool, Float, Int32, Shaped, UInt8
 from PIL import Image
 
 from var_jax import BadInput
-from var_jax.config import MAX_SEED, PER_SCALE, SamplingConfig
+from var_jax.config import MAX_SEED, PER_SCALE, SamplingConfig, TokenizerConfig, from_dict
 from var_jax.data.classes import Label, class_index
 from var_jax.data.decoding import Unreadable, crop, decode, upright
 from var_jax.evaluation.likelihood import log_likelihood
+from var_jax.models.other_schedule import sampling_at, tokenizer_at, transformer_at
 from var_jax.models.tokenizer import decode_tokens, encode_images
 from var_jax.sampling.autoregressive import KnownTokens, Weights, sample_by_scale
 from var_jax.sampling.exports import Models, abstract_models, load_models, load_refiner
@@ -172,6 +173,27 @@ class Model:
         more = {"smooth": smooth, "refiner": refiner, "draft_scales": draft_scales}
         made = self._generate(self._numbers(labels), how, seed, batch_size, **more)
         return made.images.view(Images)
+
+    def at_schedule(self, patch_nums: Schedule) -> "Model":
+        """This model with other scales, fewer or more or finer: `(1, 2, 4, 6)`, or of pairs.
+
+        Nothing is trained: positions are interpolated, and settings of each scale are those of the
+        nearest. The last scale decides the size of the images. What it costs is in
+        docs/guides/shapes.md.
+
+        Raises: BadInput if that is no schedule, or the model is not of kind var.
+        """
+        self.check_kind("another schedule", "var")
+        given = self.models
+        fields = dataclasses.asdict(given.tokenizer.config) | {"patch_nums": patch_nums}
+        config = from_dict(TokenizerConfig, fields, "tokenizer")
+        with self._using():
+            made = given._replace(
+                tokenizer=tokenizer_at(given.tokenizer, config),
+                transformer=transformer_at(given.transformer, config.patch_nums),
+                sampling=sampling_at(given.sampling, self.patch_nums, config.patch_nums),
+            )
+        return Model(made, self.mesh)
 
     def load_refiner(self, checkpoint: str | PurePath, *, dtype: str = "auto") -> "Model":
         """Loads a smaller transformer that samples the last scales after this one (`sample`).

@@ -30,7 +30,7 @@ def define_flags() -> None:
         "tokenizer", None, "PyTorch file of the tokenizer; FILE:KEY says which of its state dicts."
     )
     flags.DEFINE_string("transformer", None, "PyTorch file of the transformer, alike.")
-    flags.DEFINE_list("patch_nums", None, "Sides of the scales, like 1,2,3.")
+    flags.DEFINE_string("patch_nums", None, "Sides of the scales, like 1,2,3.")
     flags.DEFINE_integer("num_heads", None, "Attention heads of the transformer.", 1)
     flags.DEFINE_bool("codebook_znorm", False, "Nearest codes by cosine, not by distance.")
     flags.DEFINE_string("out", None, "Folder of the checkpoint to write.")
@@ -58,22 +58,12 @@ def from_torch(args: flags.FlagValues) -> None:
     """PyTorch files → checkpoint."""
     paths = {"tokenizer": args.tokenizer, "transformer": args.transformer}
     paths = {name: path for name, path in paths.items() if path}
-    schedule, out = patch_nums(args.patch_nums), output_folder(args.out)
+    schedule = None if args.patch_nums is None else cli.schedule(args.patch_nums)
+    out = output_folder(args.out)
     check_replaceable(resolve(out))  # ahead of reading, which takes minutes
     how = {"num_heads": args.num_heads, "codebook_znorm": args.codebook_znorm}
     models = convert(paths, out, patch_nums=schedule, **how)
     print(f"{args.out} holds {' and '.join(map(summary, models.values()))}")
-
-
-def patch_nums(given: list[str] | None) -> tuple[int, ...] | None:
-    """The flag as integers."""
-    if given is None:
-        return None
-    if not all(side.strip().isdecimal() for side in given):
-        raise BadInput(
-            f"--patch_nums={','.join(given)} must be whole numbers with commas, like 1,2,3."
-        )
-    return tuple(map(int, given))
 
 
 def to_torch(args: flags.FlagValues) -> None:

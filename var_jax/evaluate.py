@@ -87,9 +87,10 @@ MODES = ("likelihood", "classify", "tokenizer", "memorization")
 HELD_OUT = "held-out images"
 SWEPT = ("cfg", "top_k", "top_p", "temperature", "steps")
 SETTINGS = ("guidance", "solver")
+OF_SAMPLING = (*SWEPT, *SETTINGS, "patch_nums", "num", "seed")
 FLAGS = (
     "checkpoint", "samples", "reference", "features", "source", "split", "size", "num", "seed",
-    "lpips", *SWEPT, *SETTINGS, *MODES,
+    "lpips", *SWEPT, *SETTINGS, "patch_nums", *MODES,
 )  # fmt: skip
 
 
@@ -122,6 +123,7 @@ def define_flags() -> None:
     flags.DEFINE_string("guidance", None, "As of `sample`. Default: the checkpoint's.")
     flags.DEFINE_list("steps", None, "Of a diffusion transformer. Default: the checkpoint's.")
     flags.DEFINE_enum("solver", None, ["euler", "heun"], "Alike.")
+    cli.define_schedule_flag()
     flags.DEFINE_integer("seed", 0, "Of the samples.", 0, MAX_SEED)
     flags.DEFINE_integer("batch_size", 64, "Images at a time, of all devices together.", 1)
     flags.DEFINE_string("out", "evaluation", "Folder to write.")
@@ -137,7 +139,7 @@ def main(args: flags.FlagValues) -> None:
     sampled = args.reference or args.memorization
     if (args.checkpoint is None) == (args.samples is None) or (args.samples and not sampled):
         raise BadInput("give --checkpoint, or --samples with --reference or --memorization.")
-    given = [name for name in (*SWEPT, *SETTINGS, "num", "seed") if args[name].present]
+    given = [name for name in OF_SAMPLING if args[name].present]
     if given and not (sampled and args.checkpoint):
         raise BadInput(f"--{given[0]} is of sampling, and nothing is sampled here.")
     if args.reference and args.source:
@@ -171,7 +173,10 @@ def load(
     """What --checkpoint holds, if that is given; for --tokenizer its tokenizer alone."""
     if args.tokenizer:
         return load_tokenizer(args.checkpoint, mesh)
-    return var_jax.load(args.checkpoint, mesh=mesh) if args.checkpoint else None
+    if not args.checkpoint:
+        return None
+    model = var_jax.load(args.checkpoint, mesh=mesh)
+    return model.at_schedule(cli.schedule(args.patch_nums)) if args.patch_nums else model
 
 
 def validation_source(args: flags.FlagValues, size: Size) -> Source:
@@ -372,6 +377,7 @@ def draw(
     labels = np.resize(np.arange(len(model.class_names), dtype=np.int32), num)
     prints = "".join(fingerprints(args, model).values())
     about = settings.flags(model.kind) | {"weights": prints, "num": num, "seed": args.seed}
+    about |= {"patch_nums": str(model.patch_nums)} if args.patch_nums else {}
     done, path = folder / "settings.json", folder / "samples.npz"
     if of_first(lambda: np.array(done.exists() and path.exists()), (), bool):
         if jax.process_index() == 0:

@@ -55,6 +55,7 @@ def define_flags() -> None:
     )
     cli.define_sampling_flags()
     cli.define_solver_flags()
+    cli.define_schedule_flag()
     flags.DEFINE_string(
         "refiner",
         None,
@@ -103,6 +104,10 @@ def main(args: flags.FlagValues) -> None:
     hosts.check_shared("--out", out)
     mesh = mesh_for_sampling(args.checkpoint, args.fsdp)
     model = var_jax.load(args.checkpoint, mesh=mesh, dtype=args.dtype)
+    if args.patch_nums is not None:
+        if args.refiner:
+            raise BadInput("--patch_nums does not go with --refiner; give one of the two.")
+        model = model.at_schedule(cli.schedule(args.patch_nums))
     refiner = model.load_refiner(args.refiner, dtype=args.dtype) if args.refiner else None
     if args.show_scales:
         model.check_kind("--show_scales", "var")
@@ -240,6 +245,8 @@ def settings_of(
     if refiner is not None:
         weights += load_fingerprint(args.refiner, "transformer", refiner.models.transformer)
     flag_values = {name: args[name].value for name in SETTINGS}
+    if args.patch_nums is not None:
+        flag_values["patch_nums"] = str(model.patch_nums)
     return flag_values | settings.flags(model.kind) | {"weights": weights}
 
 

@@ -123,3 +123,20 @@ def test_a_token_cache_of_oblong_images_serves_its_training(wide, tmp_path):
     flags = [f"--config.{field}" for field in fields]
     code, _, err = run("train", "--config", TINY, "--workdir", tmp_path / "run", *flags)
     assert code == 0, err
+
+
+def test_sampling_at_another_schedule(wide, tmp_path):
+    where = "--checkpoint", wide, "--num", 4, "--patch_nums"
+    schedule = "1,(2,3),(3,4)"
+    run("sample", *where, schedule, "--out", tmp_path)
+    found = load_npz(tmp_path / "samples.npz")
+    assert found["arr_0"].shape == (4, 12, 16, 3) and found["tokens"].shape == (4, 1 + 6 + 12)
+    for text, sentence in (
+        ("1,2.5", "--patch_nums=1,2.5; expected whole numbers or pairs"),
+        ("1,(2,3", "--patch_nums=1,(2,3; expected whole numbers or pairs"),
+        ("", "--patch_nums=; expected whole numbers or pairs"),
+        ("1,(2,3,4)", "expected whole numbers or pairs"),
+        ("2,4", "must start at 1 and never fall"),
+    ):
+        assert sentence in complaint("sample", *where, text, "--out", tmp_path / "bad")
+        assert not (tmp_path / "bad" / "samples.npz").exists()

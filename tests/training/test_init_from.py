@@ -16,12 +16,13 @@ from var_jax.config import (
     TrainTokenizerConfig,
     TrainTransformerConfig,
 )
+from var_jax.models.other_schedule import tokenizer_at
 from var_jax.models.patch_codec import make_tokenizer
 from var_jax.models.resize import bicubic_matrix
 from var_jax.models.var import Transformer
 from var_jax.sampling.exports import save_parts
 from var_jax.sharding.mesh import make_mesh, shard
-from var_jax.training.init_from import tokenizer_from, transformer_from
+from var_jax.training.init_from import transformer_from
 from var_jax.training.run import check_rounding, check_start, check_tokenizer
 
 NAMES = tuple("abcdefghi")
@@ -132,9 +133,9 @@ def test_another_size_is_refused_before_anything_is_computed(export):
 def test_a_tokenizer_takes_every_weight_on_another_schedule(num_phi):
     sizes = {"num_phi": num_phi, "patch_nums": (1, 2, 4)}
     given = random_tokenizer(dataclasses.replace(TOKENIZER, **sizes), 0)
-    fresh = random_tokenizer(dataclasses.replace(TOKENIZER, num_phi=num_phi, patch_nums=(1, 4)), 1)
-    made = tokenizer_from(fresh, given)
-    assert made.config == fresh.config
+    config = dataclasses.replace(given.config, patch_nums=(1, 4))
+    made = tokenizer_at(given, config)
+    assert made.quantizer.config == made.config == config
     old, new = (quantizer.phi_kernel[...] for quantizer in (given.quantizer, made.quantizer))
     np.testing.assert_array_equal(new, old if num_phi else old[np.array([0, 2])])
     np.testing.assert_array_equal(made.quantizer.codebook[...], given.quantizer.codebook[...])

@@ -1,5 +1,6 @@
 """How every command starts and ends: flags in; one sentence and an exit code out."""
 
+import ast
 import contextlib
 import errno
 import faulthandler
@@ -20,6 +21,7 @@ from absl import flags
 from absl import logging as absl_logging
 
 from var_jax import BadInput, Failure
+from var_jax.schedule import Schedule, shape_of
 from var_jax.tools import ending
 from var_jax.tools.buckets import check_buckets
 from var_jax.tools.configs import did_you_mean
@@ -156,6 +158,27 @@ def sampling_settings(args: flags.FlagValues) -> dict[str, Any]:
         raise BadInput(f"--top_k={wrong[0]:g}; expected a whole number of at least 0.")
     top_k = given["top_k"] and tuple(map(int, given["top_k"]))
     return {"cfg": args.cfg, "guidance": args.guidance} | given | {"top_k": top_k}
+
+
+def define_schedule_flag() -> None:
+    """Defines --patch_nums of samples."""
+    flags.DEFINE_string(
+        "patch_nums",
+        None,
+        "Other scales than the model was trained at, like 1,2,4,(4,6): their sides in tokens, or"
+        " (height,width). Default: the checkpoint's.",
+    )
+
+
+def schedule(text: str) -> Schedule:
+    """The flag --patch_nums. Raises: BadInput if it does not read as sizes."""
+    try:
+        sizes = ast.literal_eval(f"({text},)")
+        if all(type(side) is int for size in sizes for side in shape_of(size)):
+            return sizes
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        pass
+    raise BadInput(f"--patch_nums={text[:60]}; expected whole numbers or pairs, like 1,2,(2,3).")
 
 
 def define_solver_flags() -> None:

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
 from var_jax import BadInput
@@ -19,6 +20,7 @@ from var_jax.data.records import read_manifest
 from var_jax.data.sources import Source, open_source
 from var_jax.data.token_cache import KIND, TokenCache, open_tokens
 from var_jax.models.backbone import Backbone
+from var_jax.models.other_schedule import tokenizer_at
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.sampling.exports import (
     Models,
@@ -41,7 +43,7 @@ from var_jax.tools.plugins import find_function
 from var_jax.tools.trees import path_name
 from var_jax.training import hooks, loop
 from var_jax.training.codebook import init_stats
-from var_jax.training.init_from import check_source, tokenizer_from, transformer_from
+from var_jax.training.init_from import check_source, transformer_from
 from var_jax.training.loss_networks import loss_networks
 from var_jax.training.state import TransformerState, start_from
 from var_jax.training.tasks import task_of
@@ -207,8 +209,8 @@ class Run:
         """Step 0 with the weights of a tokenizer, none of whose codes is out of use."""
         if jax.process_index() == 0:
             print(f"the tokenizer of {self.config.pretrained_tokenizer} is fine-tuned", flush=True)
-        params = tokenizer_from(state.autoencoder.params, given)
         model = self.config.tokenizer
+        params = jax.tree.map(jnp.copy, tokenizer_at(given, model))
         tokens = self.config.train_tokenizer.batch_size * num_tokens(model.patch_nums)
         stats = init_stats(params.quantizer.codebook[...], tokens / model.vocab_size)
         return state._replace(autoencoder=start_from(state.autoencoder, params), codebook=stats)
