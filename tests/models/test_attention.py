@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from var_jax import BadInput
-from var_jax.models.attention import Pattern, attention, joined_blocks
-from var_jax.models.attention_tpu import padded_flops, tiles
+from var_jax.models.attention import Pattern, attention, cached, joined_blocks, prepare
+from var_jax.models.attention_tpu import cached_flops, padded_flops, tiles
 from var_jax.schedule import PATCH_NUMS_256, PATCH_NUMS_512
 from var_jax.sharding.mesh import BATCH, make_mesh
 from var_jax.sharding.ops import reshard
@@ -67,6 +67,31 @@ def test_bfloat16_agrees_with_float32():
     plain = results("masked", True)
     for implementation in ("masked", "blocks", "kernel"):
         assert_same(results(implementation, True, dtype=jnp.bfloat16), plain, atol=3e-2)
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_cached_attention_in_a_kernel_agrees(qk_norm, mesh):
+    """The last 17 of 30 tokens in a cache of 40, in the second of three layers."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    q, k, v = draw(4, 40, 4, 64), draw(3, 4, 40, 4, 64), draw(3, 4, 40, 256)
+    query = {"q_bias": draw(4, 64), "scale": draw(4) / 8, "qk_norm": qk_norm}
+    merged, layer, normed = k.reshape(v.shape), jnp.asarray(1), prepare(q, k[1], **query)
+    normed_keys, q = merged.at[1].set(normed[1].reshape(4, 40, 256)), q[:, :17]
+    plain = cached(normed[0][:, :17], normed_keys, v, layer, 30)
+    run = jax.jit(lambda q, k, v: cached(q, k, v, layer, 30, kernel=True, **query))
+    if mesh is None:
+        ours = run(q, merged, v)
+    else:
+        with jax.set_mesh(make_mesh(*mesh)):
+            kept = reshard((merged, v), None, BATCH, None, "tensor")
+            ours = run(reshard(q, BATCH, None, "tensor"), *kept)
+    assert_same(ours, plain)
+
+
+def test_cost_of_cached_attention_is_padded_to_128():
+    assert cached_flops(48, 16, 256, 680, 64) == 4 * 48 * 16 * 256 * 768 * 128
 
 
 def test_masks():

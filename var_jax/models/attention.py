@@ -7,18 +7,19 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int32
 
 from var_jax import BadInput
 from var_jax.models import attention_tpu
 from var_jax.models.backend import platform
 from var_jax.schedule import Schedule, lengths
 from var_jax.sharding.mesh import BATCH
-from var_jax.sharding.ops import on_mesh, reshard
+from var_jax.sharding.ops import on_mesh, reshard, split_heads
 
 MIN_ROWS = 64  # tokens of a part: fewer make products so thin that masking more is cheaper
 
@@ -106,6 +107,28 @@ def attention(
     raise BadInput(
         f"attention={implementation!r} is not one of auto, masked, blocks, kernel, cudnn."
     )
+
+
+def cached(
+    q: Float[Array, "B l H N"],
+    k: Float[Array, "depth B L HN"],
+    v: Float[Array, "depth B L HN"],
+    layer: Int32[Array, ""],
+    stop: int,
+    *,
+    seen: Bool[Array, "l S"] | None = None,
+    kernel: bool = False,
+    **query: Any,
+) -> Float[Array, "B l H N"]:
+    """Attention of new tokens over the first `stop` tokens in the cache of a layer.
+
+    The kernel takes `query`, as `attention` does; else q and k in the cache are as of `prepare`.
+    """
+    if kernel:
+        how = {"stop": stop, "interpret": platform() != "tpu", **query}
+        return attention_tpu.cached(q, k, v, layer, **how)
+    k, v = (split_heads(c[layer, :, :stop], q.shape[-1]) for c in (k, v))
+    return dense(q, k, v, seen)
 
 
 def prepare(

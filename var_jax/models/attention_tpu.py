@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from var_jax.sharding.mesh import BATCH
 from var_jax.sharding.ops import (
@@ -47,14 +47,44 @@ def attention(
 
     `blocks` are the lengths of the blocks of the pattern.
     """
-    H, N = q_bias.shape
-    lanes = jnp.stack([q_bias, jnp.broadcast_to(scale[:, None], (H, N))]).astype(jnp.float32)
-    lanes = reshard(lanes, None, "tensor")
-    static = Static(blocks, N, qk_norm, interpret)
+    static = Static(blocks, q.shape[-1], qk_norm, interpret)
     mixed: Array = _attention(
-        static, merge_heads(lanes), *(flatten_tokens(merge_heads(x)) for x in (q, k, v))
+        static, _lanes(q_bias, scale), *(flatten_tokens(merge_heads(x)) for x in (q, k, v))
     )  # type: ignore
-    return split_heads(unflatten_tokens(mixed, q.shape[0]), N)
+    return split_heads(unflatten_tokens(mixed, q.shape[0]), q.shape[-1])
+
+
+def cached(
+    q: Float[Array, "B l H N"],
+    k: Float[Array, "depth B L HN"],
+    v: Float[Array, "depth B L HN"],
+    layer: Int32[Array, ""],
+    *,
+    stop: int,
+    q_bias: Float[Array, "H N"],
+    scale: Float[Array, " H"],
+    qk_norm: bool,
+    interpret: bool,
+) -> Float[Array, "B l H N"]:
+    """Attention of new tokens over the first `stop` tokens in the cache of a layer.
+
+    The kernel reads the cache where it lies. Its name carries what it costs: images, heads, new
+    tokens and keys.
+    """
+    static = Static((q.shape[1],), q.shape[-1], qk_norm, interpret)
+    operands = layer[None], _lanes(q_bias, scale), merge_heads(q), k, v
+    run = functools.partial(_call_cached, static, stop)
+    if on_mesh():
+        spec, kept = P(BATCH, None, "tensor"), P(None, BATCH, None, "tensor")
+        ins = (P(), P(None, "tensor"), spec, kept, kept)
+        run = jax.shard_map(run, in_specs=ins, out_specs=spec, check_vma=False)
+    return split_heads(run(*operands), q.shape[-1])
+
+
+def _lanes(q_bias, scale):
+    """q_bias and scale of each lane, (2, H·N), float32."""
+    lanes = jnp.stack([q_bias, jnp.broadcast_to(scale[:, None], q_bias.shape)])
+    return merge_heads(reshard(lanes.astype(jnp.float32), None, "tensor"))
 
 
 class Static(NamedTuple):
@@ -86,6 +116,12 @@ def padded_flops(blocks: tuple[int, ...], head_dim: int, backward: bool) -> int:
     up = lambda n: -(-n // LANES) * LANES
     area = sum(up(stop - start) * up(keys) for start, stop, keys in tiles(blocks))
     return 2 * area * up(head_dim) * (5 if backward else 2)
+
+
+def cached_flops(images: int, heads: int, new: int, keys: int, head_dim: int) -> int:
+    """`padded_flops` of the kernel of cached attention: of all its images and heads."""
+    up = lambda n: -(-n // LANES) * LANES
+    return 4 * images * heads * up(new) * up(keys) * up(head_dim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -143,6 +179,38 @@ def _call(static, kernel, operands, dtypes):
     ins = (P(None, "tensor"), *[spec] * (len(operands) - 1))
     outs = tuple(spec if dtype else gradient for dtype in dtypes)
     return jax.shard_map(run, in_specs=ins, out_specs=outs, check_vma=False)(*operands)
+
+
+def _call_cached(static, stop, layer, lanes, q, k, v):
+    """Runs the kernel of cached attention on one device's images and heads."""
+    B, length, F = q.shape
+    rows = min(-(-stop // 16) * 16, k.shape[2])  # of the cache: whole tiles of it, or all
+    tokens = pl.BlockSpec((1, length, LANES), lambda b, h, _: (b, 0, h))
+    kept = pl.BlockSpec((None, 1, rows, LANES), lambda b, h, layer: (layer[0], b, 0, h))
+    return pl.pallas_call(
+        functools.partial(_cached_kernel, static=static, keys=stop),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B, pl.cdiv(F, LANES)),
+            in_specs=[pl.BlockSpec((2, LANES), lambda b, h, _: (0, h)), tokens, kept, kept],
+            out_specs=tokens,
+        ),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES
+        ),
+        interpret=static.interpret,
+        name=f"cached_attention_{B}x{F // static.head_dim}x{length}x{stop}",
+    )(layer, lanes, q, k, v)
+
+
+def _cached_kernel(_, lanes_ref, q_ref, k_ref, v_ref, o_ref, *, static, keys):
+    for head in _heads(static):
+        q, k = _queries(lanes_ref, q_ref, head, static)[0], _keys(k_ref, head, static)[0][:keys]
+        v = v_ref[0, :, head][:keys]
+        for start, stop, _ in tiles(static.blocks):
+            weight = _softmax(q[start:stop], k, start, static.blocks)
+            o_ref[0, start:stop, head] = _dot(weight.astype(v.dtype), v, 1, 0).astype(o_ref.dtype)
 
 
 def _forward_kernel(lanes_ref, q_ref, k_ref, v_ref, o_ref, *_, static):

@@ -13,10 +13,17 @@ from jaxtyping import Array, Float, Int32, Key
 
 from var_jax.config import TransformerConfig
 from var_jax.models import backend, blocks
-from var_jax.models.attention import Pattern, attention, dense, prepare
+from var_jax.models.attention import Pattern, attention, cached, choose, prepare
 from var_jax.models.blocks import drop_path, layer_norm, modulate, run_blocks, stack_blocks
 from var_jax.sharding.mesh import BATCH, layout_of
-from var_jax.sharding.ops import flatten_tokens, project, reshard, take, unflatten_tokens
+from var_jax.sharding.ops import (
+    flatten_tokens,
+    merge_heads,
+    project,
+    reshard,
+    take,
+    unflatten_tokens,
+)
 
 LAYOUT = blocks.LAYOUT | {
     "head_ada": ("fsdp",),
@@ -27,10 +34,13 @@ LAYOUT = blocks.LAYOUT | {
 
 
 class Cache(NamedTuple):
-    """Keys and values: of the tokens decoded so far, or of one layer's new tokens."""
+    """Keys and values: of the tokens decoded so far, or of one layer's new tokens.
 
-    k: Float[Array, "*depth B L H N"]
-    v: Float[Array, "*depth B L H N"]
+    The heads are one axis: TPUs pad a last axis of 64 to 128.
+    """
+
+    k: Float[Array, "*depth B L HN"]
+    v: Float[Array, "*depth B L HN"]
 
 
 class Backbone(nnx.Module):
@@ -108,12 +118,15 @@ class Backbone(nnx.Module):
             number, block = numbered_block
 
             def attend(q, k, v, query):
-                q, k = prepare(q, k, **query)
-                place = (number, 0, start, 0, 0)
-                write = lambda c, n: jax.lax.dynamic_update_slice(c, n.astype(c.dtype)[None], place)
+                kernel = seen is None and self.uses_kernel(q)
+                if not kernel:
+                    (q, k), query = prepare(q, k, **query), {}
+                write = lambda c, new: jax.lax.dynamic_update_slice(
+                    c, merge_heads(new).astype(c.dtype)[None], (number, 0, start, 0)
+                )
                 written = jax.tree.map(write, cache, Cache(k, v))
-                k, v = (c[number, :, :stop] for c in written)
-                mixed = [dense(q[:, own], k[:, :end], v[:, :end], seen) for own, end in groups]
+                how = {"seen": seen, "kernel": kernel, **query}
+                mixed = [cached(q[:, own], *written, number, end, **how) for own, end in groups]
                 return jnp.concatenate(mixed, axis=1) if len(mixed) > 1 else mixed[0], written
 
             return block(x, block_cond, attend), None
@@ -121,13 +134,18 @@ class Backbone(nnx.Module):
         layers = jnp.arange(self.config.depth), self.blocks
         return jax.lax.scan(layer, (x_BlD, cache), layers)[0]
 
+    def uses_kernel(self, q: Float[Array, "B L H N"]) -> bool:
+        """Whether cached attention is a kernel, which takes keys as they are before QK-norm."""
+        implementation = self.config.attention
+        return (choose(q) if implementation == "auto" else implementation) == "kernel"
+
     def empty_cache(self, batch: int, length: int | None = None) -> Cache:
         """A zeroed cache for `batch` sequences, or the first `length` tokens of them.
 
         In the compute dtype.
         """
         c = self.config
-        shape = (c.depth, batch, length or c.num_tokens, c.num_heads, c.head_dim)
+        shape = (c.depth, batch, length or c.num_tokens, c.num_heads * c.head_dim)
         empty = lambda: reshard(jnp.zeros(shape, self.dtype), None, BATCH, None, "tensor")
         return Cache(empty(), empty())
 

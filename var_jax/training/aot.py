@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from var_jax import BadInput
 from var_jax.config import Config, TrainTokenizerConfig
 from var_jax.models import backend
-from var_jax.models.attention_tpu import padded_flops
+from var_jax.models.attention_tpu import cached_flops, padded_flops
 from var_jax.models.features.inception import abstract_inception, inception
 from var_jax.sampling.autoregressive import Weights
 from var_jax.sampling.exports import build, placed
@@ -253,8 +253,12 @@ def kernel_cycles(
         f"block_causal_{way}": padded_flops(c.blocks, c.head_dim, way == "backward")
         for way in ("forward", "backward")
     }
-    flops = sum(cost.get(name, 0) * times * heads * images for name, times in calls.items())
-    unknown = {name: times for name, times in calls.items() if name not in cost}
+    charge = {name: each * heads * images for name, each in cost.items()}
+    for name in calls:
+        if sizes := re.fullmatch(r"cached_attention_(\d+)x(\d+)x(\d+)x(\d+)", name):
+            charge[name] = cached_flops(*map(int, sizes.groups()), c.head_dim)
+    flops = sum(charge.get(name, 0) * times for name, times in calls.items())
+    unknown = {name: times for name, times in calls.items() if name not in charge}
     return round(flops * chip.yardstick / OPERATIONS), unknown
 
 
