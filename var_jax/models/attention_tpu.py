@@ -118,10 +118,10 @@ def padded_flops(blocks: tuple[int, ...], head_dim: int, backward: bool) -> int:
     return 2 * area * up(head_dim) * (5 if backward else 2)
 
 
-def cached_flops(images: int, heads: int, new: int, keys: int, head_dim: int) -> int:
-    """`padded_flops` of the kernel of cached attention: of all its images and heads."""
+def cached_flops(new: int, keys: int, head_dim: int) -> int:
+    """As `padded_flops`, of the kernel of cached attention."""
     up = lambda n: -(-n // LANES) * LANES
-    return 4 * images * heads * up(new) * up(keys) * up(head_dim)
+    return 2 * 2 * up(new) * up(keys) * up(head_dim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -125,8 +125,9 @@ class Backbone(nnx.Module):
                     c, merge_heads(new).astype(c.dtype)[None], (number, 0, start, 0)
                 )
                 written = jax.tree.map(write, cache, Cache(k, v))
-                how = {"seen": seen, "kernel": kernel, **query}
-                mixed = [cached(q[:, own], *written, number, end, **how) for own, end in groups]
+                how = {"layer": number, "seen": seen, "kernel": kernel, **query}
+                k, v = written
+                mixed = [cached(q[:, own], k, v, stop=end, **how) for own, end in groups]
                 return jnp.concatenate(mixed, axis=1) if len(mixed) > 1 else mixed[0], written
 
             return block(x, block_cond, attend), None

@@ -256,7 +256,8 @@ def kernel_cycles(
     charge = {name: each * heads * images for name, each in cost.items()}
     for name in calls:
         if sizes := re.fullmatch(r"cached_attention_(\d+)x(\d+)x(\d+)x(\d+)", name):
-            charge[name] = cached_flops(*map(int, sizes.groups()), c.head_dim)
+            batch, local_heads, new, keys = map(int, sizes.groups())
+            charge[name] = batch * local_heads * cached_flops(new, keys, c.head_dim)
     flops = sum(charge.get(name, 0) * times for name, times in calls.items())
     unknown = {name: times for name, times in calls.items() if name not in charge}
     return round(flops * chip.yardstick / OPERATIONS), unknown
