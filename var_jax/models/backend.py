@@ -52,6 +52,13 @@ def convolve(
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, **how)
 
 
+def bits_a_round() -> int:
+    """Bits of a threshold settled in one pass over the logits; on TPUs passes cost more than
+    comparisons.
+    """
+    return 2 if platform() == "tpu" else 1
+
+
 def fewest_encoder_parts() -> int:
     """Outside a loop XLA's TPU compiler tiles its convolutions badly (benchmarks/aot.md)."""
     return 2 if platform() == "tpu" else 1

@@ -2,6 +2,7 @@
 
 Top-k and top-p hide what lies below a threshold. It is found bit by bit instead of by sorting: 32
 comparisons of all logits with a guess, ten times as fast as a sort on CPU, exact, ties included.
+On TPU two bits at a time: 16 passes, each with three guesses.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, UInt32
+
+from var_jax.models.backend import bits_a_round
 
 
 def top_k(logits: Float[Array, "... V"], k: Int32[Array, ""] | int) -> Float[Array, "... V"]:
@@ -47,9 +50,11 @@ def last(
     holds: Callable[[UInt32[Array, "... 1"]], Bool[Array, "... 1"]], rank: UInt32[Array, "... V"]
 ) -> UInt32[Array, "... 1"]:
     """The largest threshold for which `holds`, which is true up to some point and false beyond."""
+    bits = bits_a_round()
 
-    def set_bit(i, threshold):
-        guess = threshold | (jnp.uint32(1 << 31) >> jnp.uint32(i))
-        return jnp.where(holds(guess), guess, threshold)
+    def set_bits(i, threshold):
+        place = jnp.uint32(32 - bits) - jnp.uint32(bits) * jnp.uint32(i)
+        held = (holds(threshold | (jnp.uint32(n) << place)) for n in range(1, 2**bits))
+        return threshold | (sum(h.astype(jnp.uint32) for h in held) << place)
 
-    return jax.lax.fori_loop(0, 32, set_bit, jnp.zeros_like(rank[..., :1]))
+    return jax.lax.fori_loop(0, 32 // bits, set_bits, jnp.zeros_like(rank[..., :1]))
