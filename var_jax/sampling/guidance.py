@@ -65,7 +65,7 @@ def spatial(
     """Scaled Spatial Guidance: ℓ + β·(ℓ − prior), the prior made of the scale before.
 
     `given` is the size of the scale before, `wanted` of this one. arXiv 2602.05534, eq. 8. The
-    first scale has no prior. β is the same at all scales.
+    first scale has no prior. β is the same at all scales; the paper has one for each.
     """
     matrix, highest = prior_matrix(given, wanted), jax.lax.Precision.HIGHEST
     prior = jnp.einsum("lm,BmV->BlV", matrix, coarser, precision=highest)
