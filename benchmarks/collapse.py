@@ -1,7 +1,7 @@
 """What keeps a tokenizer's codebook in use: options on and off at equal steps, over seeds.
 
-    python -m benchmarks.collapse --out runs/collapse
-    python -m benchmarks.collapse --out runs/collapse --datasets fashion --options default,rotation
+    python benchmarks/collapse.py --out runs/collapse
+    python benchmarks/collapse.py --out runs/collapse --datasets fashion --options default,rotation
 
 Each run trains a tokenizer and a small transformer on its codes, and is measured on held-out
 images: use and perplexity of the codes at each scale, PSNR and LPIPS after each scale, and, in the
@@ -12,7 +12,7 @@ one adds its runs to the first one's. Writes runs.csv, table.md and curves.png.
 """
 
 import csv
-import json
+import functools
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 from absl import flags
 from etils import epath
+from kept import kept
 
 from var_jax import BadInput
-from var_jax.config import Config, from_dict
+from var_jax.config import Config, from_dict, settings
 from var_jax.data.sources import open_source
 from var_jax.evaluation.features import EFFICIENTNET, Network, extract, load_network
 from var_jax.evaluation.image_sets import SourceImages
@@ -35,7 +36,7 @@ from var_jax.sharding.mesh import using
 from var_jax.sharding.rows import in_batches
 from var_jax.tools import cli
 from var_jax.tools.configs import load_config
-from var_jax.tools.files import output_path, replacing
+from var_jax.tools.files import output_path, read_json, replacing
 from var_jax.tools.images import curves
 from var_jax.tools.npz import NpzImages, save_npz
 from var_jax.training.hooks import draw_samples
@@ -80,15 +81,20 @@ def main(args: flags.FlagValues) -> None:
         for dataset in args.datasets:
             for option in args.options:
                 folder = out / dataset / f"{option}-{seed}"
-                if not (folder / "figures.json").exists():
-                    config = config_of(args, dataset, option, seed)
-                    train(config, folder / "run")
-                    figures = measure(config, folder, args.num, network)
-                    with replacing(folder / "figures.json") as beside:
-                        about = {"dataset": dataset, "option": option, "seed": seed}
-                        beside.write_text(json.dumps(about | figures, indent=2) + "\n")
+                config = config_of(args, dataset, option, seed)
+                about = settings(config) | {"num": args.num}
+                work = functools.partial(trained_and_measured, config, folder, args.num, network)
+                kept(folder / "figures.json", about, work)
                 print(f"{folder} is there", flush=True)
     write(out)
+
+
+def trained_and_measured(
+    config: Config, folder: epath.Path, num: int, network: Network
+) -> dict[str, Any]:
+    """Trains what a config says, and measures it."""
+    train(config, folder / "run")
+    return measure(config, folder, num, network)
 
 
 def config_of(args: flags.FlagValues, dataset: str, option: str, seed: int) -> Config:
@@ -145,7 +151,11 @@ def after_each_scale(tokenizer: Tokenizer, images: SourceImages, compare: Any) -
 
 def write(out: epath.Path) -> None:
     """runs.csv, table.md and curves.png of all runs under `out`."""
-    rows = [json.loads(path.read_text()) for path in sorted(Path(out).glob("*/*/figures.json"))]
+    rows = []
+    for path in sorted(Path(out).glob("*/*/figures.json")):
+        (option, seed), dataset = path.parent.name.rsplit("-", 1), path.parent.parent.name
+        about = {"dataset": dataset, "option": option, "seed": int(seed)}
+        rows.append(about | read_json(path)["figures"])
     names = list(dict.fromkeys(name for row in rows for name in row))
     with replacing(out / "runs.csv") as beside, Path(beside).open("w", newline="") as file:
         writer = csv.DictWriter(file, names)

@@ -10,23 +10,27 @@ image, compiling apart. With --refiner collaborative decoding joins, and the ref
 and figures of a row lie in OUT; a stopped command continues.
 """
 
-import json
+import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from absl import flags
 from etils import epath
+from kept import kept
 
 import var_jax
 from var_jax.data.sources import open_source
-from var_jax.evaluation.features import extract, load_network
+from var_jax.evaluation.features import Network, extract, load_network
 from var_jax.evaluation.image_sets import open_images
 from var_jax.evaluation.pixel_report import arrays, features, fit
-from var_jax.evaluation.quality import distance, open_reference
+from var_jax.evaluation.quality import Reference, distance, open_reference
 from var_jax.tools import cli
-from var_jax.tools.files import output_folder, replacing
+from var_jax.tools.files import output_folder
 from var_jax.tools.npz import save_npz
+
+SETTINGS = ("checkpoint", "refiner", "source", "split", "num", "batch_size")
 
 
 def define_flags() -> None:
@@ -54,26 +58,37 @@ def main(args: flags.FlagValues) -> None:
     )
     classifier = fit(*train)
     agreement = lambda images, labels: np.mean(classifier.predict(features(images)) == labels)
+    about = {name: args[name].value for name in SETTINGS} | {"features": network.fingerprint}
     print(f"| {args.num} samples of {args.checkpoint} | FD | class agreement | ms an image |")
     print(f"|---|---|---|---|\n| validation set | | {agreement(*validation):.1%} | |", flush=True)
     for name, settings in rows(model, args.refiner).items():
         if args.only not in name:
             continue
         folder = out / name.replace(" ", "_").replace("/", "_")
-        if not (folder / "figures.json").exists():
-            images, labels, seconds = draw(args, model, settings, folder)
-            found = extract(network, open_images(str(folder / "samples.npz")), folder, 64)
-            row = {
-                "fd": float(distance(found, reference)),
-                "agreement": float(agreement(images, labels)),
-                "ms": 1000 * seconds / len(images),
-            }
-            with replacing(folder / "figures.json") as beside:
-                beside.write_text(json.dumps(row))
-        row = json.loads((folder / "figures.json").read_text())
+        how = args, model, settings, folder, network, reference, agreement
+        row = kept(folder / "figures.json", about, functools.partial(measured, *how))
         print(
             f"| {name} | {row['fd']:.1f} | {row['agreement']:.1%} | {row['ms']:.1f} |", flush=True
         )
+
+
+def measured(
+    args: flags.FlagValues,
+    model: var_jax.Model,
+    settings: dict[str, Any],
+    folder: epath.Path,
+    network: Network,
+    reference: Reference,
+    agreement: Callable[[np.ndarray, np.ndarray], float],
+) -> dict[str, float]:
+    """The figures of a row, whose samples are drawn into `folder`."""
+    images, labels, seconds = draw(args, model, settings, folder)
+    found = extract(network, open_images(str(folder / "samples.npz")), folder, 64)
+    return {
+        "fd": float(distance(found, reference)),
+        "agreement": float(agreement(images, labels)),
+        "ms": 1000 * seconds / len(images),
+    }
 
 
 def rows(model: var_jax.Model, refiner: str | None) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Photographs at 256 px with and without LPIPS and a discriminator, at equal steps.
 
     pip install -e '.[lpips]' scikit-image
-    python -m benchmarks.photographs --out runs/photographs
+    python benchmarks/photographs.py --out runs/photographs
 
 Crops of six photographs that come with scikit-image: astronaut, rocket and hubble_deep_field
 (public domain), chelsea, coffee and retina (CC0). The right 256 columns of each are held out,

@@ -15,7 +15,6 @@ transformer alone. A stopped command continues.
 import csv
 import functools
 import itertools
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,10 +24,11 @@ import numpy as np
 from absl import flags
 from etils import epath
 from flax import nnx
+from kept import kept
 from ml_collections import ConfigDict
 from speed import interleaved
 
-from var_jax.config import Config, from_dict
+from var_jax.config import Config, from_dict, settings
 from var_jax.data.sources import open_source
 from var_jax.evaluation.features import extract, load_network
 from var_jax.evaluation.image_sets import ImageSet
@@ -42,7 +42,7 @@ from var_jax.sampling.generate import image_keys, reconstruct_images, sampler_of
 from var_jax.schedule import PATCH_NUMS_256
 from var_jax.tools import cli
 from var_jax.tools.configs import load_config
-from var_jax.tools.files import output_path, replacing
+from var_jax.tools.files import output_path, read_json, replacing
 from var_jax.tools.flops import matmul_flops, transformer_flops
 from var_jax.tools.images import curves
 from var_jax.tools.npz import NpzImages, is_whole, save_npz
@@ -139,11 +139,21 @@ def name_of(config: ConfigDict) -> str:
     return "-".join(str(word) for word in words if word)
 
 
+def trained(config: ConfigDict, workdir: epath.Path, about: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a training in `workdir`, run if it is not there."""
+
+    def run() -> dict[str, Any]:
+        train(from_dict(Config, config), workdir)
+        return read_json(workdir / "summary.json")
+
+    return kept(workdir.with_suffix(".json"), about, run)
+
+
 class Study:
     """Trains and measures points in a folder, each once."""
 
     def __init__(self, out: epath.Path, num: int, tokenizer_steps: int):
-        self.out, self.num, self.tokenizer_steps = out, num, tokenizer_steps
+        self.out, self.num, self.tokenizers = out, num, {"tokenizer steps": tokenizer_steps}
         self.source = load_config("versus:var").data.source
         self.where = {"split": "validation", "size": 32}
         self.network = load_network("efficientnet")
@@ -151,9 +161,8 @@ class Study:
     def row(self, point: Point) -> dict[str, Any]:
         """What is known of a point."""
         config = config_of(point)
-        workdir, fixed = self.train(config), from_dict(Config, config)
+        fixed, summary = from_dict(Config, config), self.train(config)
         training, how = config.train_transformer, fixed.sampling.flags(fixed.transformer.kind)
-        summary = json.loads((workdir / "summary.json").read_text())
         images, (passes, flops) = training.steps * training.batch_size, cost(fixed)
         found = {
             "model": point.model, "budget": point.budget, "seed": point.seed,
@@ -163,49 +172,42 @@ class Study:
             "passes": passes, "sampling GFLOPs": flops / 1e9,
         }  # fmt: skip
         name = "-".join(f"{key}{value}" for key, value in how.items())
-        path = self.out / "figures" / f"{workdir.name}-{name}-{self.num}.json"
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            measured = self.measure(workdir, config, path.with_suffix(".npz"))
-            with replacing(path) as beside:
-                beside.write_text(json.dumps(measured))
-        found |= json.loads(path.read_text())
+        path = self.out / "figures" / f"{name_of(config)}-{name}-{self.num}.json"
+        measure = functools.partial(self.measure, config, path.with_suffix(".npz"))
+        found |= kept(path, settings(fixed) | self.tokenizers, measure)
         cells = {name: shown(x) if type(x) is float else x for name, x in found.items()}
         print(", ".join(f"{name} {value}" for name, value in cells.items()), flush=True)
         return found
 
     def loss(self, point: Point) -> float:
         """The last validation loss: in nats a token, of a DiT the squared error of the velocity."""
-        summary = json.loads((self.train(config_of(point)) / "summary.json").read_text())
+        summary = self.train(config_of(point))
         return next(value for name, value in summary.items() if "validation loss" in name)
 
-    def train(self, config: ConfigDict) -> epath.Path:
-        """The work directory of a training; sampling settings make no difference to it."""
+    def train(self, config: ConfigDict) -> dict[str, Any]:
+        """What a training says at its end; sampling settings make no difference to it."""
+        about = settings(from_dict(Config, config)) | self.tokenizers
+        del about["sampling"]
         config = config.copy_and_resolve_references()
-        workdir = self.out / name_of(config)
         config.pretrained_tokenizer = str(self.tokenizer(config) / "checkpoint")
         config.train_tokenizer.steps = 0  # it is taken as it is
-        if not (workdir / "summary.json").exists():
-            train(from_dict(Config, config), workdir)
-        return workdir
+        return trained(config, self.out / name_of(config), about)
 
     def tokenizer(self, config: ConfigDict) -> epath.Path:
         """The work directory of the tokenizer that a config has."""
         name = "x".join(map(str, config.tokenizer.patch_nums))
         workdir, config = self.out / f"tokenizer-{name}", config.copy_and_resolve_references()
         config.seed, config.train_transformer.steps = 0, 0
-        config.train_tokenizer.steps = self.tokenizer_steps
-        if not (workdir / "summary.json").exists():
-            train(from_dict(Config, config), workdir)
+        config.train_tokenizer.steps = self.tokenizers["tokenizer steps"]
+        fixed = settings(from_dict(Config, config))
+        trained(config, workdir, {key: fixed[key] for key in ("tokenizer", "train_tokenizer")})
         return workdir
 
-    def measure(
-        self, workdir: epath.Path, config: ConfigDict, path: epath.Path
-    ) -> dict[str, float]:
+    def measure(self, config: ConfigDict, path: epath.Path) -> dict[str, float]:
         """Figures of samples, which are kept in `path`; an equal number of each class."""
         labels = np.resize(np.arange(10, dtype=np.int32), self.num)
         if not is_whole(path):
-            loaded = load_models(workdir / "checkpoint")
+            loaded = load_models(self.out / name_of(config) / "checkpoint")
             loaded = loaded._replace(sampling=from_dict(Config, config).sampling)
             images = draw_samples(loaded, labels, config.seed + 1)
             save_npz(path, arr_0=images, labels=labels)

@@ -5,7 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from etils import epath
 
+from var_jax import BadInput
 from var_jax.config import Config, from_dict
 from var_jax.tools.flops import transformer_flops
 
@@ -17,6 +19,18 @@ def script():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(SCRIPT.parent)
         return SimpleNamespace(**runpy.run_path(str(SCRIPT)))
+
+
+def test_figures_of_other_settings_are_not_taken(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    kept = runpy.run_path(str(SCRIPT.parent / "kept.py"))["kept"]
+    path, calls = epath.Path(tmp_path / "a" / "figures.json"), []
+    compute = lambda: calls.append(1) or {"FD": 3.0}
+    for _ in range(2):
+        assert kept(path, {"steps": 5, "scales": (1, 2)}, compute) == {"FD": 3.0}
+    assert len(calls) == 1
+    with pytest.raises(BadInput, match=r"figures\.json is of steps=5, not 6; name another --out"):
+        kept(path, {"steps": 6, "scales": (1, 2)}, compute)
 
 
 class Study:
