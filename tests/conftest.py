@@ -9,6 +9,7 @@ import gc
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 
 # Before jax is imported; subprocesses of a test and the workers of xdist inherit these.
@@ -27,6 +28,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("var_jax", "typechecker.check")
+
+# Under nohup SIGHUP is ignored, and whatever a test starts would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 MOST_MAPS = 15_000
 

@@ -48,14 +48,6 @@ SCRIPT = """if True:
 """
 
 
-@pytest.fixture(autouse=True)
-def no_nohup():
-    """Tests that were started under nohup would pass on that SIGHUP is ignored."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(
     "where, ends",

@@ -28,7 +28,11 @@ def compile_alike(monkeypatch):
 
 def ended(running):
     """Exit codes and what was said on stderr."""
-    said = [process.communicate(timeout=240)[1] for process in running]
+    try:
+        said = [process.communicate(timeout=240)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()  # those that did not end
     return [process.returncode for process in running], said
 
 
