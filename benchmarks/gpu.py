@@ -185,8 +185,9 @@ def check() -> dict[str, str]:
     sys.path.insert(0, str(ROOT / "tests"))
     from golden_cases import CASES, models
 
-    from var_jax.models.attention import Pattern, attention, choose
+    from var_jax.models.attention import attention, choose
     from var_jax.models.tokenizer import Tokenizer
+    from var_jax.schedule import Pattern
 
     found = {}
     with jax.default_matmul_precision("highest"):

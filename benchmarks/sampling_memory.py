@@ -31,6 +31,7 @@ def main() -> None:
     if args.dtype == "bfloat16":
         transformer = in_bfloat16(transformer)
     tokenizer = build(dataclasses.replace(TokenizerConfig(), patch_nums=config.patch_nums))
+    scales = len(config.patch_nums)
     labels = jax.ShapeDtypeStruct((args.batch_size,), jnp.int32)
     keys = jax.eval_shape(lambda: image_keys(0, jnp.arange(args.batch_size)))
     compiled = sample.lower(Weights(tokenizer, transformer), labels, keys).compile()
@@ -40,7 +41,7 @@ def main() -> None:
         "transformer": size(transformer),
         "tokenizer": size(tokenizer),
         "cached keys and values": size(
-            jax.eval_shape(lambda: transformer.empty_cache(2 * args.batch_size))
+            jax.eval_shape(lambda: transformer.cache_for(2 * args.batch_size, scales))
         ),
         "temporaries, the cache among them": memory.temp_size_in_bytes,
         "total": memory.argument_size_in_bytes

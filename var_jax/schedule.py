@@ -5,11 +5,13 @@ scale is square, else (height, width). The scales follow each other in one seque
 each in raster order. Nothing else knows how a size is written. Everything here is static NumPy.
 """
 
+import dataclasses
+import functools
 import itertools
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 Shape = tuple[int, int]  # height, width
 Size = int | Shape  # of an image, a latent or a scale: a side if it is square, else its shape
@@ -26,6 +28,62 @@ class Stage(NamedTuple):
     scales: int  # that are trained, the coarsest first
     start: int  # its first step, counted from 0
     warmup: int  # steps in which the loss of the newest scale sets in
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """Which tokens see which: those of a block its own and those of the blocks before it."""
+
+    blocks: tuple[int, ...]  # their lengths
+    window: int = 0  # blocks that are seen, the own one included; 0: all
+
+    @classmethod
+    def block_causal(cls, patch_nums: Schedule, window: int = 0) -> "Pattern":
+        """A block for each scale: VAR."""
+        return cls(lengths(patch_nums), window)
+
+    @classmethod
+    def causal(cls, length: int) -> "Pattern":
+        """A block for each token: raster-scan autoregression."""
+        return cls((1,) * length)
+
+    @classmethod
+    def full(cls, length: int) -> "Pattern":
+        """One block: every token sees all, as in a diffusion transformer."""
+        return cls((length,))
+
+    @property
+    def length(self) -> int:
+        return sum(self.blocks)
+
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Where each block ends."""
+        return tuple(itertools.accumulate(self.blocks))
+
+    @functools.cached_property
+    def seen(self) -> tuple[slice, ...]:
+        """The tokens that those of each block see."""
+        starts = (0, *self.ends)
+        first = lambda k: starts[max(k + 1 - self.window, 0)] if self.window else 0
+        return tuple(slice(first(k), end) for k, end in enumerate(self.ends))
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a token and one that it sees."""
+        return sum(l * (s.stop - s.start) for l, s in zip(self.blocks, self.seen, strict=True))
+
+    def mask(self) -> Bool[np.ndarray, "L L"]:
+        """Whether the query of a row sees the key of a column."""
+        seen = np.array([(s.start, s.stop) for s in self.seen])
+        first, end = np.repeat(seen, self.blocks, axis=0).T[..., None]
+        keys = np.arange(self.length)
+        return (first <= keys) & (keys < end)
+
+    def kept(self, count: int) -> int:
+        """The most tokens that a block leaves for the one after it, of the first `count` blocks."""
+        pairs = itertools.pairwise(self.seen[: count + 1])
+        return max((here.stop - after.start for here, after in pairs), default=0)
 
 
 def shape_of(size: Size) -> Shape:

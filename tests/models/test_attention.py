@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from var_jax import BadInput
-from var_jax.models.attention import Pattern, attention, cached, joined_blocks, prepare
-from var_jax.models.attention_tpu import cached_flops, padded_flops, tiles
-from var_jax.schedule import PATCH_NUMS_256, PATCH_NUMS_512
+from var_jax.models.attention import attention, dense, joined_blocks, prepare
+from var_jax.models.attention_tpu import cached, cached_flops, padded_flops, tiles
+from var_jax.schedule import PATCH_NUMS_256, PATCH_NUMS_512, Pattern
 from var_jax.sharding.mesh import BATCH, make_mesh
 from var_jax.sharding.ops import reshard
 
@@ -19,6 +19,9 @@ PATTERNS = {
     "causal": Pattern.causal(295),
     "full": Pattern.full(295),
     "oblong": Pattern.block_causal((1, (1, 2), (3, 5), (9, 7), (11, 19))),  # 290 tokens
+    "window": Pattern.block_causal((1, 2, 4, 7, 15), window=2),
+    "own scale": Pattern.block_causal((1, 2, 4, 7, 15), window=1),
+    "window of small scales": Pattern.block_causal((1, 2, 3, 4, 5, 6, 8, 10), window=3),
 }
 HEADS, WIDTH = 3, 64  # an odd number: the last block of lanes is half empty
 
@@ -56,7 +59,7 @@ def test_implementations_agree(qk_norm):
     assert_same(results("kernel", qk_norm), plain)
 
 
-@pytest.mark.parametrize("name", ["causal", "full", "oblong"])
+@pytest.mark.parametrize("name", [name for name in PATTERNS if name != "scales"])
 def test_patterns_of_other_models_agree(name):
     plain = results("masked", True, pattern=PATTERNS[name])
     assert_same(results("blocks", True, pattern=PATTERNS[name]), plain)
@@ -72,26 +75,28 @@ def test_bfloat16_agrees_with_float32():
 @pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_cached_attention_in_a_kernel_agrees(qk_norm, mesh):
-    """The last 17 of 30 tokens in a cache of 40, in the second of three layers."""
+    """17 new tokens and 13 in a cache of 40, in the second of three layers."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    q, k, v = draw(4, 40, 4, 64), draw(3, 4, 40, 4, 64), draw(3, 4, 40, 256)
+    new, cache = [draw(4, 17, 4, 64) for _ in "qkv"], [draw(3, 4, 40, 256) for _ in "kv"]
     query = {"q_bias": draw(4, 64), "scale": draw(4) / 8, "qk_norm": qk_norm}
-    merged, layer, normed = k.reshape(v.shape), jnp.asarray(1), prepare(q, k[1], **query)
-    normed_keys, q = merged.at[1].set(normed[1].reshape(4, 40, 256)), q[:, :17]
-    plain = cached(normed[0][:, :17], normed_keys, v, layer, 30)
-    run = jax.jit(lambda q, k, v: cached(q, k, v, layer, 30, kernel=True, **query))
+    old_k, old_v = (x[1, :, :13].reshape(4, 13, 4, 64) for x in cache)
+    k, v = jnp.concatenate([old_k, new[1]], axis=1), jnp.concatenate([old_v, new[2]], axis=1)
+    q, normed = prepare(new[0], new[1], **query)[0], prepare(k, k, **query)[1]
+    plain = dense(q, normed, v)
+    how = {"kept": 13, "interpret": True, **query}
+    run = jax.jit(lambda *arrays: cached(*arrays, jnp.asarray(1), **how))
     if mesh is None:
-        ours = run(q, merged, v)
+        ours = run(*new, *cache)
     else:
         with jax.set_mesh(make_mesh(*mesh)):
-            kept = reshard((merged, v), None, BATCH, None, "tensor")
-            ours = run(reshard(q, BATCH, None, "tensor"), *kept)
+            kept = reshard(tuple(cache), None, BATCH, None, "tensor")
+            ours = run(*reshard(tuple(new), BATCH, None, "tensor"), *kept)
     assert_same(ours, plain)
 
 
 def test_cost_of_cached_attention_is_padded_to_128():
-    assert cached_flops(100, 680, 64) == 2 * 2 * 128 * 768 * 128
+    assert cached_flops(100, 580, 64) == 2 * 2 * 128 * (128 + 640) * 128
 
 
 def test_masks():
@@ -101,6 +106,23 @@ def test_masks():
     )
     np.testing.assert_array_equal(Pattern.causal(7).mask(), np.tri(7, dtype=bool))
     assert Pattern.full(3).mask().all()
+    window = Pattern.block_causal((1, 2, (1, 2)), window=2)
+    assert (
+        window.mask().astype(int).tolist()
+        == [[1] + [0] * 6] + [[1] * 5 + [0] * 2] * 4 + [[0] + [1] * 6] * 2
+    )
+    assert window.pairs == window.mask().sum()
+    assert (
+        Pattern.block_causal((1, 2, 3), window=9).mask().tolist()
+        == Pattern.block_causal((1, 2, 3)).mask().tolist()
+    )
+
+
+@pytest.mark.parametrize(("window", "most"), [(0, 424), (1, 0), (2, 169), (3, 269)])
+def test_what_a_cache_keeps(window, most):
+    """Of 680 tokens: all but the last scale, or those that a later scale sees."""
+    assert Pattern.block_causal(PATCH_NUMS_256, window).kept(10) == most
+    assert Pattern.block_causal(PATCH_NUMS_256).kept(3) == 1 + 4 + 9
 
 
 @pytest.mark.slow
@@ -115,20 +137,26 @@ def test_the_kernel_splits_over_a_mesh():
     [*map(Pattern.block_causal, (PATCH_NUMS_256, PATCH_NUMS_512, (1,))), *PATTERNS.values()],
 )
 def test_tiles_cover_what_may_be_seen(pattern):
-    found = tiles(pattern.blocks)
-    rows = [row for start, stop, _ in found for row in range(start, stop)]
+    found, mask = tiles(pattern), pattern.mask()
+    rows = [row for tile, _ in found for row in range(tile.start, tile.stop)]
     assert rows == list(range(pattern.length))
-    for start, stop, keys in found:
-        assert start % 8 == 0 and stop - start <= 256
-        assert keys == next(end for end in pattern.ends if end >= stop)
+    for tile, keys in found:
+        assert tile.start % 8 == 0 and tile.stop - tile.start <= 256
+        seen = np.flatnonzero(mask[tile].any(axis=0))
+        assert keys.stop == seen[-1] + 1
+        assert keys.start % 16 == 0 and 0 <= seen[0] - keys.start < 16
 
 
 def test_what_the_kernel_is_charged():
     # By hand: rows 248, 176, 256 -> 256 each; keys 255, 424, 680 -> 256, 512, 768; width 64 -> 128.
     area = 256 * (256 + 512 + 768)
-    blocks = Pattern.block_causal(PATCH_NUMS_256).blocks
-    assert padded_flops(blocks, 64, backward=False) == 2 * 2 * area * 128
-    assert padded_flops(blocks, 64, backward=True) == 5 * 2 * area * 128
+    pattern = Pattern.block_causal(PATCH_NUMS_256)
+    assert padded_flops(pattern, 64, backward=False) == 2 * 2 * area * 128
+    assert padded_flops(pattern, 64, backward=True) == 5 * 2 * area * 128
+    # Two scales: keys from 91 (80), 155 (144), 255 (240) on.
+    window = Pattern.block_causal(PATCH_NUMS_256, window=2)
+    area = 256 * (256 + 384 + 512)
+    assert padded_flops(window, 64, backward=False) == 2 * 2 * area * 128
 
 
 def test_an_unknown_implementation():

@@ -61,7 +61,7 @@ def test_cached_logits_are_those_of_teacher_forcing(raster):
         logits, cache = model.decode(t, x, labels, cache)
         return (model.embed_inputs(tokens[:, t, None], t + 1), cache), logits[:, 0]
 
-    start = model.embed_start(labels), model.empty_cache(2)
+    start = model.embed_start(labels), model.empty_cache(2, model.config.num_tokens)
     _, logits = jax.jit(lambda start: jax.lax.scan(step, start, jnp.arange(9)))(start)
     np.testing.assert_allclose(logits.swapaxes(0, 1), run(tokens), rtol=1e-4, atol=1e-4)
 

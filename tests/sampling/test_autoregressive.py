@@ -36,14 +36,54 @@ def draw(labels=LABELS, batch_size=4, seed=0, index=None, known=None, **how):
     return generated.images, generated.tokens
 
 
-def test_cached_decoding_equals_teacher_forcing():
+def with_window(window, attention="auto"):
+    """The "base" model whose tokens see so many scales."""
+    transformer = jax.tree.map(lambda x: x, models("base")[1])
+    config = dataclasses.replace(transformer.config, window=window, attention=attention)
+    transformer.config = config
+    return transformer
+
+
+@pytest.mark.parametrize("attention", ["auto", "kernel"])
+@pytest.mark.parametrize("window", [0, 1, 2, 3])
+def test_cached_decoding_equals_teacher_forcing(window, attention):
     """Fed its own greedy tokens, the full forward pass prefers each of them."""
-    tokenizer, transformer, _ = models("base")
+    tokenizer, transformer = models("base")[0], with_window(window, attention)
     labels = jnp.array([1, 2, 3])
     weights, keys = Weights(tokenizer, transformer), image_keys(0, jnp.arange(3))
     _, tokens = sample(weights, labels, keys, cfg=0.0, top_k=1, top_p=0.0)
     logits = transformer(labels, tokenizer.quantizer.teacher_forcing_inputs(tokens))
     np.testing.assert_array_equal(logits.argmax(-1), tokens)
+
+
+def test_a_window_hides_coarser_scales():
+    """Logits are those of all scales until one lies outside, and differ from there on."""
+    labels, read = jnp.array([1]), jnp.ones((1, 29, models("base")[0].config.latent_dim))
+    all_scales = with_window(0)(labels, read)
+    for window, first in ((1, 1), (2, 5), (3, 14)):
+        logits = with_window(window)(labels, read)
+        np.testing.assert_allclose(logits[:, :first], all_scales[:, :first], atol=1e-5)
+        assert (abs(logits - all_scales)[:, first:].max(-1) > 1e-4).all()
+    np.testing.assert_allclose(with_window(4)(labels, read), all_scales, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_windows_in_all_programs(window):
+    """Scale by scale, on a mesh, and behind a draft: the tokens are the same."""
+    tokenizer, transformer = models("base")[0], with_window(window)
+    weights, how = Weights(tokenizer, transformer), {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
+    sampler, keys = functools.partial(sample, **how), image_keys(0, jnp.arange(8))
+    draw_all = lambda: collect(generate(sampler, weights, np.arange(8), batch_size=8), 8).tokens
+    images, tokens = sample(weights, jnp.arange(8), keys, **how)
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        np.testing.assert_array_equal(draw_all(), tokens)
+    *_, last = sample_by_scale(weights, jnp.arange(8), keys, **how)
+    np.testing.assert_allclose(np.int32(last), np.int32(images), atol=1)
+    for draft_scales in (1, 2, 3):
+        draft = functools.partial(sample_latent, draft_scales=draft_scales, **how)
+        again = jax.jit(draft)(weights._replace(refiner=transformer), jnp.arange(8), keys)[1]
+        np.testing.assert_array_equal(again, tokens)
 
 
 @pytest.mark.slow

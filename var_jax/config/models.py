@@ -19,6 +19,7 @@ from var_jax.config.checks import (
 from var_jax.schedule import (
     PATCH_NUMS_256,
     PATCH_NUMS_512,
+    Pattern,
     Schedule,
     Size,
     lengths,
@@ -148,13 +149,17 @@ class TransformerConfig(BlocksConfig):
     patch_nums: Schedule = PATCH_NUMS_256  # these three are the tokenizer's
     vocab_size: int = 4096
     latent_dim: int = 32
+    window: int = 0  # scales that a token sees, its own and those before it; 0: all
     num_classes: int = 1000  # of an experiment, 0: as many as its data have
 
     def __post_init__(self):
         object.__setattr__(self, "patch_nums", tuple(map(size_of, self.patch_nums)))
         check_schedule(self.patch_nums)
         super().__post_init__()
-        check_ranges(self, vocab_size=SOME, latent_dim=SOME, num_classes=ANY, patch_size=SOME)
+        check_ranges(
+            self, vocab_size=SOME, latent_dim=SOME, num_classes=ANY, patch_size=SOME,
+            window=ANY,
+        )  # fmt: skip
         if self.kind not in KINDS:
             raise BadInput(f"kind={self.kind!r} is not one of {', '.join(KINDS)}.")
 
@@ -170,6 +175,11 @@ class TransformerConfig(BlocksConfig):
                 raise BadInput(f"{kind}: patch_size={self.patch_size} does not divide {side}.")
         if self.kind == "dit" and not self.adaln:
             raise BadInput("kind=dit needs adaln=True: its blocks learn the time no other way.")
+
+        if self.window and self.kind != "var":
+            raise BadInput(f"{kind}: window={self.window} counts scales, which only VAR predicts.")
+        if self.window == 1 and not self.adaln:
+            raise BadInput("window=1 needs adaln=True: later scales see the class no other way.")
 
     @classmethod
     def from_depth(cls, depth: int, **overrides: Any) -> "TransformerConfig":
@@ -191,3 +201,8 @@ class TransformerConfig(BlocksConfig):
         if self.kind == "dit":
             return (lengths(self.patch_nums)[-1] // self.patch_size**2,)
         return lengths(self.patch_nums)
+
+    @property
+    def pattern(self) -> Pattern:
+        """Which tokens see which."""
+        return Pattern(self.blocks, self.window)

@@ -1,63 +1,24 @@
-"""Attention over blocks of tokens: a token sees its own block and all earlier ones (VAR §3.2).
+"""Attention over blocks of tokens: a token sees its own block and earlier ones (VAR §3.2).
 
 `attention` is the same function in four programs; which one runs depends on the platform.
 """
 
-import dataclasses
-import functools
-import itertools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
 
 from var_jax import BadInput
 from var_jax.models import attention_tpu
 from var_jax.models.backend import platform
-from var_jax.schedule import Schedule, lengths
+from var_jax.schedule import Pattern
 from var_jax.sharding.mesh import BATCH
-from var_jax.sharding.ops import on_mesh, reshard, split_heads
+from var_jax.sharding.ops import on_mesh, reshard
 
 MIN_ROWS = 64  # tokens of a part: fewer make products so thin that masking more is cheaper
-
-
-@dataclasses.dataclass(frozen=True)
-class Pattern:
-    """Which tokens see which: those of a block see the block itself and every earlier block."""
-
-    blocks: tuple[int, ...]  # their lengths
-
-    @classmethod
-    def block_causal(cls, patch_nums: Schedule) -> "Pattern":
-        """A block for each scale: VAR."""
-        return cls(lengths(patch_nums))
-
-    @classmethod
-    def causal(cls, length: int) -> "Pattern":
-        """A block for each token: raster-scan autoregression."""
-        return cls((1,) * length)
-
-    @classmethod
-    def full(cls, length: int) -> "Pattern":
-        """One block: every token sees all, as in a diffusion transformer."""
-        return cls((length,))
-
-    @property
-    def length(self) -> int:
-        return sum(self.blocks)
-
-    @functools.cached_property
-    def ends(self) -> tuple[int, ...]:
-        """Where each block ends: how many tokens those of the block see."""
-        return tuple(itertools.accumulate(self.blocks))
-
-    def mask(self) -> Bool[np.ndarray, "L L"]:
-        """Whether the query of a row sees the key of a column."""
-        seen = np.repeat(self.ends, self.blocks)
-        return np.arange(self.length) < seen[:, None]
 
 
 def attention(
@@ -89,46 +50,25 @@ def attention(
     if q.shape[1] != pattern.length:
         raise ValueError(f"{q.shape[1]} tokens; the pattern is of {pattern.length}.")
     if implementation == "auto":
-        implementation = choose(q)
+        implementation = choose(q.dtype, q.shape[-1])
     if implementation == "kernel":
         H, N = q.shape[2:]
         q_bias = jnp.zeros((H, N)) if q_bias is None else q_bias
         scale = jnp.ones(H) if scale is None else scale
-        how = {"blocks": pattern.blocks, "qk_norm": qk_norm, "interpret": platform() != "tpu"}
+        how = {"pattern": pattern, "qk_norm": qk_norm, "interpret": platform() != "tpu"}
         return attention_tpu.attention(q, k, v, q_bias, scale, **how)
     q, k = prepare(q, k, q_bias, scale, qk_norm)
     mask = pattern.mask()
     if implementation in ("masked", "blocks"):
         parts = [slice(0, q.shape[1])] if implementation == "masked" else joined_blocks(pattern)
-        seen = [(q[:, s], k[:, : s.stop], v[:, : s.stop], mask[s, : s.stop]) for s in parts]
-        return jnp.concatenate([dense(*part) for part in seen], axis=1)
+        seen = [(s, visible(mask[s])) for s in parts]
+        mixed = [dense(q[:, s], k[:, keys], v[:, keys], mask[s, keys]) for s, keys in seen]
+        return jnp.concatenate(mixed, axis=1)
     if implementation == "cudnn":
         return cudnn(q, k, v, mask)
     raise BadInput(
         f"attention={implementation!r} is not one of auto, masked, blocks, kernel, cudnn."
     )
-
-
-def cached(
-    q: Float[Array, "B l H N"],
-    k: Float[Array, "depth B L HN"],
-    v: Float[Array, "depth B L HN"],
-    layer: Int32[Array, ""],
-    stop: int,
-    *,
-    seen: Bool[Array, "l S"] | None = None,
-    kernel: bool = False,
-    **query: Any,
-) -> Float[Array, "B l H N"]:
-    """Attention of new tokens over the first `stop` tokens in the cache of a layer.
-
-    The kernel takes `query`, as `attention` does; else q and k in the cache are as of `prepare`.
-    """
-    if kernel:
-        how = {"stop": stop, "interpret": platform() != "tpu", **query}
-        return attention_tpu.cached(q, k, v, layer, **how)
-    k, v = (split_heads(c[layer, :, :stop], q.shape[-1]) for c in (k, v))
-    return dense(q, k, v, seen)
 
 
 def prepare(
@@ -149,11 +89,11 @@ def prepare(
     return q32.astype(q.dtype), k
 
 
-def choose(q: Float[Array, "B L H N"]) -> str:
+def choose(dtype: DTypeLike, head_dim: int) -> str:
     """The fastest implementation that applies."""
-    if platform() == "tpu" and 128 % q.shape[-1] == 0:
+    if platform() == "tpu" and 128 % head_dim == 0:
         return "kernel"
-    if platform() in ("cuda", "gpu") and q.dtype == jnp.bfloat16 and q.shape[-1] <= 128:
+    if platform() in ("cuda", "gpu") and dtype == jnp.bfloat16 and head_dim <= 128:
         return "cudnn"
     return "blocks"
 
@@ -166,6 +106,12 @@ def joined_blocks(pattern: Pattern) -> list[slice]:
             parts.append(slice(start, end))
             start = end
     return parts
+
+
+def visible(mask: Bool[np.ndarray, "l L"]) -> slice:
+    """The keys from the first to the last that some query sees."""
+    keys = np.flatnonzero(mask.any(axis=0))
+    return slice(keys[0], keys[-1] + 1)
 
 
 def dense(

@@ -8,7 +8,6 @@ with the keys that one of its rows may see.
 """
 
 import functools
-import itertools
 from typing import NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
+from var_jax.schedule import Pattern
 from var_jax.sharding.mesh import BATCH
 from var_jax.sharding.ops import (
     flatten_tokens,
@@ -29,6 +29,7 @@ from var_jax.sharding.ops import (
 )
 
 LANES, SUBLANES, ROWS = 128, 8, 256
+PACKED = 2 * SUBLANES  # of bfloat16
 VMEM_BYTES = 64 * 2**20  # of 128 MB a core; the compiler's default of 16 is short for 2240 tokens
 
 
@@ -39,15 +40,12 @@ def attention(
     q_bias: Float[Array, "H N"],
     scale: Float[Array, " H"],
     *,
-    blocks: tuple[int, ...],
+    pattern: Pattern,
     qk_norm: bool,
     interpret: bool,
 ) -> Float[Array, "B L H N"]:
-    """As `models.attention.attention`, whose implementation "kernel" this is.
-
-    `blocks` are the lengths of the blocks of the pattern.
-    """
-    static = Static(blocks, q.shape[-1], qk_norm, interpret)
+    """As `models.attention.attention`, whose implementation "kernel" this is."""
+    static = Static(pattern, q.shape[-1], qk_norm, interpret)
     mixed: Array = _attention(
         static, _lanes(q_bias, scale), *(flatten_tokens(merge_heads(x)) for x in (q, k, v))
     )  # type: ignore
@@ -56,27 +54,30 @@ def attention(
 
 def cached(
     q: Float[Array, "B l H N"],
-    k: Float[Array, "depth B L HN"],
-    v: Float[Array, "depth B L HN"],
+    k: Float[Array, "B l H N"],
+    v: Float[Array, "B l H N"],
+    kept_k: Float[Array, "depth B S HN"],
+    kept_v: Float[Array, "depth B S HN"],
     layer: Int32[Array, ""],
     *,
-    stop: int,
+    kept: int,
     q_bias: Float[Array, "H N"],
     scale: Float[Array, " H"],
     qk_norm: bool,
     interpret: bool,
 ) -> Float[Array, "B l H N"]:
-    """Attention of new tokens over the first `stop` tokens in the cache of a layer.
+    """Attention of new tokens over themselves and the first `kept` tokens in the cache of a layer.
 
     The kernel reads the cache where it lies. Its name carries what it costs: images, heads, new
-    tokens and keys.
+    and kept tokens.
     """
-    static = Static((q.shape[1],), q.shape[-1], qk_norm, interpret)
-    operands = layer[None], _lanes(q_bias, scale), merge_heads(q), k, v
-    run = functools.partial(_call_cached, static, stop)
+    static = Static(Pattern.full(q.shape[1]), q.shape[-1], qk_norm, interpret)
+    new = (merge_heads(x) for x in (q, k, v))
+    operands = layer[None], _lanes(q_bias, scale), *new, kept_k, kept_v
+    run = functools.partial(_call_cached, static, kept)
     if on_mesh():
-        spec, kept = P(BATCH, None, "tensor"), P(None, BATCH, None, "tensor")
-        ins = (P(), P(None, "tensor"), spec, kept, kept)
+        spec, cache = P(BATCH, None, "tensor"), P(None, BATCH, None, "tensor")
+        ins = (P(), P(None, "tensor"), *[spec] * 3, *[cache] * 2)
         run = jax.shard_map(run, in_specs=ins, out_specs=spec, check_vma=False)
     return split_heads(run(*operands), q.shape[-1])
 
@@ -90,38 +91,48 @@ def _lanes(q_bias, scale):
 class Static(NamedTuple):
     """What a kernel is compiled for."""
 
-    blocks: tuple[int, ...]
+    pattern: Pattern
     head_dim: int
     qk_norm: bool
     interpret: bool
 
 
-def tiles(blocks: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """(first row, last row + 1, number of keys) of each tile: at most 256 rows, whole blocks where
-    they fit, starting where sublanes do."""
-    ends, found, start = list(itertools.accumulate(blocks)), [], 0
-    aligned = [end if end == ends[-1] else end // SUBLANES * SUBLANES for end in ends]
-    while start < ends[-1]:
+def tiles(pattern: Pattern) -> list[tuple[slice, slice]]:
+    """Rows and keys of each tile: at most 256 rows, whole blocks where they fit.
+
+    Both start where sublanes do.
+    """
+    found, start, length = [], 0, pattern.length
+    aligned = [end if end == length else end // SUBLANES * SUBLANES for end in pattern.ends]
+    while start < length:
         stop = max((e for e in aligned if start < e <= start + ROWS), default=start + ROWS)
-        found.append((start, stop, next(end for end in ends if end >= stop)))
+        blocks = _blocks(pattern, slice(start, stop))
+        keys = slice(blocks[0][1].start // PACKED * PACKED, blocks[-1][1].stop)
+        found.append((slice(start, stop), keys))
         start = stop
     return found
 
 
-def padded_flops(blocks: tuple[int, ...], head_dim: int, backward: bool) -> int:
+def _blocks(pattern: Pattern, rows: slice) -> list[tuple[int, slice]]:
+    """Of each block that has some of the rows: where it starts, and the keys that it sees."""
+    both = zip((0, *pattern.ends), pattern.seen, strict=False)
+    return [(start, seen) for start, seen in both if start < rows.stop and seen.stop > rows.start]
+
+
+def padded_flops(pattern: Pattern, head_dim: int, backward: bool) -> int:
     """Operations of the matrix products of one head and image, as the matrix unit sees them.
 
     Every dimension is padded to 128; the forward pass has two products a tile, the backward five.
     """
     up = lambda n: -(-n // LANES) * LANES
-    area = sum(up(stop - start) * up(keys) for start, stop, keys in tiles(blocks))
+    area = sum(up(r.stop - r.start) * up(k.stop - k.start) for r, k in tiles(pattern))
     return 2 * area * up(head_dim) * (5 if backward else 2)
 
 
-def cached_flops(new: int, keys: int, head_dim: int) -> int:
+def cached_flops(new: int, kept: int, head_dim: int) -> int:
     """As `padded_flops`, of the kernel of cached attention."""
     up = lambda n: -(-n // LANES) * LANES
-    return 2 * 2 * up(new) * up(keys) * up(head_dim)
+    return 2 * 2 * up(new) * (up(new) + up(kept)) * up(head_dim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -149,7 +160,7 @@ def _call(static, kernel, operands, dtypes):
     """
 
     def run(*operands):
-        L = sum(static.blocks)
+        L = static.pattern.length
         operands = [operands[0], *(x.reshape(-1, L, x.shape[-1]) for x in operands[1:])]
         B, _, F = operands[1].shape
         tokens = pl.BlockSpec((1, L, LANES), lambda b, h: (b, 0, h))
@@ -181,18 +192,19 @@ def _call(static, kernel, operands, dtypes):
     return jax.shard_map(run, in_specs=ins, out_specs=outs, check_vma=False)(*operands)
 
 
-def _call_cached(static, stop, layer, lanes, q, k, v):
+def _call_cached(static, kept, layer, lanes, q, k, v, kept_k, kept_v):
     """Runs the kernel of cached attention on one device's images and heads."""
     B, length, F = q.shape
-    rows = min(-(-stop // 16) * 16, k.shape[2])  # of the cache: whole tiles of it, or all
+    rows = min(-(-kept // PACKED) * PACKED, kept_k.shape[2])  # of the cache: whole tiles or all
     tokens = pl.BlockSpec((1, length, LANES), lambda b, h, _: (b, 0, h))
-    kept = pl.BlockSpec((None, 1, rows, LANES), lambda b, h, layer: (layer[0], b, 0, h))
+    cache = pl.BlockSpec((None, 1, rows, LANES), lambda b, h, layer: (layer[0], b, 0, h))
+    lane = pl.BlockSpec((2, LANES), lambda b, h, _: (0, h))
     return pl.pallas_call(
-        functools.partial(_cached_kernel, static=static, keys=stop),
+        functools.partial(_cached_kernel, static=static, kept=kept),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B, pl.cdiv(F, LANES)),
-            in_specs=[pl.BlockSpec((2, LANES), lambda b, h, _: (0, h)), tokens, kept, kept],
+            in_specs=[lane, *[tokens] * 3, *[cache] * 2],
             out_specs=tokens,
         ),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -200,27 +212,35 @@ def _call_cached(static, stop, layer, lanes, q, k, v):
             dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=static.interpret,
-        name=f"cached_attention_{B}x{F // static.head_dim}x{length}x{stop}",
-    )(layer, lanes, q, k, v)
+        name=f"cached_attention_{B}x{F // static.head_dim}x{length}x{kept}",
+    )(layer, lanes, q, k, v, kept_k, kept_v)
 
 
-def _cached_kernel(_, lanes_ref, q_ref, k_ref, v_ref, o_ref, *, static, keys):
+def _cached_kernel(
+    _, lanes_ref, q_ref, k_ref, v_ref, kept_k_ref, kept_v_ref, o_ref, *, static, kept
+):
     for head in _heads(static):
-        q, k = _queries(lanes_ref, q_ref, head, static)[0], _keys(k_ref, head, static)[0][:keys]
-        v = v_ref[0, :, head][:keys]
-        for start, stop, _ in tiles(static.blocks):
-            weight = _softmax(q[start:stop], k, start, static.blocks)
-            o_ref[0, start:stop, head] = _dot(weight.astype(v.dtype), v, 1, 0).astype(o_ref.dtype)
+        q = _queries(lanes_ref, q_ref, head, static)[0]
+        keys = _keys(kept_k_ref, head, static)[0][:kept], _keys(k_ref, head, static)[0]
+        values = kept_v_ref[0, :, head][:kept], v_ref[0, :, head]
+        for rows, _ in tiles(static.pattern):  # one softmax over both parts of the keys
+            logits = [_dot(q[rows], k, 1, 1) for k in keys]
+            most = jnp.maximum(*(x.max(axis=1, keepdims=True) for x in logits))
+            weights = [jnp.exp(x - most) for x in logits]
+            total = sum(x.sum(axis=1, keepdims=True) for x in weights)
+            parts = [(x / total).astype(v.dtype) for x, v in zip(weights, values, strict=True)]
+            mixed = sum(_dot(x, v, 1, 0) for x, v in zip(parts, values, strict=True))
+            o_ref[0, rows, head] = mixed.astype(o_ref.dtype)
 
 
 def _forward_kernel(lanes_ref, q_ref, k_ref, v_ref, o_ref, *_, static):
     for head in _heads(static):
         q, k = _queries(lanes_ref, q_ref, head, static)[0], _keys(k_ref, head, static)[0]
         v = v_ref[0, :, head]
-        for start, stop, keys in tiles(static.blocks):
-            weight = _softmax(q[start:stop], k[:keys], start, static.blocks)
-            mixed = _dot(weight.astype(v.dtype), v[:keys], 1, 0)
-            o_ref[0, start:stop, head] = mixed.astype(o_ref.dtype)
+        for rows, keys in tiles(static.pattern):
+            weight = _softmax(q, k, rows, keys, static.pattern)
+            mixed = _dot(weight.astype(v.dtype), v[keys], 1, 0)
+            o_ref[0, rows, head] = mixed.astype(o_ref.dtype)
 
 
 def _backward_kernel(
@@ -233,15 +253,15 @@ def _backward_kernel(
         k, k_unit, k_rate = _keys(k_ref, head, static)
         v, dq = v_ref[0, :, head], []
         dk_sum[...], dv_sum[...] = jnp.zeros_like(dk_sum), jnp.zeros_like(dv_sum)
-        for start, stop, keys in tiles(static.blocks):
-            weight = _softmax(q[start:stop], k[:keys], start, static.blocks)
-            do = do_ref[0, start:stop, head]
-            dv_sum[:keys] += _dot(weight.astype(dtype), do, 0, 0)
-            dweight = _dot(do, v[:keys], 1, 1)
+        for rows, keys in tiles(static.pattern):
+            weight = _softmax(q, k, rows, keys, static.pattern)
+            do = do_ref[0, rows, head]
+            dv_sum[keys] += _dot(weight.astype(dtype), do, 0, 0)
+            dweight = _dot(do, v[keys], 1, 1)
             dlogits = weight * (dweight - (weight * dweight).sum(axis=1, keepdims=True))
             dlogits = dlogits.astype(dtype)
-            dk_sum[:keys] += _dot(dlogits, q[start:stop], 0, 0)
-            dq.append(_dot(dlogits, k[:keys], 1, 0))
+            dk_sum[keys] += _dot(dlogits, q[rows], 0, 0)
+            dq.append(_dot(dlogits, k[keys], 1, 0))
         dq, dk = jnp.concatenate(dq), dk_sum[...]
         dscale = (dq * q_unit).sum(axis=0, keepdims=True)
         dq, dk = _unit_gradient(dq * scale, q_unit, q_rate), _unit_gradient(dk, k_unit, k_rate)
@@ -282,21 +302,33 @@ def _unit_gradient(grad, unit, rate):
     return rate * (grad - unit * (grad * unit).sum(axis=1, keepdims=True))
 
 
-def _softmax(q, k, start, blocks):
-    """Attention weights of a tile of rows over the keys, float32."""
-    logits = _dot(q, k, 1, 1)
-    rows, keys = logits.shape
-    ends = [end for end in itertools.accumulate(blocks) if start < end < start + rows]
-    if ends:  # the tile has rows of several blocks: each block adds to the keys that are seen
-        row = start + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-        if set(blocks) == {1}:
-            seen = row + 1
-        else:
-            steps = zip(ends, [*ends[1:], keys], strict=True)
-            seen = ends[0] + sum(jnp.where(row >= end, stop - end, 0) for end, stop in steps)
-        logits = jnp.where(jax.lax.broadcasted_iota(jnp.int32, (1, keys), 1) < seen, logits, -1e30)
+def _softmax(q, k, rows, keys, pattern):
+    """Attention weights of a tile of rows over its keys, float32."""
+    logits = _dot(q[rows], k[keys], 1, 1)
+    blocks = _blocks(pattern, rows)
+    column = keys.start + jax.lax.broadcasted_iota(jnp.int32, (1, logits.shape[1]), 1)
+    first, stop = (
+        _by_row(rows, [(start, getattr(seen, side)) for start, seen in blocks])
+        for side in ("start", "stop")
+    )
+    if not (isinstance(stop, int) and stop == keys.stop):
+        logits = jnp.where(column < stop, logits, -1e30)
+    if not (isinstance(first, int) and first == keys.start):
+        logits = jnp.where(column >= first, logits, -1e30)
     weight = jnp.exp(logits - logits.max(axis=1, keepdims=True))
     return weight / weight.sum(axis=1, keepdims=True)
+
+
+def _by_row(rows, values):
+    """What each row of a tile has, given by block as (first row, value): an int if all the same."""
+    (start, found), *others = values
+    steps = [(row, b - a) for (_, a), (row, b) in zip(values, others, strict=False) if a != b]
+    if not steps:
+        return found
+    row = rows.start + jax.lax.broadcasted_iota(jnp.int32, (rows.stop - rows.start, 1), 0)
+    if steps == [(start + 1 + i, 1) for i in range(len(steps))]:
+        return row - start + found  # blocks of one token: causal
+    return found + sum(jnp.where(row >= at, step, 0) for at, step in steps)
 
 
 def _dot(a, b, a_axis, b_axis):

@@ -3,8 +3,8 @@
 `var`, `raster` and `dit` differ in what they read and in which tokens see which.
 """
 
-from itertools import pairwise
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,12 @@ from jaxtyping import Array, Float, Int32, Key
 
 from var_jax.config import TransformerConfig
 from var_jax.models import backend, blocks
-from var_jax.models.attention import Pattern, attention, cached, choose, prepare
+from var_jax.models.attention import attention, choose
 from var_jax.models.blocks import drop_path, layer_norm, modulate, run_blocks, stack_blocks
+from var_jax.models.cache import Cache
 from var_jax.sharding.mesh import BATCH, layout_of
 from var_jax.sharding.ops import (
     flatten_tokens,
-    merge_heads,
     project,
     reshard,
     take,
@@ -31,16 +31,6 @@ LAYOUT = blocks.LAYOUT | {
     "class_embed": (None, "fsdp"),
     "pos_embed": (None, "fsdp"),
 }
-
-
-class Cache(NamedTuple):
-    """Keys and values: of the tokens decoded so far, or of one layer's new tokens.
-
-    The heads are one axis: TPUs pad a last axis of 64 to 128.
-    """
-
-    k: Float[Array, "*depth B L HN"]
-    v: Float[Array, "*depth B L HN"]
 
 
 class Backbone(nnx.Module):
@@ -81,7 +71,7 @@ class Backbone(nnx.Module):
         self, x: Float[Array, "B L D"], cond: Float[Array, "B D"], key: Key[Array, ""] | None
     ) -> Float[Array, "B L D"]:
         """All blocks over all tokens at once. With a `key` drop-path is on."""
-        pattern = Pattern(self.config.blocks)
+        pattern = self.config.pattern
 
         def attend(q, k, v, query):
             how = {"implementation": self.config.attention, **query}
@@ -92,61 +82,37 @@ class Backbone(nnx.Module):
 
     def run_cached(
         self,
-        x_BlD: Float[Array, "B l D"],
+        x: Float[Array, "B l D"],
         cond: Float[Array, "B D"],
         cache: Cache,
-        start: int | Int32[Array, ""],
-        *stops: int,
+        attend: Callable[..., tuple[Array, Cache]],
     ) -> tuple[Float[Array, "B l D"], Cache]:
-        """All blocks over the tokens from `start` on, which see those before them in the cache.
+        """All blocks over new tokens; `attend` of models/cache.py reads the cache and adds to it.
 
-        They are of one group, or of several that end at `stops`; a token sees its own group and all
-        before it, so attention reads the cache up to the group's stop. If `start` is traced, there
-        is one group, and what lies behind it is hidden. The cache is carried through the layers,
-        each writing its own part: one buffer, in place.
+        The cache is carried through the layers, each writing its own part: one buffer, in place.
         """
-        stop = stops[-1]
-        seen, groups = None, [(slice(None), stop)]
-        if not isinstance(start, int):
-            seen = (jnp.arange(stop) < start + x_BlD.shape[1])[None]
-        elif len(stops) > 1:
-            groups = [(slice(a - start, b - start), b) for a, b in pairwise((start, *stops))]
         block_cond = self.block_cond(cond)
 
         def layer(carry, numbered_block):
             x, cache = carry
             number, block = numbered_block
-
-            def attend(q, k, v, query):
-                kernel = seen is None and self.uses_kernel(q)
-                if not kernel:
-                    (q, k), query = prepare(q, k, **query), {}
-                write = lambda c, new: jax.lax.dynamic_update_slice(
-                    c, merge_heads(new).astype(c.dtype)[None], (number, 0, start, 0)
-                )
-                written = jax.tree.map(write, cache, Cache(k, v))
-                how = {"layer": number, "seen": seen, "kernel": kernel, **query}
-                k, v = written
-                mixed = [cached(q[:, own], k, v, stop=end, **how) for own, end in groups]
-                return jnp.concatenate(mixed, axis=1) if len(mixed) > 1 else mixed[0], written
-
-            return block(x, block_cond, attend), None
+            of_layer = functools.partial(attend, cache, number)
+            return block(x, block_cond, of_layer), None
 
         layers = jnp.arange(self.config.depth), self.blocks
-        return jax.lax.scan(layer, (x_BlD, cache), layers)[0]
+        return jax.lax.scan(layer, (x, cache), layers)[0]
 
-    def uses_kernel(self, q: Float[Array, "B L H N"]) -> bool:
+    def uses_kernel(self) -> bool:
         """Whether cached attention is a kernel, which takes keys as they are before QK-norm."""
         implementation = self.config.attention
-        return (choose(q) if implementation == "auto" else implementation) == "kernel"
+        if implementation == "auto":
+            implementation = choose(self.dtype, self.config.head_dim)
+        return implementation == "kernel"
 
-    def empty_cache(self, batch: int, length: int | None = None) -> Cache:
-        """A zeroed cache for `batch` sequences, or the first `length` tokens of them.
-
-        In the compute dtype.
-        """
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """A zeroed cache of `length` tokens for `batch` sequences, in the compute dtype."""
         c = self.config
-        shape = (c.depth, batch, length or c.num_tokens, c.num_heads * c.head_dim)
+        shape = (c.depth, batch, length, c.num_heads * c.head_dim)
         empty = lambda: reshard(jnp.zeros(shape, self.dtype), None, BATCH, None, "tensor")
         return Cache(empty(), empty())
 

@@ -12,9 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, Key
 
 from var_jax.config import TransformerConfig
-from var_jax.models.backbone import Backbone, Cache, normal, zeros
+from var_jax.models.backbone import Backbone, normal, zeros
+from var_jax.models.cache import Cache, attend_to_blocks
 from var_jax.models.quantizer import Quantizer
-from var_jax.schedule import level_ids, num_tokens, slices
+from var_jax.schedule import level_ids, num_tokens
 from var_jax.sharding.ops import (
     data_parallel,
     flatten_tokens,
@@ -71,15 +72,19 @@ class Transformer(Backbone):
     def decode(
         self, k: int, x_BMD: Float[Array, "B M D"], labels: Int32[Array, " B"], cache: Cache
     ) -> tuple[Float[Array, "B l V"], Cache]:
-        """Logits of scale k given the cached keys and values of the scales that x does not hold.
+        """Logits of scale k given the keys and values that the scale before left in the cache.
 
-        `x_BMD` are the inputs of scale k, or of several scales up to k.
+        `x_BMD` are the inputs of scale k; or of all scales up to it, and the cache is empty.
         """
-        *_, here = scales = slices(self.config.patch_nums)[: k + 1]
-        cond, start = self.embed_labels(labels), here.stop - x_BMD.shape[1]
-        stops = [scale.stop for scale in scales if scale.stop > start]
-        x, cache = self.run_cached(x_BMD, cond, cache, start, *stops)
-        return self.head_out(x[:, here.start - here.stop :], cond), cache
+        pattern, cond = self.config.pattern, self.embed_labels(labels)
+        first = k if x_BMD.shape[1] == pattern.blocks[k] else 0
+        attend = attend_to_blocks(pattern, first, k, self.uses_kernel())
+        x, cache = self.run_cached(x_BMD, cond, cache, attend)
+        return self.head_out(x[:, -pattern.blocks[k] :], cond), cache
+
+    def cache_for(self, batch: int, scales: int) -> Cache:
+        """A zeroed cache for sampling the first `scales` scales of `batch` sequences."""
+        return self.empty_cache(batch, self.config.pattern.kept(scales))
 
     def position(self) -> Float[Array, "L D"]:
         """Where a token lies plus which scale it belongs to."""

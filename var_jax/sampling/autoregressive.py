@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Key, Shaped, UInt8
 
 from var_jax.config import PER_SCALE, SamplingConfig
-from var_jax.models.backbone import Cache
+from var_jax.models.cache import Cache
 from var_jax.models.tokenizer import Tokenizer, decode_latents
 from var_jax.sampling import filters
 from var_jax.sampling.guidance import Guidance, guided, spatial, spatial_strength
@@ -102,32 +102,30 @@ def sample_latent(
     With a refiner this is collaborative decoding (CoDe, arXiv 2411.17787): the transformer drafts
     the first `draft_scales` scales; the refiner reads them all at once and samples the others.
     """
-    ends, tokens = [scale.stop for scale in slices(weights.transformer.config.patch_nums)], []
-    each = lambda values: np.broadcast_to(values, len(ends)).tolist()
+    scales, tokens = len(weights.transformer.config.patch_nums), []
+    each = lambda values: np.broadcast_to(values, scales).tolist()
     per_scale = zip(each(top_k), each(top_p), each(temperature), strict=True)
     shared = {"cfg": cfg, "guidance": guidance, "smooth": smooth}
-    drafted = len(ends) if draft_scales is None else draft_scales
-    state = begin(weights, labels, guided=cfg is not None, length=ends[drafted - 1])
+    drafted = draft_scales or scales
+    state = begin(weights, labels, guided=cfg is not None, scales=drafted)
     for k, (k_best, p, t) in enumerate(per_scale):
         how = {"top_k": k_best, "top_p": p, "temperature": t, "anew": k == drafted} | shared
         if k == drafted:
             weights = weights._replace(transformer=weights.refiner)
-            state = state._replace(cache=weights.transformer.empty_cache(len(state.labels)))
+            state = state._replace(cache=weights.transformer.cache_for(len(state.labels), scales))
         state, idx_Bl = sample_scale(k, weights, state, keys, known, **how)
         tokens.append(idx_Bl)
     return state.f_hat, jnp.concatenate(tokens, axis=1)
 
 
-def begin(
-    weights: Weights, labels: Int32[Array, " B"], *, guided: bool, length: int | None = None
-) -> State:
-    """The state before the first scale; the cache has room for `length` tokens, or else all."""
+def begin(weights: Weights, labels: Int32[Array, " B"], *, guided: bool, scales: int) -> State:
+    """The state before the first of `scales` scales."""
     transformer, quantizer = weights.transformer, weights.tokenizer.quantizer
     latent = *shape_of(transformer.config.patch_nums[-1]), quantizer.config.latent_dim
     f_hat = reshard(jnp.zeros((len(labels), *latent)), BATCH)
     if guided:
         labels = pairs(labels, jnp.full_like(labels, transformer.config.num_classes))
-    return State(labels, (), transformer.empty_cache(len(labels), length), f_hat)
+    return State(labels, (), transformer.cache_for(len(labels), scales), f_hat)
 
 
 def sample_scale(
@@ -220,7 +218,7 @@ def sample_by_scale(
     num_scales = len(weights.transformer.config.patch_nums)
     codes = weights.tokenizer.config.vocab_size
     per_scale = (np.broadcast_to(values, num_scales) for values in (top_k, top_p, temperature))
-    state = _begin(weights, labels, guided=cfg is not None)
+    state = _begin(weights, labels, guided=cfg is not None, scales=num_scales)
     for k, (k_best, p, t) in enumerate(zip(*per_scale, strict=True)):
         how = {
             "cfg": cfg, "guidance": guidance, "temperature": np.float32(t),
@@ -230,7 +228,7 @@ def sample_by_scale(
         yield _to_images(weights, state.f_hat)
 
 
-_begin = jax.jit(begin, static_argnames="guided")
+_begin = jax.jit(begin, static_argnames=("guided", "scales"))
 _sample_scale = jax.jit(sample_scale, static_argnames=("k", "guidance"))
 _to_images = jax.jit(to_images)
 

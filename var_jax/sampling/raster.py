@@ -43,7 +43,10 @@ def sample(
         read = pairs(idx_B1, idx_B1) if guided else idx_B1
         return (transformer.embed_inputs(read, t + 1), cache), idx_B1
 
-    start = transformer.embed_start(labels), transformer.empty_cache(len(labels))
+    start = (
+        transformer.embed_start(labels),
+        transformer.empty_cache(len(labels), transformer.config.num_tokens),
+    )
     _, idx_LB1 = jax.lax.scan(step, start, jnp.arange(transformer.config.num_tokens))
     tokens = idx_LB1[..., 0].T
     latent = data_parallel(lambda quantizer, tokens: quantizer.decode(tokens)[-1])

@@ -1,9 +1,7 @@
 """Analytic operation counts: a multiplication and an addition are two operations."""
 
 import dataclasses
-import itertools
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -53,10 +51,9 @@ def flops_by_part(config: TransformerConfig) -> dict[str, int]:
     by_token = config.depth * (4 * D * D + 2 * D * F) + read * D
     adaln = 6 * D * D * (1 if config.shared_adaln else config.depth) * config.adaln
     time = (TIME * D + D * D) * (config.kind == "dit")
-    pairs = sum(map(operator.mul, config.blocks, itertools.accumulate(config.blocks)))
     return {
         "blocks": 2 * (by_token * L + adaln + time),
-        "attention": 4 * config.depth * D * pairs,
+        "attention": 4 * config.depth * D * config.pattern.pairs,
         "head": 2 * (D * predicted * L + 2 * D * D * config.adaln),
     }
 

@@ -250,14 +250,14 @@ def kernel_cycles(
     images //= config.train_transformer.accumulate
     heads = -(-c.num_heads // mesh.shape["tensor"])
     cost = {
-        f"block_causal_{way}": padded_flops(c.blocks, c.head_dim, way == "backward")
+        f"block_causal_{way}": padded_flops(c.pattern, c.head_dim, way == "backward")
         for way in ("forward", "backward")
     }
     charge = {name: each * heads * images for name, each in cost.items()}
     for name in calls:
         if sizes := re.fullmatch(r"cached_attention_(\d+)x(\d+)x(\d+)x(\d+)", name):
-            batch, local_heads, new, keys = map(int, sizes.groups())
-            charge[name] = batch * local_heads * cached_flops(new, keys, c.head_dim)
+            batch, local_heads, new, kept = map(int, sizes.groups())
+            charge[name] = batch * local_heads * cached_flops(new, kept, c.head_dim)
     flops = sum(charge.get(name, 0) * times for name, times in calls.items())
     unknown = {name: times for name, times in calls.items() if name not in charge}
     return round(flops * chip.yardstick / OPERATIONS), unknown

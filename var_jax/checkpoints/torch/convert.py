@@ -36,8 +36,8 @@ Build = Callable[[ModelConfig], Any]
 WRITERS = {"pth": write_pth, "safetensors": write_safetensors}
 # What the release has no option for.
 FIXED = {
-    "kind": "var", "adaln": True, "patch_size": 1, "norm_groups": 32, "num_res_blocks": 2,
-    "channel_mults": (1, 1, 2, 2, 4),
+    "kind": "var", "adaln": True, "patch_size": 1, "window": 0, "norm_groups": 32,
+    "num_res_blocks": 2, "channel_mults": (1, 1, 2, 2, 4),
 }  # fmt: skip
 
 
