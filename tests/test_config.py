@@ -100,6 +100,8 @@ def test_one_number_stands_for_a_tuple_of_it():
     [
         ({"schedule": "step"}, "schedule='step' is not one of lin0, cos"),
         ({"batch_size": 30, "accumulate": 4}, "accumulate=4 does not divide batch_size=30"),
+        ({"student_forcing": -1.0}, r"student_forcing=-1\.0; expected"),
+        ({"student_forcing": 0.1, "progressive": 0.5}, r"student_forcing=0\.1 reads all scales"),
         ({"token_noise": 1.5}, r"token_noise=1\.5; expected 0 to 1"),
         ({"warmup_steps": -1}, "warmup_steps=-1; expected at least 0"),
     ],
@@ -193,6 +195,18 @@ def test_a_token_cache_has_no_noise():
         (
             {"transformer": {"kind": "dit"}, "train_transformer": {"token_noise": 0.2}},
             r"train_transformer\.token_noise=0\.2 is of tokens; a dit is trained on latents",
+        ),
+        (
+            {"transformer": {"kind": "dit"}, "train_transformer": {"student_forcing": 0.1}},
+            r"train_transformer\.student_forcing=0\.1 is of scales; a model of kind dit",
+        ),
+        (
+            {"transformer": {"kind": "dit", "window": 2}},
+            r"transformer\.kind=dit with .*: window=2 counts scales, which only VAR predicts",
+        ),
+        (
+            {"transformer": {"window": 1, "adaln": False}},
+            r"transformer\.window=1 needs adaln=True",
         ),
         (
             {"transformer": {"kind": "dit"}, "data": {"tokens": "tokens"}},

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -17,8 +18,10 @@ from var_jax.config import (
     TransformerConfig,
 )
 from var_jax.models.blocks import drop_path
+from var_jax.models.var import likeliest
 from var_jax.sharding.mesh import make_mesh, put_batch, shard
-from var_jax.training.autoregressive import autoregressive_task, token_noise
+from var_jax.tools.flops import transformer_flops
+from var_jax.training.autoregressive import autoregressive_task, targets_and_inputs, token_noise
 from var_jax.training.optimizer import learning_rate
 from var_jax.training.tokenizer import tokenizer_task
 
@@ -136,6 +139,53 @@ def test_a_withheld_class_is_no_class(alone):
     withheld = first_step(alone, training={"label_dropout": 1.0})
     np.testing.assert_allclose(withheld, first_step(alone, label=no_class), rtol=1e-5)
     assert abs(withheld - first_step(alone)).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_student_forcing_adds_its_loss_to_the_first_pass(alone):
+    """By hand: the model's own greedy tokens, read and predicted; scale 1 does not count."""
+    weight = 0.5
+    task = autoregressive_task(
+        dataclasses.replace(TRANSFORMER, drop_path=0.0),
+        dataclasses.replace(TRAIN_TRANSFORMER, label_dropout=0.0, student_forcing=weight),
+    )
+    tokenizer = jax.tree.map(jnp.asarray, alone[1].autoencoder.best)
+    state = jax.tree.map(jnp.asarray, train(None, task, tokenizer)[1])
+    transformer, batch = state.transformer.params, jax.tree.map(jnp.asarray, data())
+    frozen = {"tokenizer": tokenizer}
+    _, metrics = jax.jit(task.train_step)(state, batch, frozen, jax.random.key(1))
+
+    def by_hand(transformer):
+        tokens, inputs = targets_and_inputs(transformer, batch, frozen)
+        logits = transformer(batch["label"], inputs)
+        own = jax.lax.stop_gradient(logits.argmax(-1))
+        again = transformer(batch["label"], tokenizer.quantizer.teacher_forcing_inputs(own))
+        entropy = lambda logits, tokens: optax.softmax_cross_entropy_with_integer_labels(
+            logits, tokens
+        )
+        return entropy(logits, tokens).mean() + weight * entropy(again, own)[:, 1:].mean()
+
+    loss, gradient = jax.jit(jax.value_and_grad(by_hand))(transformer)
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-4)
+    assert task.image_flops(1) == 2 * transformer_flops(TRANSFORMER)
+
+
+@pytest.mark.slow
+def test_student_forcing_and_a_window_on_a_mesh(alone):
+    task = autoregressive_task(
+        dataclasses.replace(TRANSFORMER, window=2),
+        dataclasses.replace(TRAIN_TRANSFORMER, student_forcing=0.5),
+    )
+    plain, state = train(None, task, alone[1].autoencoder.best)
+    sharded, other = train((2, 2, 2), task, alone[1].autoencoder.best)
+    np.testing.assert_allclose(sharded, plain, rtol=1e-3)
+    assert_moved_alike(task, other, state)
+
+
+def test_the_likeliest_code_is_the_first_of_equals():
+    logits = jax.random.normal(jax.random.key(0), (3, 7, 50)).round(1)
+    np.testing.assert_array_equal(likeliest(logits), logits.argmax(-1))
 
 
 def test_dropped_layers_leave_the_mean():

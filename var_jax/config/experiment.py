@@ -136,6 +136,12 @@ class Config:
                 f"train_transformer.progressive={progressive} adds scales; a model of kind {kind}"
                 " predicts none."
             )
+        student = self.train_transformer.student_forcing
+        if student and kind != "var":
+            raise BadInput(
+                f"train_transformer.student_forcing={student} is of scales; a model of kind {kind}"
+                " predicts none."
+            )
         of_tokens = {
             "data.tokens": self.data.tokens,
             "train_transformer.token_noise": self.train_transformer.token_noise,

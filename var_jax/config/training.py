@@ -162,6 +162,7 @@ class TrainTransformerConfig(TrainConfig):
     label_dropout: float = 0.1  # how often the class is withheld, for guidance
     label_smoothing: float = 0.0  # of the cross-entropy
     token_noise: float = 0.0  # the largest share of input tokens that are replaced at random
+    student_forcing: float = 0.0  # weight of a second pass, which reads what the first predicted
     # Share of the steps in which the finer half of the scales joins, one at a time (schedule.py).
     progressive: float = 0.0
     time_sampling: str = "logit_normal"  # of a dit: how often it sees each time; or uniform
@@ -169,8 +170,14 @@ class TrainTransformerConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         check_ranges(
-            self, label_dropout=SHARE, label_smoothing=SHARE, token_noise=SHARE, progressive=PART
-        )
+            self, label_dropout=SHARE, label_smoothing=SHARE, token_noise=SHARE, progressive=PART,
+            student_forcing=ANY,
+        )  # fmt: skip
+        if self.student_forcing and self.progressive:
+            raise BadInput(
+                f"student_forcing={self.student_forcing} reads all scales, but"
+                f" progressive={self.progressive} begins with some; set one of them."
+            )
         if self.time_sampling not in ("logit_normal", "uniform"):
             raise BadInput(
                 f"time_sampling={self.time_sampling!r} is not one of logit_normal, uniform."
@@ -179,6 +186,11 @@ class TrainTransformerConfig(TrainConfig):
             raise BadInput(
                 f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}."
             )
+
+    @property
+    def passes(self) -> int:
+        """Passes of the transformer, forward and backward, over each image."""
+        return 2 if self.student_forcing else 1
 
     def stages(self, model: TransformerConfig) -> tuple[Stage, ...]:
         """The stages that a model is trained in; one, unless training is progressive."""

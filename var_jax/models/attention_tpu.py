@@ -72,8 +72,7 @@ def cached(
     and kept tokens.
     """
     static = Static(Pattern.full(q.shape[1]), q.shape[-1], qk_norm, interpret)
-    new = (merge_heads(x) for x in (q, k, v))
-    operands = layer[None], _lanes(q_bias, scale), *new, kept_k, kept_v
+    operands = [layer[None], _lanes(q_bias, scale), *map(merge_heads, (q, k, v)), kept_k, kept_v]
     run = functools.partial(_call_cached, static, kept)
     if on_mesh():
         spec, cache = P(BATCH, None, "tensor"), P(None, BATCH, None, "tensor")
@@ -229,8 +228,8 @@ def _cached_kernel(
             weights = [jnp.exp(x - most) for x in logits]
             total = sum(x.sum(axis=1, keepdims=True) for x in weights)
             parts = [(x / total).astype(v.dtype) for x, v in zip(weights, values, strict=True)]
-            mixed = sum(_dot(x, v, 1, 0) for x, v in zip(parts, values, strict=True))
-            o_ref[0, rows, head] = mixed.astype(o_ref.dtype)
+            old, new = (_dot(x, v, 1, 0) for x, v in zip(parts, values, strict=True))
+            o_ref[0, rows, head] = (old + new).astype(o_ref.dtype)
 
 
 def _forward_kernel(lanes_ref, q_ref, k_ref, v_ref, o_ref, *_, static):

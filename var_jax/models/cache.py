@@ -95,7 +95,7 @@ def attend_to_tokens(t: Int32[Array, ""]) -> Callable[..., tuple[Array, Cache]]:
         q, k = prepare(q, k, **query)
         cache = jax.tree.map(lambda c, x: written(c, layer, x, t), cache, Cache(k, v))
         seen = jnp.arange(cache.k.shape[2]) <= t
-        both = (split_heads(c[layer], q.shape[-1]) for c in cache)
-        return dense(q, *both, seen[None]), cache
+        k, v = (split_heads(c[layer], q.shape[-1]) for c in cache)
+        return dense(q, k, v, seen[None]), cache
 
     return attend

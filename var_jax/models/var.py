@@ -105,6 +105,13 @@ class Transformer(Backbone):
         return (x + self.position()[None, start : start + x_BMC.shape[1]]).astype(self.dtype)
 
 
+def likeliest(logits: Float[Array, "B L V"]) -> Int32[Array, "B L"]:
+    """The first of the codes with the largest logit; the vocabulary may be split over devices."""
+    codes = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, None]
+    largest = logits >= logits.max(axis=-1, keepdims=True)
+    return jnp.where(largest, codes, logits.shape[-1]).min(axis=-1)
+
+
 def score_tokens(
     logits: Float[Array, "B L V"], tokens: Int32[Array, "B L"]
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"], Bool[Array, "B L"]]:

@@ -73,7 +73,8 @@ def training_totals(
     for stage, end in zip(stages, ends, strict=True):
         images = max(min(end, steps) - stage.start, 0) * training.batch_size
         model = at_stage(config, stage)
-        of_image = {f"{part}_flops": 3 * count for part, count in flops_by_part(model).items()}
+        times = 3 * training.passes  # the backward pass counts twice
+        of_image = {f"{part}_flops": times * n for part, n in flops_by_part(model).items()}
         for name, count in (of_image | {"tokens": model.num_tokens}).items():
             totals[name] = totals.get(name, 0) + count * images
     return totals

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int32, Key, Shaped
 from var_jax.config import TrainTransformerConfig, TransformerConfig
 from var_jax.models.quantizer import Quantizer
 from var_jax.models.tokenizer import encode
+from var_jax.models.var import likeliest, score_tokens
 from var_jax.schedule import Schedule, Stage, lengths, num_tokens
 from var_jax.sharding.mesh import BATCH
 from var_jax.sharding.ops import data_parallel, reshard
@@ -58,6 +59,10 @@ def autoregressive_task(model_config: TransformerConfig, config: TrainTransforme
             weight = token_weights(stage, sides, step)
         logits = transformer(labels, inputs, key=drop_path)
         loss, metrics = cross_entropy_metrics(logits, tokens, sides, config.label_smoothing, weight)
+        if config.student_forcing:
+            student = student_loss(transformer, quantizer_of(frozen), labels, logits, drop_path)
+            metrics["loss_student"] = student
+            loss = loss + config.student_forcing * student
         return loss, jax.tree.map(jnp.mean, metrics)
 
     def evaluate(transformer: Any, batch: Batch, frozen: Frozen) -> Metrics:
@@ -78,8 +83,30 @@ def targets_and_inputs(
         tokens = used = batch["tokens"]
     else:
         tokens, used = data_parallel(encode)(frozen["tokenizer"], batch["image"], noise)
-    quantizer: Quantizer = frozen.get("quantizer") or frozen["tokenizer"].quantizer
-    return tokens, transformer.inputs(quantizer, used)
+    return tokens, transformer.inputs(quantizer_of(frozen), used)
+
+
+def quantizer_of(frozen: Frozen) -> Quantizer:
+    """The quantizer, with the tokenizer or without."""
+    return frozen.get("quantizer") or frozen["tokenizer"].quantizer
+
+
+def student_loss(
+    transformer: Any,
+    quantizer: Quantizer,
+    labels: Int32[Array, " B"],
+    logits: Float[Array, "B L V"],
+    key: Key[Array, ""],
+) -> Float[Array, " B"]:
+    """Cross-entropy of a pass that reads what the first pass predicted, to those predictions.
+
+    Sampling reads the model's own tokens, which teacher forcing never shows it. This is student
+    forcing (SAR, arXiv 2512.06421); scale 1 reads no tokens, so it does not count.
+    """
+    predicted = jax.lax.stop_gradient(likeliest(logits))
+    again = transformer(labels, transformer.inputs(quantizer, predicted), key=key)
+    target, total, _ = score_tokens(again, predicted)
+    return (total - target)[:, 1:].mean(axis=1)
 
 
 def token_weights(stage: Stage, patch_nums: Schedule, step: Int32[Array, ""]) -> Float[Array, " L"]:

@@ -79,7 +79,8 @@ def transformer_task(
         return evaluate(state.transformer.best, batch, frozen)
 
     def image_flops(step: int) -> int:
-        return transformer_flops(at_stage(model_config, stages[(step > starts).sum() - 1]))
+        model = at_stage(model_config, stages[(step > starts).sum() - 1])
+        return config.passes * transformer_flops(model)
 
     layout = KINDS[model_config.kind].layout
     return Task(
