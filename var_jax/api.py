@@ -8,7 +8,6 @@ model.sample(["Flags", "Animals & Nature"], seed=0)
 import contextlib
 import dataclasses
 import functools
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -19,12 +18,21 @@ from jaxtyping import Bool, Float, Int32, Shaped, UInt8
 from PIL import Image
 
 from var_jax import BadInput
-from var_jax.config import MAX_SEED, PER_SCALE, SamplingConfig, TokenizerConfig, from_dict
+from var_jax.config import PER_SCALE, SamplingConfig, TokenizerConfig, from_dict
 from var_jax.data.classes import Label, class_index
-from var_jax.data.decoding import Unreadable, crop, decode, upright
+from var_jax.data.decoding import Unreadable, crop, upright
 from var_jax.evaluation.likelihood import log_likelihood
 from var_jax.models.other_schedule import sampling_at, tokenizer_at, transformer_at
 from var_jax.models.tokenizer import decode_tokens, encode_images
+from var_jax.sampling.arguments import (
+    as_array,
+    as_image,
+    check_batch_size,
+    check_seed,
+    is_whole,
+    read_image,
+    to_numbers,
+)
 from var_jax.sampling.autoregressive import KnownTokens, Weights, sample_by_scale
 from var_jax.sampling.exports import Models, abstract_models, load_models, load_refiner
 from var_jax.sampling.generate import (
@@ -38,43 +46,14 @@ from var_jax.sampling.generate import (
 from var_jax.sampling.guidance import Guidance
 from var_jax.sampling.masks import as_box, as_mask, box_mask, known_mask, pool_mask
 from var_jax.schedule import Schedule, Size, name_of, num_tokens, px, shape_of
-from var_jax.sharding.mesh import AXES, check_model, using
+from var_jax.sharding.mesh import check_mesh, using
 from var_jax.sharding.ops import round_up
 from var_jax.sharding.rows import fetch, few_sizes, in_batches, put
-from var_jax.tools.images import grid
+from var_jax.tools.images import Images
 from var_jax.tools.paths import user_path
 from var_jax.tools.settings import pinned
 
-EXPLICIT = jax.sharding.AxisType.Explicit
-PHOTOGRAPH = 128  # pixels; smaller images are shown enlarged
 MOST_EDITS = 10_000  # results of one edit, which memory holds
-LARGEST = 1024  # side of what any model paints; larger images may be read reduced
-
-
-class Images(np.ndarray):
-    """A uint8 array (N, H, W, 3), (N, K, H, W, 3) or (H, W, 3) that a notebook shows as a grid."""
-
-    def __array_wrap__(self, array, context=None, return_scalar=False):
-        return np.asarray(array)[()]  # what is computed from images is a plain array
-
-    def _repr_png_(self) -> bytes | None:
-        return self._encoded("PNG")
-
-    def _repr_jpeg_(self) -> bytes | None:
-        return self._encoded("JPEG")
-
-    def _encoded(self, format: str) -> bytes | None:
-        """The grid as PNG, or of photographs as JPEG: a notebook keeps what it shows."""
-        if not (self.dtype == np.uint8 and self.ndim in (3, 4, 5) and self.shape[-1] == 3):
-            return None
-        if not self.size or format != ("PNG" if self.shape[-2] < PHOTOGRAPH else "JPEG"):
-            return None
-        images = np.asarray(self).reshape(-1, *self.shape[-3:])
-        columns = self.shape[1] if self.ndim == 5 else min(len(images), 10)
-        sheet = grid(images, columns, scale=max(1, 96 // images.shape[1]))
-        data = io.BytesIO()
-        Image.fromarray(sheet).save(data, format, quality=80)
-        return data.getvalue()
 
 
 def load(
@@ -97,16 +76,6 @@ def load(
         check_mesh(mesh, abstract_models(checkpoint)[2].get("transformer"))
     with pinned():
         return Model(load_models(checkpoint, mesh, dtype), mesh)
-
-
-def check_mesh(mesh: jax.sharding.Mesh, transformer: Any) -> None:
-    """Raises BadInput unless the mesh is of the kind that `make_mesh` makes, and splits a model."""
-    kinds = {*getattr(mesh, "axis_types", ())}
-    if not isinstance(mesh, jax.sharding.Mesh) or mesh.axis_names != AXES or kinds != {EXPLICIT}:
-        raise BadInput(f"{mesh} has other axes than explicit {AXES}; make_mesh makes such ones.")
-    if transformer is not None:
-        c = transformer.config
-        check_model(c.width, c.num_heads, c.vocab_size, mesh)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -571,62 +540,3 @@ class Model:
             f"Model({px(self.image_size)}, {len(self.class_names)} classes, depth {c.depth}, width"
             f" {c.width}, {what})"
         )
-
-
-def check_seed(seed: Any) -> None:
-    """Raises BadInput unless it is a whole number in range."""
-    if not is_whole(seed, 0) or seed > MAX_SEED:
-        raise BadInput(f"seed={seed!r}; expected a whole number of 0 to {MAX_SEED}.")
-
-
-def check_batch_size(batch_size: Any) -> None:
-    """Raises BadInput unless it is a whole number of at least 1."""
-    if not is_whole(batch_size, 1):
-        raise BadInput(f"batch_size={batch_size!r}; expected a whole number of at least 1.")
-
-
-def is_whole(value: Any, least: int) -> bool:
-    """Whether a value is a whole number of at least `least`."""
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    return whole and int(value) >= least
-
-
-def as_array(name: str, value: Any) -> np.ndarray:
-    """A NumPy array. Raises: BadInput, naming the argument, for lists of unequal lengths."""
-    try:
-        return np.asarray(value)
-    except ValueError as error:
-        raise BadInput(f"{name} cannot be read as an array ({error}).") from error
-
-
-def as_image(pixels: Any) -> Image.Image:
-    """An array as an image: grey (H, W), RGB (H, W, 3) or RGBA. Raises: BadInput for any other."""
-    array = as_array("image", pixels)
-    known = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
-    if array.dtype != np.uint8 or not known or not array.size:
-        raise BadInput(f"image is {array.dtype} of shape {array.shape}; expected uint8 (H, W, 3).")
-    return Image.fromarray(array)
-
-
-def to_numbers(name: str, value: Any) -> tuple[float, ...]:
-    """One number or a sequence of them. Raises: BadInput for anything else."""
-    try:
-        array = np.atleast_1d(np.asarray(value, np.float64))
-    except (TypeError, ValueError):
-        array = np.zeros((0, 0))
-    if array.ndim != 1 or not array.size or not np.isfinite(array).all() or isinstance(value, str):
-        raise BadInput(f"{name}={value!r}; expected numbers.")
-    return tuple(map(float, array))
-
-
-def read_image(path: str | PurePath, name: str = "image", backdrop: str = "white") -> Image.Image:
-    """An image file, upright, in RGB, transparency on a backdrop.
-
-    Raises: BadInput, which calls it `name`, if it is none.
-    """
-    try:
-        return decode(user_path(path, name).read_bytes(), LARGEST, backdrop)
-    except OSError as error:
-        raise BadInput(f"{name}={path} cannot be read: {error.strerror or error}.") from error
-    except Unreadable as error:
-        raise BadInput(f"{name}={path} cannot be read: {error}.") from error

@@ -20,9 +20,10 @@ from PIL import Image
 
 import var_jax
 from var_jax import BadInput
-from var_jax.api import MOST_EDITS, read_image
+from var_jax.api import MOST_EDITS
 from var_jax.config import MAX_SEED
 from var_jax.data.decoding import crop
+from var_jax.sampling.arguments import read_image
 from var_jax.sampling.masks import Box, as_box, box_mask, enlarge_mask, pool_mask
 from var_jax.schedule import name_of
 from var_jax.sharding.mesh import data_mesh

@@ -114,6 +114,16 @@ def check_model(width: int, heads: int, vocab: int, mesh: Mesh) -> None:
             )
 
 
+def check_mesh(mesh: Mesh, transformer: Any) -> None:
+    """Raises BadInput unless the mesh is of the kind that `make_mesh` makes, and splits a model."""
+    kinds = {*getattr(mesh, "axis_types", ())}
+    if not isinstance(mesh, Mesh) or mesh.axis_names != AXES or kinds != {AxisType.Explicit}:
+        raise BadInput(f"{mesh} has other axes than explicit {AXES}; make_mesh makes such ones.")
+    if transformer is not None:
+        c = transformer.config
+        check_model(c.width, c.num_heads, c.vocab_size, mesh)
+
+
 def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
     """Raises BadInput unless every device gets an equal share of the batch."""
     shares = mesh.shape["data"] * mesh.shape["fsdp"]

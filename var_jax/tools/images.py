@@ -1,6 +1,7 @@
 """Images for people: PNG files, grids of samples, labelled rows, line charts."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,33 @@ from var_jax.tools.files import replacing
 GAP = 2
 PAPER = 255
 TINT = (255, 0, 128)
+PHOTOGRAPH = 128  # pixels; smaller images are shown enlarged
+
+
+class Images(np.ndarray):
+    """A uint8 array (N, H, W, 3), (N, K, H, W, 3) or (H, W, 3) that a notebook shows as a grid."""
+
+    def __array_wrap__(self, array, context=None, return_scalar=False):
+        return np.asarray(array)[()]  # what is computed from images is a plain array
+
+    def _repr_png_(self) -> bytes | None:
+        return self._encoded("PNG")
+
+    def _repr_jpeg_(self) -> bytes | None:
+        return self._encoded("JPEG")
+
+    def _encoded(self, format: str) -> bytes | None:
+        """The grid as PNG, or of photographs as JPEG: a notebook keeps what it shows."""
+        if not (self.dtype == np.uint8 and self.ndim in (3, 4, 5) and self.shape[-1] == 3):
+            return None
+        if not self.size or format != ("PNG" if self.shape[-2] < PHOTOGRAPH else "JPEG"):
+            return None
+        images = np.asarray(self).reshape(-1, *self.shape[-3:])
+        columns = self.shape[1] if self.ndim == 5 else min(len(images), 10)
+        sheet = grid(images, columns, scale=max(1, 96 // images.shape[1]))
+        data = io.BytesIO()
+        Image.fromarray(sheet).save(data, format, quality=80)
+        return data.getvalue()
 
 
 @contextlib.contextmanager
