@@ -69,6 +69,7 @@ from var_jax.evaluation.quality import (
     open_reference,
     reference_of,
 )
+from var_jax.evaluation.results import HELD_OUT, write
 from var_jax.evaluation.scores import BLOCK
 from var_jax.evaluation.tokenizer import Perturbed, Reconstructions, similarities
 from var_jax.models.features.lpips import NETS, SMALLEST, Lpips, load_lpips
@@ -80,11 +81,10 @@ from var_jax.sharding import hosts
 from var_jax.sharding.mesh import data_mesh, of_first, using
 from var_jax.tools import cli
 from var_jax.tools.files import output_folder, read_json, replacing
-from var_jax.tools.images import curves, going_on_without, save_png
+from var_jax.tools.images import going_on_without, save_png
 from var_jax.tools.npz import NpzImages
 
 MODES = ("likelihood", "classify", "tokenizer", "memorization")
-HELD_OUT = "held-out images"
 SWEPT = ("cfg", "top_k", "top_p", "temperature", "steps")
 SETTINGS = ("guidance", "solver")
 OF_SAMPLING = (*SWEPT, *SETTINGS, "patch_nums", "num", "seed")
@@ -420,35 +420,6 @@ def about(
     if model is not None:
         found["checkpoint"] = fingerprints(args, model)
     return found | {"flags": {name: args[name].value for name in FLAGS}}
-
-
-def write(out: epath.Path, found: dict[str, dict[str, float]], about: dict[str, Any]) -> None:
-    """Prints the figures, and writes metrics.json and of a sweep curve.png."""
-    single = found.pop("", None)
-    with replacing(out / "metrics.json") as beside:
-        text = (single or {}) | ({"sets": found} if found else {}) | about
-        beside.write_text(json.dumps(text, indent=2) + "\n")
-    points = [each for name, each in found.items() if name != HELD_OUT]
-    if len(points) > 1 and about["flags"]["reference"]:
-        x, y = ("inception_score", "fid") if "fid" in points[0] else list(points[0])[-1:-3:-1]
-        line = [point[x] for point in points], [point[y] for point in points]
-        with going_on_without("curve.png"):
-            curves(out / "curve.png", {y: {"": line}}, x)
-    print(table(({"samples": single} if single else {}) | found))
-    print(f"figures are in {out / 'metrics.json'}")
-
-
-def table(columns: dict[str, dict[str, float]]) -> str:
-    """A line for each figure, a column for each set."""
-    names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    width = max(map(len, names))
-    head = " " * width + "".join(f"{name:>18}" for name in columns)
-    cell = lambda value: f"{value:18.4f}" if value is not None else " " * 18
-    rows = (
-        f"{name:{width}}" + "".join(cell(column.get(name)) for column in columns.values())
-        for name in names
-    )
-    return "\n".join([head, *rows] if len(columns) > 1 else rows)
 
 
 if __name__ == "__main__":
