@@ -17,7 +17,7 @@ from var_jax.checkpoints.export import check_replaceable
 from var_jax.checkpoints.storage import resolve
 from var_jax.checkpoints.torch.convert import constructor, summary, write_models
 from var_jax.sampling.exports import convert, load_parts
-from var_jax.tools import cli
+from var_jax.tools import cli, sampling_flags
 from var_jax.tools.files import local_path, output_folder
 
 FROM_TORCH = ("tokenizer", "transformer", "patch_nums", "num_heads", "codebook_znorm", "out")
@@ -58,7 +58,7 @@ def from_torch(args: flags.FlagValues) -> None:
     """PyTorch files → checkpoint."""
     paths = {"tokenizer": args.tokenizer, "transformer": args.transformer}
     paths = {name: path for name, path in paths.items() if path}
-    schedule = None if args.patch_nums is None else cli.schedule(args.patch_nums)
+    schedule = None if args.patch_nums is None else sampling_flags.schedule(args.patch_nums)
     out = output_folder(args.out)
     check_replaceable(resolve(out))  # ahead of reading, which takes minutes
     how = {"num_heads": args.num_heads, "codebook_znorm": args.codebook_znorm}

@@ -79,7 +79,7 @@ from var_jax.sampling.to_disk import Job, check_settings
 from var_jax.schedule import Size, shape_of, size_of
 from var_jax.sharding import hosts
 from var_jax.sharding.mesh import data_mesh, of_first, using
-from var_jax.tools import cli
+from var_jax.tools import cli, sampling_flags
 from var_jax.tools.files import output_folder, read_json, replacing
 from var_jax.tools.images import going_on_without, save_png
 from var_jax.tools.npz import NpzImages
@@ -123,7 +123,7 @@ def define_flags() -> None:
     flags.DEFINE_string("guidance", None, "As of `sample`. Default: the checkpoint's.")
     flags.DEFINE_list("steps", None, "Of a diffusion transformer. Default: the checkpoint's.")
     flags.DEFINE_enum("solver", None, ["euler", "heun"], "Alike.")
-    cli.define_schedule_flag()
+    sampling_flags.define_schedule()
     flags.DEFINE_integer("seed", 0, "Of the samples.", 0, MAX_SEED)
     flags.DEFINE_integer("batch_size", 64, "Images at a time, of all devices together.", 1)
     flags.DEFINE_string("out", "evaluation", "Folder to write.")
@@ -176,7 +176,7 @@ def load(
     if not args.checkpoint:
         return None
     model = var_jax.load(args.checkpoint, mesh=mesh)
-    return model.at_schedule(cli.schedule(args.patch_nums)) if args.patch_nums else model
+    return model.at_schedule(sampling_flags.schedule(args.patch_nums)) if args.patch_nums else model
 
 
 def validation_source(args: flags.FlagValues, size: Size) -> Source:
@@ -349,7 +349,7 @@ def one_setting(args: flags.FlagValues, model: var_jax.Model) -> SamplingConfig:
 
 def sweep(args: flags.FlagValues, model: var_jax.Model) -> dict[str, SamplingConfig]:
     """The settings of each point of a sweep, by name; one point is called ""."""
-    given = {name: cli.numbers(f"--{name}", args[name].value) for name in SWEPT}
+    given = {name: sampling_flags.numbers(f"--{name}", args[name].value) for name in SWEPT}
     lists = {name: values for name, values in given.items() if values is not None}
     for name, least in (("top_k", 0), ("steps", 1)):
         if wrong := [value for value in lists.get(name, ()) if not value.is_integer()]:

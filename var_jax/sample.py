@@ -29,7 +29,7 @@ from var_jax.sampling.to_disk import Job, Score
 from var_jax.schedule import num_tokens, shape_of
 from var_jax.sharding import hosts
 from var_jax.sharding.mesh import of_first, using
-from var_jax.tools import cli
+from var_jax.tools import cli, sampling_flags
 from var_jax.tools.files import output_folder
 from var_jax.tools.images import grid, save_png
 from var_jax.tools.plugins import find_function, told
@@ -53,9 +53,9 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "num", None, "How many images, in turn over the labels; the first get one more if need be."
     )
-    cli.define_sampling_flags()
-    cli.define_solver_flags()
-    cli.define_schedule_flag()
+    sampling_flags.define()
+    sampling_flags.define_solver()
+    sampling_flags.define_schedule()
     flags.DEFINE_string(
         "refiner",
         None,
@@ -107,13 +107,13 @@ def main(args: flags.FlagValues) -> None:
     if args.patch_nums is not None:
         if args.refiner:
             raise BadInput("--patch_nums does not go with --refiner; give one of the two.")
-        model = model.at_schedule(cli.schedule(args.patch_nums))
+        model = model.at_schedule(sampling_flags.schedule(args.patch_nums))
     refiner = model.load_refiner(args.refiner, dtype=args.dtype) if args.refiner else None
     if args.show_scales:
         model.check_kind("--show_scales", "var")
     labels = wanted_labels(args, model)
     score = load_scorer(args, model) if args.reject < 1 else None
-    settings = model.settings(**cli.sampling_settings(args), steps=args.steps, solver=args.solver)
+    settings = model.settings(**sampling_flags.settings(args), steps=args.steps, solver=args.solver)
     sampler, weights = model.sampler(settings, args.smooth, refiner, args.draft_scales)
     job = Job(
         sampler, weights, labels, out, args.batch_size, args.seed, with_tokens=not args.smooth
