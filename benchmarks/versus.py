@@ -146,7 +146,7 @@ def trained(config: ConfigDict, workdir: epath.Path, about: dict[str, Any]) -> d
         train(from_dict(Config, config), workdir)
         return read_json(workdir / "summary.json")
 
-    return kept(workdir.with_suffix(".json"), about, run)
+    return kept(workdir.parent / f"{workdir.name}.json", about, run)  # names have dots
 
 
 class Study:
