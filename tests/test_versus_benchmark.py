@@ -76,6 +76,20 @@ def test_rows_that_differ_in_sampling_share_a_training(script):
     assert name_of("versus:var", 0) != name_of("versus:var", 1)
 
 
+def test_trainings_whose_names_differ_behind_a_dot(script, tmp_path, monkeypatch):
+    """Their summaries lie in files of their own."""
+
+    def train(config, workdir):
+        workdir.mkdir()
+        (workdir / "summary.json").write_text(f'{{"loss": {config.seed}}}')
+
+    monkeypatch.setitem(script.trained.__globals__, "train", train)
+    for seed in (0, 1):
+        config = script.config_of(script.Point("", "versus:var", 3, seed))
+        workdir = epath.Path(tmp_path) / script.name_of(config)
+        assert script.trained(config, workdir, {"seed": seed}) == {"loss": seed}
+
+
 def test_the_table_has_means_and_deviations(script, tmp_path):
     figures = dict.fromkeys(script.FIGURES, 0.5)
     row = {"model": "var", "budget": 1.8, "images": 8256, "learning rate": 0.02, "cfg": 1.0}
