@@ -18,6 +18,8 @@ from var_jax.config import (
     from_dict,
     settings,
 )
+from var_jax.schedule import shapes
+from var_jax.tools.configs import load_config
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,7 @@ from var_jax.config import (
         ("ablation", ("larger",)),
         ("imagenet", ()),
         ("imagenet", ("d36",)),
+        ("imagenet", ("d16:landscape",)),
         ("tokenizer", ()),
         ("tokenizer", ("512_patchgan",)),
         ("finetune", ("emoji",)),
@@ -52,6 +55,21 @@ def test_a_flag_can_set_every_field_of_an_experiment(name, variant):
     path = pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py"
     config = runpy.run_path(str(path))["get_config"](*variant).to_dict()
     assert settings(from_dict(Config, config)) == config
+
+
+def test_landscape_and_portrait_of_the_papers_models():
+    wide, high = (
+        from_dict(Config, load_config(f"imagenet:d20:{s}")) for s in ("landscape", "portrait")
+    )
+    assert wide.data.size == (224, 336) and high.data.size == (336, 224)
+    turned = [shape[::-1] for shape in shapes(wide.tokenizer.patch_nums)]
+    assert list(shapes(high.tokenizer.patch_nums)) == turned
+    assert wide.transformer.num_tokens == high.transformer.num_tokens == 700
+    for height, width in shapes(wide.tokenizer.patch_nums)[2:]:  # within half a token of 2 : 3
+        assert abs(width - 1.5 * height) <= 0.5
+    for variant in ("d16:square", "d36:landscape", "d17"):
+        with pytest.raises(BadInput, match="has the variants d16, d20"):
+            load_config(f"imagenet:{variant}")
 
 
 OBLONG = {
