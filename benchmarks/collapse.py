@@ -13,7 +13,6 @@ one adds its runs to the first one's. Writes runs.csv, table.md and curves.png.
 
 import csv
 import functools
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -152,13 +151,13 @@ def after_each_scale(tokenizer: Tokenizer, images: SourceImages, compare: Any) -
 def write(out: epath.Path) -> None:
     """runs.csv, table.md and curves.png of all runs under `out`."""
     rows = []
-    for path in sorted(Path(out).glob("*/*/figures.json")):
+    for path in sorted(out.glob("*/*/figures.json")):
         (option, seed), dataset = path.parent.name.rsplit("-", 1), path.parent.parent.name
         about = {"dataset": dataset, "option": option, "seed": int(seed)}
         rows.append(about | read_json(path)["figures"])
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with replacing(out / "runs.csv") as beside, Path(beside).open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
+    with replacing(out / "runs.csv") as beside, beside.open("w") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     lines = ["| data | option | seeds | " + " | ".join(FIGURES) + " |"]
