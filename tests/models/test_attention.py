@@ -82,7 +82,7 @@ def test_cached_attention_in_a_kernel_agrees(qk_norm, mesh):
     query = {"q_bias": draw(4, 64), "scale": draw(4) / 8, "qk_norm": qk_norm}
     old_k, old_v = (x[1, :, :13].reshape(4, 13, 4, 64) for x in cache)
     k, v = jnp.concatenate([old_k, new[1]], axis=1), jnp.concatenate([old_v, new[2]], axis=1)
-    q, normed = prepare(new[0], new[1], **query)[0], prepare(k, k, **query)[1]
+    q, normed = prepare(new[0], k, **query)
     plain = dense(q, normed, v)
     how = {"kept": 13, "interpret": True, **query}
     run = jax.jit(lambda *arrays: cached(*arrays, jnp.asarray(1), **how))

@@ -73,11 +73,11 @@ def attention(
 
 def prepare(
     q: Float[Array, "B L H N"],
-    k: Float[Array, "B L H N"],
+    k: Float[Array, "B S H N"],
     q_bias: Float[Array, "H N"] | None,
     scale: Float[Array, " H"] | None,
     qk_norm: bool,
-) -> tuple[Float[Array, "B L H N"], Float[Array, "B L H N"]]:
+) -> tuple[Float[Array, "B L H N"], Float[Array, "B S H N"]]:
     """q and k as the softmax takes them; float32 in between."""
     q32 = q.astype(jnp.float32)
     if q_bias is not None:

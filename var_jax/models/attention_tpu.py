@@ -29,7 +29,7 @@ from var_jax.sharding.ops import (
 )
 
 LANES, SUBLANES, ROWS = 128, 8, 256
-PACKED = 2 * SUBLANES  # of bfloat16
+PACKED = 2 * SUBLANES  # rows of bfloat16 in a tile of memory
 VMEM_BYTES = 64 * 2**20  # of 128 MB a core; the compiler's default of 16 is short for 2240 tokens
 
 
@@ -94,6 +94,11 @@ class Static(NamedTuple):
     head_dim: int
     qk_norm: bool
     interpret: bool
+
+
+def whole_tiles(rows: int) -> int:
+    """At least so many rows: those that memory is laid out in."""
+    return -(-rows // PACKED) * PACKED
 
 
 def tiles(pattern: Pattern) -> list[tuple[slice, slice]]:
@@ -194,7 +199,7 @@ def _call(static, kernel, operands, dtypes):
 def _call_cached(static, kept, layer, lanes, q, k, v, kept_k, kept_v):
     """Runs the kernel of cached attention on one device's images and heads."""
     B, length, F = q.shape
-    rows = min(-(-kept // PACKED) * PACKED, kept_k.shape[2])  # of the cache: whole tiles or all
+    rows = min(whole_tiles(kept), kept_k.shape[2])
     tokens = pl.BlockSpec((1, length, LANES), lambda b, h, _: (b, 0, h))
     cache = pl.BlockSpec((None, 1, rows, LANES), lambda b, h, layer: (layer[0], b, 0, h))
     lane = pl.BlockSpec((2, LANES), lambda b, h, _: (0, h))
@@ -220,16 +225,17 @@ def _cached_kernel(
 ):
     for head in _heads(static):
         q = _queries(lanes_ref, q_ref, head, static)[0]
-        keys = _keys(kept_k_ref, head, static)[0][:kept], _keys(k_ref, head, static)[0]
-        values = kept_v_ref[0, :, head][:kept], v_ref[0, :, head]
+        old, new = (_keys(ref, head, static)[0] for ref in (kept_k_ref, k_ref))
+        values = kept_v_ref[0, :, head], v_ref[0, :, head]
+        seen = jax.lax.broadcasted_iota(jnp.int32, (1, len(old)), 1) < kept
         for rows, _ in tiles(static.pattern):  # one softmax over both parts of the keys
-            logits = [_dot(q[rows], k, 1, 1) for k in keys]
+            logits = jnp.where(seen, _dot(q[rows], old, 1, 1), -1e30), _dot(q[rows], new, 1, 1)
             most = jnp.maximum(*(x.max(axis=1, keepdims=True) for x in logits))
             weights = [jnp.exp(x - most) for x in logits]
             total = sum(x.sum(axis=1, keepdims=True) for x in weights)
             parts = [(x / total).astype(v.dtype) for x, v in zip(weights, values, strict=True)]
-            old, new = (_dot(x, v, 1, 0) for x, v in zip(parts, values, strict=True))
-            o_ref[0, rows, head] = (old + new).astype(o_ref.dtype)
+            mixed = [_dot(x, v, 1, 0) for x, v in zip(parts, values, strict=True)]
+            o_ref[0, rows, head] = (mixed[0] + mixed[1]).astype(o_ref.dtype)
 
 
 def _forward_kernel(lanes_ref, q_ref, k_ref, v_ref, o_ref, *_, static):

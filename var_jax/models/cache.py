@@ -17,6 +17,8 @@ from var_jax.models.backend import platform
 from var_jax.schedule import Pattern
 from var_jax.sharding.ops import merge_heads, split_heads
 
+FEWEST = attention_tpu.PACKED  # new tokens that are worth a kernel
+
 
 class Cache(NamedTuple):
     """Keys and values of all layers, or new ones of one layer.
@@ -50,15 +52,18 @@ def attend_to_blocks(
     ) -> tuple[Float[Array, "B l H N"], Cache]:
         if not kernel:
             (q, k), query = prepare(q, k, **query), {}
+        fused = kernel and q.shape[1] >= FEWEST
         if not kept:
-            how = {"implementation": "kernel" if kernel else "blocks", **query}
+            how = {"implementation": "kernel" if fused else "blocks", **query}
             mixed = attention(q, k, v, new, **how)
-        elif kernel:
+        elif fused:
             how = {"kept": kept, "interpret": platform() != "tpu", **query}
             mixed = attention_tpu.cached(q, k, v, *cache, layer, **how)
         else:
             both = jax.tree.map(lambda c, x: joined(c[layer, :, :kept], x), cache, Cache(k, v))
-            mixed = dense(q, *(split_heads(x, q.shape[-1]) for x in both))
+            keys, values = (split_heads(x, q.shape[-1]) for x in both)
+            q, keys = prepare(q, keys, **query) if kernel else (q, keys)
+            mixed = dense(q, keys, values)
         if after:
             dropped = after[0].start - seen
             write = lambda c, x: written(c, layer, x, kept, dropped)

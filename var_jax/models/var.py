@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, Key
 
 from var_jax.config import TransformerConfig
+from var_jax.models.attention_tpu import whole_tiles
 from var_jax.models.backbone import Backbone, normal, zeros
 from var_jax.models.cache import Cache, attend_to_blocks
 from var_jax.models.quantizer import Quantizer
@@ -84,7 +85,7 @@ class Transformer(Backbone):
 
     def cache_for(self, batch: int, scales: int) -> Cache:
         """A zeroed cache for sampling the first `scales` scales of `batch` sequences."""
-        return self.empty_cache(batch, self.config.pattern.kept(scales))
+        return self.empty_cache(batch, whole_tiles(self.config.pattern.kept(scales)))
 
     def position(self) -> Float[Array, "L D"]:
         """Where a token lies plus which scale it belongs to."""
