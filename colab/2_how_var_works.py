@@ -30,7 +30,7 @@ import numpy as np
 
 import var_jax
 from var_jax.data.sources import open_source
-from var_jax.models.attention import Pattern
+from var_jax.schedule import Pattern
 from var_jax.models.resize import downsample
 from var_jax.models.tokenizer import to_float
 from var_jax.schedule import PATCH_NUMS_256, level_ids, slices

@@ -43,7 +43,7 @@ def get_config(variant: str = "d16") -> ConfigDict:
     name, _, shape = variant.partition(":")
     names = [f"d{depth}" for depth in RECIPES]
     if name not in names or shape not in SHAPES or (shape and name == "d36"):
-        known = f"{', '.join(names)}, and but for d36 each with :landscape or :portrait"
+        known = f"{', '.join(names)}; all but d36 also with :landscape or :portrait"
         raise BadInput(f"configs/imagenet.py has the variants {known}, not {variant!r}.")
     depth = int(name[1:])
     batch_size, epochs, rate, gates, final_rate, final_decay = RECIPES[depth]

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import var_jax
-from var_jax.models.attention import Pattern
-from var_jax.schedule import level_ids, slices
+from var_jax.schedule import Pattern, level_ids, slices
 from var_jax.tools.images import labelled_rows, save_png
 
 LABELS = (

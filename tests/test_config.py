@@ -120,6 +120,7 @@ def test_one_number_stands_for_a_tuple_of_it():
         ({"batch_size": 30, "accumulate": 4}, "accumulate=4 does not divide batch_size=30"),
         ({"student_forcing": -1.0}, r"student_forcing=-1\.0; expected"),
         ({"student_forcing": 0.1, "progressive": 0.5}, r"student_forcing=0\.1 reads all scales"),
+        ({"student_forcing": 0.1, "token_noise": 0.2}, r"student_forcing=0\.1 keeps to what"),
         ({"token_noise": 1.5}, r"token_noise=1\.5; expected 0 to 1"),
         ({"warmup_steps": -1}, "warmup_steps=-1; expected at least 0"),
     ],
@@ -216,7 +217,7 @@ def test_a_token_cache_has_no_noise():
         ),
         (
             {"transformer": {"kind": "dit"}, "train_transformer": {"student_forcing": 0.1}},
-            r"train_transformer\.student_forcing=0\.1 is of scales; a model of kind dit",
+            r"train_transformer\.student_forcing=0\.1 needs a model that predicts one scale after",
         ),
         (
             {"transformer": {"kind": "dit", "window": 2}},

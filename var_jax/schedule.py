@@ -80,10 +80,15 @@ class Pattern:
         keys = np.arange(self.length)
         return (first <= keys) & (keys < end)
 
-    def kept(self, count: int) -> int:
-        """The most tokens that a block leaves for the one after it, of the first `count` blocks."""
-        pairs = itertools.pairwise(self.seen[: count + 1])
-        return max((here.stop - after.start for here, after in pairs), default=0)
+    def left(self, k: int) -> int:
+        """How many tokens block `k` leaves in a cache: those that the next block sees."""
+        if not 0 <= k < len(self.blocks) - 1:
+            return 0
+        return self.ends[k] - self.seen[k + 1].start
+
+    def room(self, count: int) -> int:
+        """Room that a cache needs to predict the first `count` blocks."""
+        return max(map(self.left, range(count - 1)), default=0)
 
 
 def shape_of(size: Size) -> Shape:

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from golden_cases import models
 
+from var_jax.config import TransformerConfig
 from var_jax.models.tokenizer import decode_tokens
 from var_jax.sampling.autoregressive import (
     Weights,
@@ -21,9 +22,11 @@ from var_jax.sampling.autoregressive import (
 )
 from var_jax.sampling.exports import build
 from var_jax.sampling.generate import collect, generate, image_keys
+from var_jax.schedule import slices
 from var_jax.sharding.mesh import make_mesh
 
 LABELS = np.array([1, 3, 5, 7, 2, 0, 4], np.int32)
+LABELS_8 = np.arange(8, dtype=np.int32)
 
 
 def draw(labels=LABELS, batch_size=4, seed=0, index=None, known=None, **how):
@@ -67,6 +70,45 @@ def test_a_window_hides_coarser_scales():
     np.testing.assert_allclose(with_window(4)(labels, read), all_scales, atol=1e-5)
 
 
+def large_scales(window, attention):
+    """A model at random of 1, 16, 25 and 36 tokens; what it reads; its logits of all scales."""
+    sizes = dict(patch_nums=(1, 4, 5, 6), depth=2, width=128, num_heads=2, vocab_size=32)
+    config = TransformerConfig(
+        **sizes, latent_dim=8, num_classes=4, window=window, attention=attention, dtype="float32"
+    )
+    rng = np.random.default_rng(0)
+    drawn = lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype)
+    model, labels = jax.tree.map(drawn, build(config)), jnp.array([1, 3])
+    read = jnp.asarray(rng.normal(size=(2, config.num_tokens - 1, 8)), jnp.float32)
+    embedded = [model.embed_start(labels), model.embed_inputs(read)]
+    return model, labels, jnp.concatenate(embedded, axis=1), model(labels, read)
+
+
+@pytest.mark.parametrize("attention", ["auto", "kernel"])
+@pytest.mark.parametrize("window", [0, 1, 2, 3])
+def test_cached_logits_are_those_of_all_scales_at_once(window, attention):
+    """From the first scale on, and from any later one that reads all before it anew."""
+    model, labels, x, logits = large_scales(window, attention)
+    places = slices(model.config.patch_nums)
+    for first in range(4):
+        cache = model.cache_for(2, 4)
+        for k in range(first, 4):
+            anew = k == first
+            here = x[:, : places[k].stop] if anew else x[:, places[k]]
+            made, cache = model.decode(k, here, labels, cache, anew=anew)
+            np.testing.assert_allclose(made, logits[:, places[k]], atol=2e-3)
+
+
+def test_the_layers_do_not_copy_the_cache():
+    model, labels, x, _ = large_scales(0, "auto")
+    cache, here = model.cache_for(2, 4), x[:, slices(model.config.patch_nums)[2]]
+    step = jax.jit(lambda *rest: model.decode(2, *rest), donate_argnums=2)
+    text = step.lower(here, labels, cache).compile().as_text()
+    whole = "f32[" + ",".join(map(str, cache.k.shape)) + "]"
+    assert whole in text
+    assert not [line for line in text.splitlines() if f"= {whole}" in line and " copy(" in line]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [1, 2, 3])
 def test_windows_in_all_programs(window):
@@ -74,7 +116,7 @@ def test_windows_in_all_programs(window):
     tokenizer, transformer = models("base")[0], with_window(window)
     weights, how = Weights(tokenizer, transformer), {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
     sampler, keys = functools.partial(sample, **how), image_keys(0, jnp.arange(8))
-    draw_all = lambda: collect(generate(sampler, weights, np.arange(8), batch_size=8), 8).tokens
+    draw_all = lambda: collect(generate(sampler, weights, LABELS_8, batch_size=8), 8).tokens
     images, tokens = sample(weights, jnp.arange(8), keys, **how)
     with jax.set_mesh(make_mesh(2, 2, 2)):
         np.testing.assert_array_equal(draw_all(), tokens)
@@ -151,10 +193,11 @@ def drafted(refiner, draft_scales, labels, **how):
 
 
 @pytest.mark.slow
-def test_a_refiner_predicts_the_last_scales_from_the_draft():
+@pytest.mark.parametrize("window", [0, 1, 2])
+def test_a_refiner_predicts_the_last_scales_from_the_draft(window):
     """Greedily, the token of each scale is the likeliest of the model that is to sample it."""
     tokenizer, transformer, _ = models("base")
-    config = dataclasses.replace(transformer.config, depth=1, width=64, num_heads=2)
+    config = dataclasses.replace(transformer.config, depth=1, width=64, num_heads=2, window=window)
     rng = np.random.default_rng(0)
     drawn = lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype)
     refiner = jax.tree.map(drawn, build(config))

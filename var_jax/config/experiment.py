@@ -137,10 +137,11 @@ class Config:
                 " predicts none."
             )
         student = self.train_transformer.student_forcing
-        if student and kind != "var":
+        if student and (kind != "var" or len(self.transformer.patch_nums) == 1):
             raise BadInput(
-                f"train_transformer.student_forcing={student} is of scales; a model of kind {kind}"
-                " predicts none."
+                f"train_transformer.student_forcing={student} needs a model that predicts one scale"
+                f" after another; kind={kind} with patch_nums={self.transformer.patch_nums} does"
+                " not."
             )
         of_tokens = {
             "data.tokens": self.data.tokens,

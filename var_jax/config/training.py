@@ -178,6 +178,11 @@ class TrainTransformerConfig(TrainConfig):
                 f"student_forcing={self.student_forcing} reads all scales, but"
                 f" progressive={self.progressive} begins with some; set one of them."
             )
+        if self.student_forcing and self.token_noise:
+            raise BadInput(
+                f"student_forcing={self.student_forcing} keeps to what was predicted, but"
+                f" token_noise={self.token_noise} teaches to make up for it; set one of them."
+            )
         if self.time_sampling not in ("logit_normal", "uniform"):
             raise BadInput(
                 f"time_sampling={self.time_sampling!r} is not one of logit_normal, uniform."

@@ -184,7 +184,7 @@ def _call(static, kernel, operands, dtypes):
                 dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES
             ),
             interpret=static.interpret,
-            name="block_causal" + kernel.__name__.removesuffix("_kernel"),
+            name=f"block_causal{kernel.__name__[:-7]}_{B}x{F // static.head_dim}x{L}",
         )(*operands)
         return tuple(x.reshape(-1, F) if d else x for x, d in zip(made, dtypes, strict=True))
 
@@ -331,8 +331,8 @@ def _by_row(rows, values):
     if not steps:
         return found
     row = rows.start + jax.lax.broadcasted_iota(jnp.int32, (rows.stop - rows.start, 1), 0)
-    if steps == [(start + 1 + i, 1) for i in range(len(steps))]:
-        return row - start + found  # blocks of one token: causal
+    if steps == [(start + i, 1) for i in range(1, rows.stop - start)]:
+        return row - start + found  # all blocks are of one token: causal
     return found + sum(jnp.where(row >= at, step, 0) for at, step in steps)
 
 

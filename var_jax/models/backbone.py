@@ -4,7 +4,6 @@
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from var_jax.config import TransformerConfig
 from var_jax.models import backend, blocks
 from var_jax.models.attention import attention, choose
 from var_jax.models.blocks import drop_path, layer_norm, modulate, run_blocks, stack_blocks
-from var_jax.models.cache import Cache
+from var_jax.models.cache import Attend, Cache
 from var_jax.sharding.mesh import BATCH, layout_of
 from var_jax.sharding.ops import (
     flatten_tokens,
@@ -85,22 +84,19 @@ class Backbone(nnx.Module):
         x: Float[Array, "B l D"],
         cond: Float[Array, "B D"],
         cache: Cache,
-        attend: Callable[..., tuple[Array, Cache]],
+        attend: Attend,
     ) -> tuple[Float[Array, "B l D"], Cache]:
-        """All blocks over new tokens; `attend` of models/cache.py reads the cache and adds to it.
+        """All blocks over new tokens; with their keys and values, those of all layers.
 
-        The cache is carried through the layers, each writing its own part: one buffer, in place.
+        The layers only read the cache: some platforms copy what a loop reads and writes.
         """
         block_cond = self.block_cond(cond)
 
-        def layer(carry, numbered_block):
-            x, cache = carry
+        def layer(x, numbered_block):
             number, block = numbered_block
-            of_layer = functools.partial(attend, cache, number)
-            return block(x, block_cond, of_layer), None
+            return block(x, block_cond, functools.partial(attend, cache, number))
 
-        layers = jnp.arange(self.config.depth), self.blocks
-        return jax.lax.scan(layer, (x, cache), layers)[0]
+        return jax.lax.scan(layer, x, (jnp.arange(self.config.depth), self.blocks))
 
     def uses_kernel(self) -> bool:
         """Whether cached attention is a kernel, which takes keys as they are before QK-norm."""

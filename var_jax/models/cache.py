@@ -1,7 +1,7 @@
 """Keys and values that are kept while tokens are predicted, and attention over them.
 
-New tokens attend to those in the cache and to themselves; then those that a later token sees are
-added to the cache.
+New tokens attend to those in the cache and to themselves; after the last layer, those that a later
+token sees are added to the cache.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from var_jax.models import attention_tpu
 from var_jax.models.attention import attention, dense, prepare
@@ -30,17 +30,17 @@ class Cache(NamedTuple):
     v: Float[Array, "*depth B S HN"]
 
 
-def attend_to_blocks(
-    pattern: Pattern, first: int, last: int, kernel: bool
-) -> Callable[..., tuple[Array, Cache]]:
-    """Attention of the tokens of a block, or of all up to it: blocks `first` to `last`.
+Attend = Callable[..., tuple[Float[Array, "B l H N"], Cache]]
 
-    The cache holds what the block before `first` left: the tokens that `first` sees. As a kernel,
-    keys are taken as they are; else q and k are as of `prepare`.
+
+def attend_to_blocks(pattern: Pattern, k: int, anew: bool, kernel: bool) -> Attend:
+    """Attention of the tokens of block `k`, which see what block k-1 left in the cache.
+
+    `anew`: of all tokens up to it, and the cache is empty. Returns what is mixed, and the new keys
+    and values. With `kernel` the cache holds keys as they are projected, else as of `prepare`.
     """
-    seen, after = pattern.seen[first].start, pattern.seen[last + 1 : last + 2]
-    kept = pattern.seen[first].stop - pattern.blocks[first] - seen
-    new = Pattern(pattern.blocks[first : last + 1], pattern.window)
+    kept = 0 if anew else pattern.left(k - 1)
+    new = Pattern(pattern.blocks[0 if anew else k : k + 1], pattern.window)
 
     def attend(
         cache: Cache,
@@ -52,55 +52,59 @@ def attend_to_blocks(
     ) -> tuple[Float[Array, "B l H N"], Cache]:
         if not kernel:
             (q, k), query = prepare(q, k, **query), {}
-        fused = kernel and q.shape[1] >= FEWEST
+        fused, made = kernel and q.shape[1] >= FEWEST, merged(cache, k, v)
         if not kept:
             how = {"implementation": "kernel" if fused else "blocks", **query}
-            mixed = attention(q, k, v, new, **how)
-        elif fused:
+            return attention(q, k, v, new, **how), made
+        if fused:
             how = {"kept": kept, "interpret": platform() != "tpu", **query}
-            mixed = attention_tpu.cached(q, k, v, *cache, layer, **how)
-        else:
-            both = jax.tree.map(lambda c, x: joined(c[layer, :, :kept], x), cache, Cache(k, v))
-            keys, values = (split_heads(x, q.shape[-1]) for x in both)
-            q, keys = prepare(q, keys, **query) if kernel else (q, keys)
-            mixed = dense(q, keys, values)
-        if after:
-            dropped = after[0].start - seen
-            write = lambda c, x: written(c, layer, x, kept, dropped)
-            cache = jax.tree.map(write, cache, Cache(k, v))
-        return mixed, cache
+            return attention_tpu.cached(q, k, v, *cache, layer, **how), made
+        keys, values = joined(cache, layer, made, kept, q.shape[-1])
+        q, keys = prepare(q, keys, **query) if kernel else (q, keys)
+        return dense(q, keys, values), made
 
     return attend
 
 
-def written(
-    cache: Float[Array, "depth B S HN"],
-    layer: Int32[Array, ""],
-    new: Float[Array, "B l H N"],
-    kept: int | Int32[Array, ""],
-    dropped: int = 0,
-) -> Float[Array, "depth B S HN"]:
-    """The cache with new tokens behind its first `kept`, and without the `dropped` first ones."""
-    if dropped:
-        new, kept = joined(cache[layer, :, :kept], new)[:, dropped:], 0
-    else:
-        new = merge_heads(new).astype(cache.dtype)
-    return jax.lax.dynamic_update_slice(cache, new[None], (layer, 0, kept, 0))
-
-
-def joined(kept: Float[Array, "B s HN"], new: Float[Array, "B l H N"]) -> Float[Array, "B S HN"]:
-    """Kept tokens, then new ones."""
-    return jnp.concatenate([kept, merge_heads(new).astype(kept.dtype)], axis=1)
-
-
-def attend_to_tokens(t: Int32[Array, ""]) -> Callable[..., tuple[Array, Cache]]:
-    """Attention of the token at position `t`; the cache has room for all tokens."""
+def attend_to_tokens(t: Int32[Array, ""]) -> Attend:
+    """Attention of the token at position `t`, of which the cache holds all tokens before it."""
 
     def attend(cache: Cache, layer, q, k, v, query):
         q, k = prepare(q, k, **query)
-        cache = jax.tree.map(lambda c, x: written(c, layer, x, t), cache, Cache(k, v))
-        seen = jnp.arange(cache.k.shape[2]) <= t
-        k, v = (split_heads(c[layer], q.shape[-1]) for c in cache)
-        return dense(q, k, v, seen[None]), cache
+        made, room = merged(cache, k, v), cache.k.shape[2]
+        keys, values = joined(cache, layer, made, room, q.shape[-1])
+        position = jnp.arange(room + 1)
+        seen: Bool[Array, "1 S"] = ((position < t) | (position == room))[None]
+        return dense(q, keys, values, seen), made
 
     return attend
+
+
+def merged(cache: Cache, k: Float[Array, "B l H N"], v: Float[Array, "B l H N"]) -> Cache:
+    """New keys and values of a layer, as the cache has them."""
+    return jax.tree.map(lambda c, x: merge_heads(x).astype(c.dtype), cache, Cache(k, v))
+
+
+def joined(cache: Cache, layer: Int32[Array, ""], new: Cache, kept: int, head_dim: int) -> Cache:
+    """The first `kept` keys and values of a layer, then the new ones; in heads."""
+    join = lambda c, x: jnp.concatenate([c[layer, :, :kept], x], axis=1)
+    return jax.tree.map(lambda c, x: split_heads(join(c, x), head_dim), cache, new)
+
+
+def add_block(pattern: Pattern, k: int, anew: bool, cache: Cache, new: Cache) -> Cache:
+    """The cache after block `k`: what block k+1 sees, of the cache and the `new` of all layers."""
+    kept, left = 0 if anew else pattern.left(k - 1), pattern.left(k)
+
+    def add(c: Float[Array, "depth B S HN"], x: Float[Array, "depth B l HN"]):
+        place = kept
+        if left < kept + x.shape[2]:  # the window has moved on
+            x, place = jnp.concatenate([c[:, :, :kept], x], axis=2)[:, :, -left:], 0
+        return jax.lax.dynamic_update_slice(c, x, (0, 0, place, 0))
+
+    return jax.tree.map(add, cache, new) if left else cache
+
+
+def add_token(t: Int32[Array, ""], cache: Cache, new: Cache) -> Cache:
+    """The cache with the token at position `t`."""
+    add = lambda c, x: jax.lax.dynamic_update_slice(c, x, (0, 0, t, 0))
+    return jax.tree.map(add, cache, new)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 from var_jax.config import TransformerConfig
 from var_jax.models.attention_tpu import whole_tiles
 from var_jax.models.backbone import Backbone, normal, zeros
-from var_jax.models.cache import Cache, attend_to_blocks
+from var_jax.models.cache import Cache, add_block, attend_to_blocks
 from var_jax.models.quantizer import Quantizer
 from var_jax.schedule import level_ids, num_tokens
 from var_jax.sharding.ops import (
@@ -71,21 +71,29 @@ class Transformer(Backbone):
         return data_parallel(Quantizer.teacher_forcing_inputs)(quantizer, tokens)
 
     def decode(
-        self, k: int, x_BMD: Float[Array, "B M D"], labels: Int32[Array, " B"], cache: Cache
+        self,
+        k: int,
+        x_BMD: Float[Array, "B M D"],
+        labels: Int32[Array, " B"],
+        cache: Cache,
+        *,
+        anew: bool = False,
+        last: bool = False,
     ) -> tuple[Float[Array, "B l V"], Cache]:
-        """Logits of scale k given the keys and values that the scale before left in the cache.
+        """Logits of scale k, and the cache that scale k+1 needs, unless this is the `last`.
 
-        `x_BMD` are the inputs of scale k; or of all scales up to it, and the cache is empty.
+        `x_BMD` are the inputs of scale k, and the cache is of scale k-1; or, `anew`, the inputs of
+        all scales up to k, and the cache is empty.
         """
         pattern, cond = self.config.pattern, self.embed_labels(labels)
-        first = k if x_BMD.shape[1] == pattern.blocks[k] else 0
-        attend = attend_to_blocks(pattern, first, k, self.uses_kernel())
-        x, cache = self.run_cached(x_BMD, cond, cache, attend)
+        attend = attend_to_blocks(pattern, k, anew, self.uses_kernel())
+        x, new = self.run_cached(x_BMD, cond, cache, attend)
+        cache = cache if last else add_block(pattern, k, anew, cache, new)
         return self.head_out(x[:, -pattern.blocks[k] :], cond), cache
 
     def cache_for(self, batch: int, scales: int) -> Cache:
         """A zeroed cache for sampling the first `scales` scales of `batch` sequences."""
-        return self.empty_cache(batch, whole_tiles(self.config.pattern.kept(scales)))
+        return self.empty_cache(batch, whole_tiles(self.config.pattern.room(scales)))
 
     def position(self) -> Float[Array, "L D"]:
         """Where a token lies plus which scale it belongs to."""

@@ -110,6 +110,7 @@ def sample_latent(
     state = begin(weights, labels, guided=cfg is not None, scales=drafted)
     for k, (k_best, p, t) in enumerate(per_scale):
         how = {"top_k": k_best, "top_p": p, "temperature": t, "anew": k == drafted} | shared
+        how["last"] = k + 1 in (drafted, scales)
         if k == drafted:
             weights = weights._replace(transformer=weights.refiner)
             state = state._replace(cache=weights.transformer.cache_for(len(state.labels), scales))
@@ -142,27 +143,29 @@ def sample_scale(
     guidance: Guidance = "ramp",
     smooth: bool = False,
     anew: bool = False,
+    last: bool = False,
 ) -> tuple[State, Int32[Array, "B l"]]:
     """Samples the tokens of scale k; the state after it.
 
-    `anew`: the cache is empty, and the transformer reads all scales so far.
+    `anew`: the cache is empty, and the transformer reads all scales so far. `last`: it predicts no
+    further scale.
     """
     quantizer, patch_nums = weights.tokenizer.quantizer, weights.transformer.config.patch_nums
-    here, last = slices(patch_nums)[k], len(patch_nums) - 1
-    logits, state = predict(k, weights.transformer, state, cfg, guidance, anew)
+    here, end = slices(patch_nums)[k], len(patch_nums) - 1
+    logits, state = predict(k, weights.transformer, state, cfg, guidance, anew, last)
     logits = filtered(logits, top_k, top_p, temperature)
     scale_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
     idx_Bl = jax.vmap(jax.random.categorical)(scale_keys, logits).astype(jnp.int32)
     code_BlC = data_parallel(embed)(quantizer, idx_Bl)
     if smooth:
-        code_BlC = mix(scale_keys, logits, quantizer.codebook[...], k / max(last, 1))
+        code_BlC = mix(scale_keys, logits, quantizer.codebook[...], k / max(end, 1))
     if known is not None:
         keep, kept = known.keep[:, here], known.tokens[:, here]
         idx_Bl = jnp.where(keep, kept, idx_Bl)
         code_BlC = jnp.where(keep[..., None], data_parallel(embed)(quantizer, kept), code_BlC)
     advance = data_parallel(functools.partial(next_scale, k=k))
     f_hat, x_BlC = advance(quantizer, code_BlC, state.f_hat)
-    inputs = (*state.inputs, x_BlC) if k < last else state.inputs
+    inputs = (*state.inputs, x_BlC) if k < end else state.inputs
     return state._replace(inputs=inputs, f_hat=f_hat), idx_Bl
 
 
@@ -173,11 +176,13 @@ def predict(
     cfg: Float[Array, ""] | float | None,
     guidance: Guidance,
     anew: bool,
+    last: bool,
 ) -> tuple[Float[Array, "B l V"], State]:
     """Guided logits of scale k; the state with the scale's keys and values in the cache."""
     patch_nums = transformer.config.patch_nums
     x = embed_inputs(transformer, state, slices(patch_nums)[k].stop, anew)
-    logits, cache = transformer.decode(k, x, state.labels, state.cache)
+    rest = state.labels, state.cache
+    logits, cache = transformer.decode(k, x, *rest, anew=anew, last=last)
     both = (logits, None) if cfg is None else unpaired(logits)
     logits, coarser = guided(guidance, *both, k, len(patch_nums), cfg), None
     if strength := spatial_strength(guidance):

@@ -27,7 +27,7 @@ from var_jax.models.features.inception import abstract_inception, inception
 from var_jax.sampling.autoregressive import Weights
 from var_jax.sampling.exports import build, placed
 from var_jax.sampling.generate import sampler_of
-from var_jax.schedule import shape_of
+from var_jax.schedule import Pattern, shape_of
 from var_jax.sharding.mesh import BATCH, check_batch, check_hosts, check_model, shard
 from var_jax.sharding.ops import data_parallel
 from var_jax.tools import tpu_cost
@@ -129,9 +129,8 @@ def measure(
     memory, program = compiled.memory_analysis(), tpu_cost.Program(compiled.as_text())
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     cycles, sent = tpu_cost.cycles(program), tpu_cost.collective_bytes(program)
-    images = batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
     calls = tpu_cost.kernels(program)
-    charged, unknown = kernel_cycles(calls, config, images, mesh, chip)
+    charged, unknown = kernel_cycles(calls, config, chip)
     total = cycles.total() + charged
     return {
         "bytes_activations": memory.temp_size_in_bytes,
@@ -219,7 +218,7 @@ def model_flops(config: Config, program: str) -> float:
         image = jax.ShapeDtypeStruct((1, *shape_of(config.data.size), 3), jnp.uint8)
         with backend.assume("tpu"):
             return matmul_flops(inception, abstract_inception(), image)
-    transformer = transformer_flops(config.transformer)
+    transformer = config.train_transformer.passes * transformer_flops(config.transformer)
     if program == "transformer":
         return transformer
     tokenizer, size = build(config.tokenizer), config.data.size
@@ -239,28 +238,31 @@ def model_flops(config: Config, program: str) -> float:
         return guided + matmul_flops(type(tokenizer).decode, tokenizer, codes)
 
 
-def kernel_cycles(
-    calls: dict[str, int], config: Config, images: int, mesh: Mesh, chip: Chip
-) -> tuple[int, dict[str, int]]:
+def kernel_cycles(calls: dict[str, int], config: Config, chip: Chip) -> tuple[int, dict[str, int]]:
     """What the attention kernels are charged: tiles visited, sides padded to 128, at the
     yardstick's rate. And how often kernels run that are not ours but the compiler's own: their
     cost is not known, so an efficiency beside any flatters.
     """
-    c = config.transformer
-    images //= config.train_transformer.accumulate
-    heads = -(-c.num_heads // mesh.shape["tensor"])
-    cost = {
-        f"block_causal_{way}": padded_flops(c.pattern, c.head_dim, way == "backward")
-        for way in ("forward", "backward")
-    }
-    charge = {name: each * heads * images for name, each in cost.items()}
-    for name in calls:
-        if sizes := re.fullmatch(r"cached_attention_(\d+)x(\d+)x(\d+)x(\d+)", name):
-            batch, local_heads, new, kept = map(int, sizes.groups())
-            charge[name] = batch * local_heads * cached_flops(new, kept, c.head_dim)
+    pattern, width, charge = config.transformer.pattern, config.transformer.head_dim, {}
+    for name in calls:  # which say how many images, heads and tokens
+        sizes = [int(size) for size in re.findall(r"\d+", name)]
+        if name.startswith("cached_attention_"):
+            batch, heads, new, kept = sizes
+            charge[name] = batch * heads * cached_flops(new, kept, width)
+        elif name.startswith("block_causal_"):
+            batch, heads, length = sizes
+            of_image = padded_flops(first_tokens(pattern, length), width, "backward" in name)
+            charge[name] = batch * heads * of_image
     flops = sum(charge.get(name, 0) * times for name, times in calls.items())
     unknown = {name: times for name, times in calls.items() if name not in charge}
     return round(flops * chip.yardstick / OPERATIONS), unknown
+
+
+def first_tokens(pattern: Pattern, length: int) -> Pattern:
+    """The pattern of so many tokens: its first blocks, or else a block alone."""
+    if length not in pattern.ends:
+        return Pattern.full(length)
+    return Pattern(pattern.blocks[: pattern.ends.index(length) + 1], pattern.window)
 
 
 def fsdp_bytes(config: Config, program: str, mesh: Mesh) -> int:
