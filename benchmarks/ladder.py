@@ -16,7 +16,7 @@ from absl import flags
 from etils import epath
 
 from var_jax.config import Config, from_dict
-from var_jax.tools import cli, sampling_flags
+from var_jax.tools import cli
 from var_jax.tools.configs import load_config
 from var_jax.tools.files import output_path, read_json
 from var_jax.training.run import train
@@ -34,7 +34,7 @@ def define_flags() -> None:
 def main(args: flags.FlagValues) -> None:
     """Trains what is missing, a line for each run."""
     out, configs = output_path(args.out), {}
-    factors = sampling_flags.numbers("--factors", args.factors) or ()
+    factors = cli.numbers("--factors", args.factors) or ()
     for depth, factor in itertools.product(args.depths, factors):
         for seed in range(2 if depth in args.two_seeds else 1):
             name = f"d{depth}-seed{seed}" + (f"-rate{factor:g}" if factor != 1 else "")

@@ -58,7 +58,7 @@ def define_flags() -> None:
     flags.DEFINE_string("label", None, "A class number or name to paint.")
     flags.DEFINE_integer("num", 1, "How many results.", 1, MOST_EDITS)
     flags.DEFINE_bool("paste", False, "Put the input's pixels back outside the mask.")
-    sampling_flags.define()
+    sampling_flags.define_sampling()
     flags.DEFINE_bool("smooth", False, "Mix codes, which is nicer to look at.")
     flags.DEFINE_integer("seed", 0, "Same seed, same results.", 0, MAX_SEED)
     flags.DEFINE_integer("batch_size", 8, "Results at a time.", 1)
@@ -75,7 +75,7 @@ def main(args: flags.FlagValues) -> None:
     model.check_kind("editing", "var")
     image = crop(original, model.image_size, resize=1)
     repaint, pixels = areas(args, model, box, mask)
-    settings = model.settings(**sampling_flags.settings(args))
+    settings = model.settings(**sampling_flags.sampling_settings(args))
     if args.label is not None:
         model.class_index(args.label, "--label")
     made, keep = model.edit_tokens(
@@ -99,7 +99,7 @@ def read_box(args: flags.FlagValues) -> Box | None:
         if args.task == "outpaint":
             raise BadInput("--task=outpaint goes with --box; what --mask has white is repainted.")
         return None
-    return as_box(f"--box={','.join(args.box)}", sampling_flags.numbers("--box", args.box) or ())
+    return as_box(f"--box={','.join(args.box)}", cli.numbers("--box", args.box) or ())
 
 
 def read_mask(path: str, image: Image.Image) -> Image.Image:

@@ -349,7 +349,7 @@ def one_setting(args: flags.FlagValues, model: var_jax.Model) -> SamplingConfig:
 
 def sweep(args: flags.FlagValues, model: var_jax.Model) -> dict[str, SamplingConfig]:
     """The settings of each point of a sweep, by name; one point is called ""."""
-    given = {name: sampling_flags.numbers(f"--{name}", args[name].value) for name in SWEPT}
+    given = {name: cli.numbers(f"--{name}", args[name].value) for name in SWEPT}
     lists = {name: values for name, values in given.items() if values is not None}
     for name, least in (("top_k", 0), ("steps", 1)):
         if wrong := [value for value in lists.get(name, ()) if not value.is_integer()]:

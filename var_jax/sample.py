@@ -53,7 +53,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "num", None, "How many images, in turn over the labels; the first get one more if need be."
     )
-    sampling_flags.define()
+    sampling_flags.define_sampling()
     sampling_flags.define_solver()
     sampling_flags.define_schedule()
     flags.DEFINE_string(
@@ -113,7 +113,9 @@ def main(args: flags.FlagValues) -> None:
         model.check_kind("--show_scales", "var")
     labels = wanted_labels(args, model)
     score = load_scorer(args, model) if args.reject < 1 else None
-    settings = model.settings(**sampling_flags.settings(args), steps=args.steps, solver=args.solver)
+    settings = model.settings(
+        **sampling_flags.sampling_settings(args), steps=args.steps, solver=args.solver
+    )
     sampler, weights = model.sampler(settings, args.smooth, refiner, args.draft_scales)
     job = Job(
         sampler, weights, labels, out, args.batch_size, args.seed, with_tokens=not args.smooth

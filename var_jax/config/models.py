@@ -149,7 +149,7 @@ class TransformerConfig(BlocksConfig):
     patch_nums: Schedule = PATCH_NUMS_256  # these three are the tokenizer's
     vocab_size: int = 4096
     latent_dim: int = 32
-    window: int = 0  # scales that a token sees, its own and those before it; 0: all
+    window: int = 0  # scales that a token sees, its own and those before it; 0, or K: all
     num_classes: int = 1000  # of an experiment, 0: as many as its data have
 
     def __post_init__(self):
@@ -175,7 +175,6 @@ class TransformerConfig(BlocksConfig):
                 raise BadInput(f"{kind}: patch_size={self.patch_size} does not divide {side}.")
         if self.kind == "dit" and not self.adaln:
             raise BadInput("kind=dit needs adaln=True: its blocks learn the time no other way.")
-
         if self.window and self.kind != "var":
             raise BadInput(f"{kind}: window={self.window} counts scales, which only VAR predicts.")
         if self.window == 1 and not self.adaln:

@@ -40,6 +40,8 @@ def tokenizer_at(tokenizer: Tokenizer, config: TokenizerConfig) -> Tokenizer:
 def transformer_at(transformer: Backbone, patch_nums: Schedule) -> Backbone:
     """`transformer` at another schedule: positions resized, levels of the nearest scale.
 
+    A window stays the same number of scales.
+
     Call it under `jax.set_mesh` where the weights lie on a mesh. Raises: BadInput if that is no
     schedule.
     """

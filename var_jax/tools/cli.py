@@ -127,6 +127,18 @@ def define_config_flag() -> None:
     flags.DEFINE_multi_string("config_field", [], "The long form of --config.a.b=v: a.b=v.")
 
 
+def numbers(name: str, words: list[str] | None) -> tuple[float, ...] | None:
+    """A list flag as numbers. Raises: BadInput, naming the flag, for anything else."""
+    if words is None:
+        return None
+    try:
+        if not words:
+            raise ValueError("an empty list")
+        return tuple(map(float, words))
+    except ValueError as error:
+        raise BadInput(f"{name}={','.join(words)}; expected numbers.") from error
+
+
 def _parse(args: flags.FlagValues, argv: Sequence[str]) -> None:
     words = [re.sub(r"^--config\.", "--config_field=", word) for word in argv]
     for i in reversed(range(len(words) - 1)):  # --config.a.b v

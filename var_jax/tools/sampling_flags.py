@@ -7,10 +7,11 @@ from absl import flags
 
 from var_jax import BadInput
 from var_jax.schedule import Schedule, shape_of
+from var_jax.tools import cli
 
 
-def define() -> None:
-    """Defines the flags of `settings`, which default to what the checkpoint says."""
+def define_sampling() -> None:
+    """Defines the flags of `sampling_settings`, which default to what the checkpoint says."""
     say = lambda text: f"{text} Default: the checkpoint's."
     flags.DEFINE_float("cfg", None, say("Guidance scale; 0: none."), lower_bound=0)
     each = "One number, or one a scale: "
@@ -31,9 +32,9 @@ def define() -> None:
     )
 
 
-def settings(args: flags.FlagValues) -> dict[str, Any]:
-    """The flags of `define`, as `Model.settings` takes them. Raises: BadInput."""
-    given = {n: numbers(f"--{n}", args[n].value) for n in ("top_k", "top_p", "temperature")}
+def sampling_settings(args: flags.FlagValues) -> dict[str, Any]:
+    """The flags of `define_sampling`, as `Model.settings` takes them. Raises: BadInput."""
+    given = {n: cli.numbers(f"--{n}", args[n].value) for n in ("top_k", "top_p", "temperature")}
     if wrong := [k for k in given["top_k"] or () if k < 0 or not k.is_integer()]:
         raise BadInput(f"--top_k={wrong[0]:g}; expected a whole number of at least 0.")
     top_k = given["top_k"] and tuple(map(int, given["top_k"]))
@@ -66,15 +67,3 @@ def define_solver() -> None:
     text = " of a diffusion transformer. Default: the checkpoint's."
     flags.DEFINE_integer("steps", None, f"From noise to image,{text}", 1)
     flags.DEFINE_enum("solver", None, ["euler", "heun"], f"First or second order,{text}")
-
-
-def numbers(name: str, words: list[str] | None) -> tuple[float, ...] | None:
-    """A list flag as numbers. Raises: BadInput, naming the flag, for anything else."""
-    if words is None:
-        return None
-    try:
-        if not words:
-            raise ValueError("an empty list")
-        return tuple(map(float, words))
-    except ValueError as error:
-        raise BadInput(f"{name}={','.join(words)}; expected numbers.") from error
