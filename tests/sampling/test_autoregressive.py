@@ -39,6 +39,13 @@ def draw(labels=LABELS, batch_size=4, seed=0, index=None, known=None, **how):
     return generated.images, generated.tokens
 
 
+PROGRAMS = [(0, "auto"), (2, "auto"), (0, "kernel"), (2, "kernel")] + [
+    pytest.param(window, attention, marks=pytest.mark.slow)
+    for window in (1, 3)
+    for attention in ("auto", "kernel")
+]
+
+
 def with_window(window, attention="auto"):
     """The "base" model whose tokens see so many scales."""
     transformer = jax.tree.map(lambda x: x, models("base")[1])
@@ -47,8 +54,7 @@ def with_window(window, attention="auto"):
     return transformer
 
 
-@pytest.mark.parametrize("attention", ["auto", "kernel"])
-@pytest.mark.parametrize("window", [0, 1, 2, 3])
+@pytest.mark.parametrize(("window", "attention"), PROGRAMS)
 def test_cached_decoding_equals_teacher_forcing(window, attention):
     """Fed its own greedy tokens, the full forward pass prefers each of them."""
     tokenizer, transformer = models("base")[0], with_window(window, attention)
@@ -84,8 +90,7 @@ def large_scales(window, attention):
     return model, labels, jnp.concatenate(embedded, axis=1), model(labels, read)
 
 
-@pytest.mark.parametrize("attention", ["auto", "kernel"])
-@pytest.mark.parametrize("window", [0, 1, 2, 3])
+@pytest.mark.parametrize(("window", "attention"), PROGRAMS)
 def test_cached_logits_are_those_of_all_scales_at_once(window, attention):
     """From the first scale on, and from any later one that reads all before it anew."""
     model, labels, x, logits = large_scales(window, attention)
