@@ -43,11 +43,6 @@ class Pattern:
         return cls(lengths(patch_nums), window)
 
     @classmethod
-    def causal(cls, length: int) -> "Pattern":
-        """A block for each token: raster-scan autoregression."""
-        return cls((1,) * length)
-
-    @classmethod
     def full(cls, length: int) -> "Pattern":
         """One block: every token sees all, as in a diffusion transformer."""
         return cls((length,))

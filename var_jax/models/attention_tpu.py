@@ -97,7 +97,7 @@ class Static(NamedTuple):
 
 
 def whole_tiles(rows: int) -> int:
-    """At least so many rows: those that memory is laid out in."""
+    """A number of rows, rounded up to whole tiles of memory."""
     return -(-rows // PACKED) * PACKED
 
 
