@@ -88,3 +88,15 @@ def test_what_is_only_looked_at_ends_no_run(capsys):
     assert err.count("\n") == 1 and err.startswith("curves.png cannot be written (UnicodeDecode")
     with pytest.raises(KeyboardInterrupt), going_on_without("curves.png"):
         raise KeyboardInterrupt
+
+
+def test_the_legend_of_a_chart_names_what_is_drawn(tmp_path, monkeypatch):
+    """A training that was left out has no points."""
+    seen = []
+    monkeypatch.setattr(
+        "var_jax.tools.images.save_charts", lambda path, figure, axes: seen.extend(axes)
+    )
+    curves(
+        tmp_path / "curves.png", {"loss": {"tokenizer": ([], []), "transformer": ([1, 2], [3, 4])}}
+    )
+    assert [line.get_label() for line in seen[0].lines] == ["transformer"]

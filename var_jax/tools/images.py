@@ -119,6 +119,8 @@ def curves(
 
             axis.set_prop_cycle(color=colormaps["viridis"](np.linspace(0, 0.9, len(lines))))
         for label, (x, y) in lines.items():
+            if not len(x):
+                continue  # the legend names what is drawn
             axis.plot(x, y, label=label, linewidth=1.6, marker="o" if len(x) < 12 else None, ms=3.5)
         axis.set(title=title, xlabel=x_label)
     save_charts(path, figure, axes)
