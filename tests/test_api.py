@@ -89,6 +89,7 @@ def test_a_closed_image_is_refused(model):
         model.crop(image)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing(model):
     labels = ["Flags"] * 3
     mesh = make_mesh(4, 2, 1)

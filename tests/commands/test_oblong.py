@@ -125,6 +125,7 @@ def test_a_token_cache_of_oblong_images_serves_its_training(wide, tmp_path):
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_sampling_at_another_schedule(wide, tmp_path):
     where = "--checkpoint", wide, "--num", 4, "--patch_nums"
     schedule = "1,(2,3),(3,4)"

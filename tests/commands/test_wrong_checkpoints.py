@@ -78,7 +78,7 @@ def without(name):
         damaged("a wide layer", with_("transformer", width=2 * 10**12)),
         damaged("blocks", with_("tokenizer", num_res_blocks=10**9)),
         damaged("levels", with_("tokenizer", channel_mults=[1] * 10**5)),
-        damaged("scales", with_("tokenizer", patch_nums=[1] * 10**6)),
+        damaged("scales", with_("tokenizer", patch_nums=[1] * 10**5)),
         damaged("a long scale", with_("tokenizer", patch_nums=[1, 10**9])),
         damaged("codes", with_("tokenizer", vocab_size=10**15)),
         damaged("phis", with_("tokenizer", num_phi=10**9)),

@@ -61,7 +61,8 @@ def train(directory, config, until=None, signalled=None, task=None, hooks=None):
         return jax.device_get(state)
 
 
-@pytest.mark.parametrize("until", [4, pytest.param(9, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("until", [4, 9])
 def test_resuming_equals_never_having_stopped(tmp_path, until):
     """Also where it stopped between a step's save and its hooks, each of a period of its own."""
     whole = train(tmp_path / "a", CONFIG)

@@ -90,6 +90,7 @@ def test_the_rate_that_is_logged_is_the_optimizers(alone):
         assert metrics["learning_rate"] == pytest.approx(rate(5)) != pytest.approx(rate(9))
 
 
+@pytest.mark.slow
 def test_a_step_keeps_types(alone):
     """Otherwise the second step is compiled anew."""
     types = lambda tree: [(leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(tree)]
