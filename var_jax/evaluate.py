@@ -23,7 +23,6 @@ compares loss on training and validation images, and tells how near samples come
 
 import contextlib
 import itertools
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -75,22 +74,20 @@ from var_jax.evaluation.tokenizer import Perturbed, Reconstructions, similaritie
 from var_jax.models.features.lpips import NETS, SMALLEST, Lpips, load_lpips
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.sampling.exports import load_tokenizer, mesh_for_sampling
-from var_jax.sampling.to_disk import Job, check_settings
+from var_jax.sampling.to_disk import Job
 from var_jax.schedule import Size, shape_of, size_of
 from var_jax.sharding import hosts
-from var_jax.sharding.mesh import data_mesh, of_first, using
+from var_jax.sharding.mesh import data_mesh, using
 from var_jax.tools import cli, sampling_flags
-from var_jax.tools.files import output_folder, read_json, replacing
+from var_jax.tools.files import output_folder
 from var_jax.tools.images import going_on_without, save_png
 from var_jax.tools.npz import NpzImages
 
 MODES = ("likelihood", "classify", "tokenizer", "memorization")
-SWEPT = ("cfg", "top_k", "top_p", "temperature", "steps")
-SETTINGS = ("guidance", "solver")
-OF_SAMPLING = (*SWEPT, *SETTINGS, "patch_nums", "num", "seed")
+OF_SAMPLING = (*sampling_flags.SWEPT, "guidance", "solver", "patch_nums", "num", "seed")
 FLAGS = (
-    "checkpoint", "samples", "reference", "features", "source", "split", "size", "num", "seed",
-    "lpips", *SWEPT, *SETTINGS, "patch_nums", *MODES,
+    "checkpoint", "samples", "reference", "features", "source", "split", "size", "lpips",
+    *OF_SAMPLING, *MODES,
 )  # fmt: skip
 
 
@@ -116,13 +113,7 @@ def define_flags() -> None:
         "num", None, "How many images, in turn over the classes. Default: 50,000; with"
         " --memorization as many as the validation set has.", FEWEST,
     )  # fmt: skip
-    flags.DEFINE_list("cfg", None, "Guidance scales. Default: the checkpoint's.")
-    flags.DEFINE_list("top_k", None, "Codes to sample from, 0: all. Default: the checkpoint's.")
-    flags.DEFINE_list("top_p", None, "Shares of probability, 0: all. Default: the checkpoint's.")
-    flags.DEFINE_list("temperature", None, "Of what is left. Default: the checkpoint's.")
-    flags.DEFINE_string("guidance", None, "As of `sample`. Default: the checkpoint's.")
-    flags.DEFINE_list("steps", None, "Of a diffusion transformer. Default: the checkpoint's.")
-    flags.DEFINE_enum("solver", None, ["euler", "heun"], "Alike.")
+    sampling_flags.define_sweep()
     sampling_flags.define_schedule()
     flags.DEFINE_integer("seed", 0, "Of the samples.", 0, MAX_SEED)
     flags.DEFINE_integer("batch_size", 64, "Images at a time, of all devices together.", 1)
@@ -349,18 +340,8 @@ def one_setting(args: flags.FlagValues, model: var_jax.Model) -> SamplingConfig:
 
 def sweep(args: flags.FlagValues, model: var_jax.Model) -> dict[str, SamplingConfig]:
     """The settings of each point of a sweep, by name; one point is called ""."""
-    given = {name: cli.numbers(f"--{name}", args[name].value) for name in SWEPT}
-    lists = {name: values for name, values in given.items() if values is not None}
-    for name, least in (("top_k", 0), ("steps", 1)):
-        if wrong := [value for value in lists.get(name, ()) if not value.is_integer()]:
-            raise BadInput(f"--{name}={wrong[0]:g}; expected a whole number of at least {least}.")
-    found = {}
-    for values in itertools.product(*lists.values()):
-        point: dict[str, Any] = dict(zip(lists, values, strict=True))
-        name = "-".join(f"{key}{value:g}" for key, value in point.items())
-        point |= {key: int(point[key]) for key in ("top_k", "steps") if key in point}
-        found[name] = model.settings(**point, **{key: args[key].value for key in SETTINGS})
-    return found if len(found) > 1 else {"": next(iter(found.values()))}
+    points = sampling_flags.sweep(args)
+    return {name: model.settings(**point) for name, point in points.items()}
 
 
 def draw(
@@ -378,20 +359,7 @@ def draw(
     prints = "".join(fingerprints(args, model).values())
     about = settings.flags(model.kind) | {"weights": prints, "num": num, "seed": args.seed}
     about |= {"patch_nums": str(model.patch_nums)} if args.patch_nums else {}
-    done, path = folder / "settings.json", folder / "samples.npz"
-    if of_first(lambda: np.array(done.exists() and path.exists()), (), bool):
-        if jax.process_index() == 0:
-            check_settings(folder, read_json(done), about)
-        return path
-    job = Job(*model.sampler(settings), labels, folder, args.batch_size, args.seed)
-    job.begin(about)
-    job.sample(np.arange(num, dtype=np.int32))
-    if jax.process_index() == 0:
-        job.finish()
-        with replacing(done) as beside:
-            beside.write_text(json.dumps(about))
-    sync_global_devices("samples are joined")
-    return path
+    return Job(*model.sampler(settings), labels, folder, args.batch_size, args.seed).once(about)
 
 
 def fingerprints(args: flags.FlagValues, model: var_jax.Model | Tokenizer) -> dict[str, str]:

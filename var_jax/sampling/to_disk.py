@@ -96,6 +96,25 @@ class Job:
 
         self.write(self.labels, index, kept, "", "sampling")
 
+    def once(self, settings: dict[str, Any]) -> epath.Path:
+        """samples.npz of all labels in order, unless it is there; with it lie its settings.
+
+        Raises: BadInput if the folder holds samples of other settings.
+        """
+        done, path = self.out / "settings.json", self.out / "samples.npz"
+        if of_first(lambda: np.array(done.exists() and path.exists()), (), bool):
+            if jax.process_index() == 0:
+                check_settings(self.out, read_json(done), settings)
+            return path
+        self.begin(settings)
+        self.sample(np.arange(len(self.labels), dtype=np.int32))
+        if jax.process_index() == 0:
+            self.finish()
+            with replacing(done) as beside:
+                beside.write_text(json.dumps(settings))
+        sync_global_devices("samples are joined")
+        return path
+
     def write(
         self,
         labels: Int32[np.ndarray, " M"],

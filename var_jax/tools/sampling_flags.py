@@ -1,6 +1,7 @@
 """Flags of sampling, which several commands have, and what they say."""
 
 import ast
+import itertools
 from typing import Any
 
 from absl import flags
@@ -8,6 +9,8 @@ from absl import flags
 from var_jax import BadInput
 from var_jax.schedule import Schedule, shape_of
 from var_jax.tools import cli
+
+SWEPT = ("cfg", "top_k", "top_p", "temperature", "steps")  # of which a sweep has lists
 
 
 def define_sampling() -> None:
@@ -39,6 +42,37 @@ def sampling_settings(args: flags.FlagValues) -> dict[str, Any]:
         raise BadInput(f"--top_k={wrong[0]:g}; expected a whole number of at least 0.")
     top_k = given["top_k"] and tuple(map(int, given["top_k"]))
     return {"cfg": args.cfg, "guidance": args.guidance} | given | {"top_k": top_k}
+
+
+def define_sweep() -> None:
+    """Defines the flags of `sweep`, which default to what the checkpoint says."""
+    say = lambda text: f"{text} Default: the checkpoint's."
+    flags.DEFINE_list("cfg", None, say("Guidance scales."))
+    flags.DEFINE_list("top_k", None, say("Codes to sample from, 0: all."))
+    flags.DEFINE_list("top_p", None, say("Shares of probability, 0: all."))
+    flags.DEFINE_list("temperature", None, say("Of what is left."))
+    flags.DEFINE_string("guidance", None, say("As of `sample`."))
+    flags.DEFINE_list("steps", None, say("Of a diffusion transformer."))
+    flags.DEFINE_enum("solver", None, ["euler", "heun"], "Alike.")
+
+
+def sweep(args: flags.FlagValues) -> dict[str, dict[str, Any]]:
+    """Every combination of the flags of `define_sweep`, by name, as `Model.settings` takes them.
+
+    One combination alone is called "". Raises: BadInput.
+    """
+    given = {name: cli.numbers(f"--{name}", args[name].value) for name in SWEPT}
+    lists = {name: values for name, values in given.items() if values is not None}
+    for name, least in (("top_k", 0), ("steps", 1)):
+        if wrong := [value for value in lists.get(name, ()) if not value.is_integer()]:
+            raise BadInput(f"--{name}={wrong[0]:g}; expected a whole number of at least {least}.")
+    found = {}
+    for values in itertools.product(*lists.values()):
+        point: dict[str, Any] = dict(zip(lists, values, strict=True))
+        name = "-".join(f"{key}{value:g}" for key, value in point.items())
+        point |= {key: int(point[key]) for key in ("top_k", "steps") if key in point}
+        found[name] = point | {"guidance": args.guidance, "solver": args.solver}
+    return found if len(found) > 1 else {"": next(iter(found.values()))}
 
 
 def define_schedule() -> None:
