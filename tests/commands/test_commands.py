@@ -85,6 +85,13 @@ def test_train_bad_input(tmp_path):
         (*tiny, "--config.data.tokens=cache", "--config.train_transformer.token_noise=0"): (
             "data.tokens=cache holds the codes of a tokenizer"
         ),
+        (
+            *tiny,
+            "--config.data.tokens=cache",
+            "--config.train_transformer.token_noise=0",
+            "--config.train_transformer.encoder_dtype=bfloat16",
+        ): "encoder_dtype=bfloat16 is of images that are encoded in the step",
+        (*tiny, "--config.train_transformer.encoder_dtype=half"): "encoder_dtype='half' is not one",
         (*tiny, "--config.pretrained_tokenizer=emoji"): "but config.tokenizer.vocab_size is 64",
         (*tiny, "--config.train_tokenizer.decoder_only=true"): "keeps the encoder of a trained tok",
         (*tiny, "--config.train_tokenizer.lpips_weight=1"): "takes images of 32 pixels a side or",

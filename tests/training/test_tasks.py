@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from var_jax.config import (
@@ -18,10 +19,13 @@ from var_jax.config import (
     TransformerConfig,
 )
 from var_jax.models.blocks import drop_path
+from var_jax.models.patch_codec import make_tokenizer
+from var_jax.models.tokenizer import encode
 from var_jax.models.var import likeliest
 from var_jax.sharding.mesh import make_mesh, put_batch, shard
 from var_jax.tools.flops import transformer_flops
 from var_jax.training.autoregressive import autoregressive_task, targets_and_inputs, token_noise
+from var_jax.training.diffusion import diffusion_task
 from var_jax.training.optimizer import learning_rate
 from var_jax.training.tokenizer import tokenizer_task
 
@@ -140,6 +144,29 @@ def test_a_withheld_class_is_no_class(alone):
     withheld = first_step(alone, training={"label_dropout": 1.0})
     np.testing.assert_allclose(withheld, first_step(alone, label=no_class), rtol=1e-5)
     assert abs(withheld - first_step(alone)).max() > 1e-3
+
+
+def test_an_encoder_in_bfloat16_is_of_the_step_and_not_of_the_validation():
+    convolutions = dataclasses.replace(TOKENIZER, patch_size=1, channel_mults=(1, 1, 1))
+    tokenizer = make_tokenizer(convolutions, rngs=nnx.Rngs(0))
+    frozen, key = {"tokenizer": tokenizer}, jax.random.key(0)
+    for kind, task in (("var", autoregressive_task), ("dit", diffusion_task)):
+        for dtype in ("float32", "bfloat16"):
+            config = dataclasses.replace(TRAIN_TRANSFORMER, encoder_dtype=dtype)
+            made = task(dataclasses.replace(TRANSFORMER, kind=kind), config)
+            state = jax.eval_shape(made.init, key)
+            step = str(jax.make_jaxpr(made.train_step)(state, data(), frozen, key))
+            check = str(jax.make_jaxpr(made.eval_step)(state, data(), frozen))
+            assert ("bf16[" in step) == (dtype == "bfloat16")
+            assert "bf16[" not in check
+
+
+def test_an_encoder_in_bfloat16_changes_a_few_tokens():
+    convolutions = dataclasses.replace(TOKENIZER, patch_size=1, channel_mults=(1, 1, 1))
+    tokenizer = make_tokenizer(convolutions, rngs=nnx.Rngs(0))
+    image = jnp.asarray(np.random.default_rng(1).integers(0, 255, (64, 16, 16, 3)), jnp.uint8)
+    exact, rounded = (encode(tokenizer, image, dtype=dtype)[0] for dtype in ("float32", "bfloat16"))
+    assert 0 < (exact != rounded).mean() < 0.05
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def numbers(value: Any) -> Iterator[Any]:
         yield value
 
 
-def check_dtype(name: str) -> None:
+def check_dtype(name: str, field: str = "dtype") -> None:
     """Raises BadInput unless it names a dtype of activations."""
     if name not in ("auto", "float32", "bfloat16"):
-        raise BadInput(f"dtype={name!r} is not one of auto, float32, bfloat16.")
+        raise BadInput(f"{field}={name!r} is not one of auto, float32, bfloat16.")

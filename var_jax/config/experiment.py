@@ -117,6 +117,11 @@ class Config:
                 f"train_transformer.token_noise={self.train_transformer.token_noise} must be 0 with"
                 " data.tokens: finer scales make up for wrong tokens only where images are encoded."
             )
+        if self.data.tokens and self.train_transformer.encoder_dtype != "float32":
+            raise BadInput(
+                f"train_transformer.encoder_dtype={self.train_transformer.encoder_dtype} is of"
+                " images that are encoded in the step; with data.tokens there are none."
+            )
         try:
             self.sampling.check(self.transformer.patch_nums)
         except BadInput as error:

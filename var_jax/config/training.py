@@ -166,9 +166,12 @@ class TrainTransformerConfig(TrainConfig):
     # Share of the steps in which the finer half of the scales joins, one at a time (schedule.py).
     progressive: float = 0.0
     time_sampling: str = "logit_normal"  # of a dit: how often it sees each time; or uniform
+    # Of the tokenizer's activations where a step encodes images: bfloat16 changes some tokens.
+    encoder_dtype: str = "float32"
 
     def __post_init__(self):
         super().__post_init__()
+        check_dtype(self.encoder_dtype, "encoder_dtype")
         check_ranges(
             self, label_dropout=SHARE, label_smoothing=SHARE, token_noise=SHARE, progressive=PART,
             student_forcing=ANY,

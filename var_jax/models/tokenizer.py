@@ -219,13 +219,19 @@ def to_bytes(image: Float[Array, "*B H W 3"]) -> UInt8[Array, "*B H W 3"]:
 
 
 def encode(
-    tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"], noise: Int32[Array, "B L"] | None = None
+    tokenizer: Tokenizer,
+    image: UInt8[Array, "B H W 3"],
+    noise: Int32[Array, "B L"] | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Int32[Array, "B L"], Int32[Array, "B L"]]:
-    """Nearest and used codes of images, as `Quantizer.encode`, a few images at a time."""
+    """Nearest and used codes of images, as `Quantizer.encode`, a few images at a time.
+
+    `dtype` is of the encoder's activations: bfloat16 changes some codes (docs/numerics.md).
+    """
 
     def run(batch):
         image, noise = batch
-        code = tokenizer.quantizer.encode(tokenizer.latent(to_float(image)), noise)
+        code = tokenizer.quantizer.encode(tokenizer.latent(to_float(image), dtype), noise)
         return code.idx, code.used
 
     most = tokenizer.config.images_at_a_time

@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, Key, Shaped
 
 from var_jax.config import TrainTransformerConfig, TransformerConfig
+from var_jax.models import backend
 from var_jax.models.quantizer import Quantizer
 from var_jax.models.tokenizer import encode
 from var_jax.models.var import likeliest, score_tokens
@@ -47,7 +49,8 @@ def autoregressive_task(model_config: TransformerConfig, config: TrainTransforme
             shape = (len(batch["label"]), model_config.num_tokens)
             codes = (config.token_noise, model_config.vocab_size)
             noise = token_noise(jax.random.fold_in(key, 2), shape, *codes)
-        tokens, inputs = targets_and_inputs(transformer, batch, frozen, noise)
+        dtype = backend.compute_dtype(config.encoder_dtype)
+        tokens, inputs = targets_and_inputs(transformer, batch, frozen, noise, dtype)
         no_class = model_config.num_classes
         labels = withhold_labels(drop_label, batch["label"], config.label_dropout, no_class)
         weight = None
@@ -76,13 +79,21 @@ def autoregressive_task(model_config: TransformerConfig, config: TrainTransforme
 
 
 def targets_and_inputs(
-    transformer: Any, batch: Batch, frozen: Frozen, noise: Int32[Array, "B L"] | None = None
+    transformer: Any,
+    batch: Batch,
+    frozen: Frozen,
+    noise: Int32[Array, "B L"] | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Int32[Array, "B L"], Shaped[Array, "B M *C"]]:
-    """The tokens to predict, and what the transformer reads to predict them (teacher forcing)."""
+    """The tokens to predict, and what the transformer reads to predict them (teacher forcing).
+
+    Images are encoded with activations in `dtype`.
+    """
     if "tokens" in batch:
         tokens = used = batch["tokens"]
     else:
-        tokens, used = data_parallel(encode)(frozen["tokenizer"], batch["image"], noise)
+        run = data_parallel(functools.partial(encode, dtype=dtype))
+        tokens, used = run(frozen["tokenizer"], batch["image"], noise)
     return tokens, transformer.inputs(quantizer_of(frozen), used)
 
 

@@ -4,10 +4,12 @@ Rectified flow (Liu et al., arXiv 2209.03003): x_t = (1-t)·x_0 + t·noise, and 
 squared error of noise - x_0. Times are drawn from a logit-normal (Esser et al., arXiv 2403.03206).
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, Key, UInt8
 
 from var_jax.config import TrainTransformerConfig, TransformerConfig
@@ -32,7 +34,7 @@ def diffusion_task(model_config: TransformerConfig, config: TrainTransformerConf
 
     def loss(dit: Any, batch: Batch, frozen: Frozen, step: Int32[Array, ""], key: Key[Array, ""]):
         drop_label, drop_path, of_time, of_noise = jax.random.split(key, 4)
-        latent = latents(batch, frozen)
+        latent = latents(batch, frozen, backend.compute_dtype(config.encoder_dtype))
         statistics = dit.statistics.updated(latent)
         no_class = model_config.num_classes
         labels = withhold_labels(drop_label, batch["label"], config.label_dropout, no_class)
@@ -80,16 +82,21 @@ def sample_times(key: Key[Array, ""], count: int, how: str) -> Float[Array, " B"
     return reshard(jax.nn.sigmoid(jax.random.normal(key, (count,))), BATCH)
 
 
-def latents(batch: Batch, frozen: Frozen) -> Float[Array, "B h w C"]:
-    """The continuous latents of a batch, before quantization."""
+def latents(
+    batch: Batch, frozen: Frozen, dtype: DTypeLike = jnp.float32
+) -> Float[Array, "B h w C"]:
+    """The continuous latents of a batch, before quantization; `dtype` is of the activations."""
     if "latent" in batch:
         return batch["latent"]
-    return data_parallel(encode_latents)(frozen["tokenizer"], batch["image"])
+    encode = functools.partial(encode_latents, dtype=dtype)
+    return data_parallel(encode)(frozen["tokenizer"], batch["image"])
 
 
-def encode_latents(tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+def encode_latents(
+    tokenizer: Tokenizer, image: UInt8[Array, "B H W 3"], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "B h w C"]:
     """Images → latents, a few at a time; on one device."""
-    encode = lambda image: tokenizer.latent(to_float(image))
+    encode = lambda image: tokenizer.latent(to_float(image), dtype)
     return in_parts(
         encode, image, tokenizer.config.images_at_a_time, backend.fewest_encoder_parts()
     )
