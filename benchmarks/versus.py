@@ -2,14 +2,15 @@
 
     python benchmarks/versus.py --out runs/versus
     python benchmarks/versus.py --study ablation --out runs/ablation
+    python benchmarks/versus.py --study tries --seeds 1 --out runs/tries
     python benchmarks/versus.py --study speed --out runs/speed
 
 The first trains each model of configs/versus.py at three budgets with three seeds. Tuning is equal:
 at the middle budget and seed 0 three learning rates, of which the least validation loss counts, and
 then three guidance scales, of which the least Fréchet distance does. The second trains the rows of
-configs/ablation.py at the middle budget. Both write points.csv, table.md and points.png. The third
-times samplers with random weights at 32 and 256 px. Compute is that of tools/flops.py, of the
-transformer alone. A stopped command continues.
+configs/ablation.py at the middle budget, the third what might bring VAR ahead of raster scan. They
+write points.csv, table.md and points.png. The last times samplers with random weights at 32 and 256
+px. Compute is that of tools/flops.py, of the transformer alone. A stopped command continues.
 """
 
 import csv
@@ -51,6 +52,14 @@ from var_jax.training.run import train
 
 MODELS = ("var", "raster", "dit")
 ROWS = ("raster", "var", "adaln", "top_k", "cfg", "qk_norm", "larger")
+TRIES = {  # what is changed of versus:var, sampled with the guidance that was best for it
+    "var": "",
+    "narrow top-p": "sampling.top_p=0.95,0.95,0.8,0.3",
+    "token noise": "train_transformer.token_noise=0.2",
+    "six scales": "tokenizer.patch_nums=1,2,3,4,6,8",
+    "last scale twice": "tokenizer.patch_nums=1,2,4,8,8",
+    "last scale twice, token noise": "tokenizer.patch_nums=1,2,4,8,8 train_transformer.token_noise=0.2",
+}
 RATES = (0.5, 1.0, 2.0)  # factors on a config's learning rate that are tried
 GUIDANCE = (0.0, 1.0, 2.0)  # scales that are tried
 FIGURES = ("FD", "KID", "precision", "recall", "class agreement", "near-copies")
@@ -66,12 +75,13 @@ class Point(NamedTuple):
     seed: int = 0
     rate: float = 1.0  # a factor on the learning rate
     cfg: float | None = None  # None: the config's
+    fields: str = ""  # of the config that are changed, NAME=VALUE
 
 
 def define_flags() -> None:
     """Defines the flags of this benchmark."""
     flags.DEFINE_string("out", "runs/versus", "Folder of the runs.")
-    flags.DEFINE_enum("study", "models", ["models", "ablation", "speed"], "What is compared.")
+    flags.DEFINE_enum("study", "models", [*STUDIES, "speed"], "What is compared.")
     flags.DEFINE_list("budgets", ["1.8", "3.6", "7.2"], "TFLOPs of training.")
     flags.DEFINE_integer("seeds", 3, "Of each.", 1)
     flags.DEFINE_integer("num", 1000, "Samples that are measured.", 10)
@@ -88,7 +98,7 @@ def main(args: flags.FlagValues) -> None:
     else:
         study = Study(out, args.num, args.tokenizer_steps)
         budgets = [float(budget) for budget in args.budgets]
-        points = (models if args.study == "models" else ablation)(study, budgets, args.seeds)
+        points = STUDIES[args.study](study, budgets, args.seeds)
         rows = [study.row(point) for point in points]
         write_csv(out / "points.csv", rows)
         draw(out / "points.png", rows)
@@ -117,9 +127,20 @@ def ablation(study: "Study", budgets: Sequence[float], seeds: int) -> list[Point
     return [Point(r, f"ablation:{r}", middle, seed) for r in ROWS for seed in range(seeds)]
 
 
+def tries(study: "Study", budgets: Sequence[float], seeds: int) -> list[Point]:
+    """VAR with one thing changed, and the raster-scan transformer, at the middle budget."""
+    middle = budgets[len(budgets) // 2]
+    var = [Point(name, "versus:var", middle, cfg=2.0, fields=TRIES[name]) for name in TRIES]
+    several = [*var, Point("raster", "versus:raster", middle, cfg=0.0)]
+    return [point._replace(seed=seed) for point in several for seed in range(seeds)]
+
+
+STUDIES = {"models": models, "ablation": ablation, "tries": tries}
+
+
 def config_of(point: Point) -> ConfigDict:
     """The config of a point: as many steps as its budget allows."""
-    config = load_config(point.spec)
+    config = load_config(point.spec, point.fields.split())
     training = config.train_transformer
     flops = transformer_flops(from_dict(Config, config).transformer) * training.batch_size
     training.steps = max(1, round(point.budget * TERA / flops))
@@ -135,6 +156,7 @@ def name_of(config: ConfigDict) -> str:
     """What tells a training from the others."""
     c, training = config.transformer, config.train_transformer
     words = [c.kind, f"d{c.depth}", "adaln" * c.adaln, "norm" * c.qk_norm, training.steps]
+    words += [f"noise{training.token_noise:g}" * bool(training.token_noise)]
     words += [f"rate{training.learning_rate:.3g}", f"seed{config.seed}"]
     return "-".join(str(word) for word in words if word)
 

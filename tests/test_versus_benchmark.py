@@ -60,12 +60,21 @@ def test_every_model_has_the_same_budgets_and_tuning(script):
 
 
 def test_equal_budgets_are_equal_operations(script):
-    specs = [f"versus:{model}" for model in script.MODELS]
-    for spec in [*specs, *(f"ablation:{row}" for row in script.ROWS)]:
-        config = from_dict(Config, script.config_of(script.Point("", spec, 3.6)))
+    points = [script.Point("", f"ablation:{row}", 3.6) for row in script.ROWS]
+    points += script.tries(None, [1.8, 3.6, 7.2], 1) + [
+        script.Point("", f"versus:{model}", 3.6) for model in script.MODELS
+    ]
+    for point in points:
+        config = from_dict(Config, script.config_of(point))
         training = config.train_transformer
         spent = training.steps * training.batch_size * transformer_flops(config.transformer)
-        assert spent == pytest.approx(3.6e12, rel=2e-3), spec
+        assert spent == pytest.approx(3.6e12, rel=2e-3), point
+
+
+def test_tries_have_trainings_of_their_own(script):
+    tries = {p.model: script.name_of(script.config_of(p)) for p in script.tries(None, [3.6], 1)}
+    assert tries.pop("narrow top-p") == tries["var"]  # sampled otherwise
+    assert len({*tries.values()}) == len(tries) == len(script.TRIES)
 
 
 def test_rows_that_differ_in_sampling_share_a_training(script):
