@@ -56,7 +56,12 @@ OPTIONS = {
     "single_scale": "tokenizer.patch_nums={last} train_transformer.steps=0 sampling.top_p=0",
 }
 FIGURES = ("psnr", "lpips", "used", "fair", "rfd", "pfd", "fd")  # of table.md
-BY_SCALE = ("psnr_scale", "lpips_scale", "used_scale", "perplexity_scale")  # of curves.png
+BY_SCALE = {  # of curves.png
+    "psnr_scale": "PSNR after each scale, dB",
+    "lpips_scale": "LPIPS after each scale",
+    "used_scale": "share of the codes in use",
+    "perplexity_scale": "perplexity of the codes",
+}
 
 
 def define_flags() -> None:
@@ -104,7 +109,8 @@ def config_of(args: flags.FlagValues, dataset: str, option: str, seed: int) -> C
         f"train_transformer.steps={args.transformer_steps}", "transformer.depth=2",
         "transformer.width=128", "transformer.num_heads=2", "export_dtype=float32",
         f"every.save={max(args.steps, args.transformer_steps)}", "every.evaluate=0",
-        "every.sample=0", *OPTIONS[option].format(last=last).split(),
+        "every.sample=0", "train_tokenizer.restart_by_scale=false",
+        *OPTIONS[option].format(last=last).split(),
     ]  # fmt: skip
     config = load_config(DATASETS[dataset], fields)
     config.report = ""
@@ -155,6 +161,7 @@ def write(out: epath.Path) -> None:
         (option, seed), dataset = path.parent.name.rsplit("-", 1), path.parent.parent.name
         about = {"dataset": dataset, "option": option, "seed": int(seed)}
         rows.append(about | read_json(path)["figures"])
+    rows.sort(key=lambda row: (row["dataset"], list(OPTIONS).index(row["option"]), row["seed"]))
     names = list(dict.fromkeys(name for row in rows for name in row))
     with replacing(out / "runs.csv") as beside, beside.open("w") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
@@ -167,15 +174,15 @@ def write(out: epath.Path) -> None:
         some = [row for row in rows if (row["dataset"], row["option"]) == (dataset, option)]
         cells = [cell([row[name] for row in some if name in row]) for name in FIGURES]
         lines.append(f"| {dataset} | {option} | {len(some)} | {' | '.join(cells)} |")
-        for prefix in BY_SCALE:
+        for prefix, title in BY_SCALE.items():
             scales = [k for k in range(1, 65) if f"{prefix}{k}" in some[0]]
             line = scales, [mean(row[f"{prefix}{k}"] for row in some) for k in scales]
             if len(scales) > 1:
-                charts.setdefault(f"{dataset}: {prefix}", {})[option] = line
+                charts.setdefault(f"{dataset}: {title}", {})[option] = line
     with replacing(out / "table.md") as beside:
         beside.write_text("\n".join(lines) + "\n")
     if charts:
-        curves(out / "curves.png", charts, "scale")
+        curves(out / "curves.png", charts, "scale", ordered=False)
     print("\n".join(lines))
 
 

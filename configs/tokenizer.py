@@ -12,8 +12,9 @@ values follow
 - vaex, by VAR's author: batch 768, AdamW 3e-4 (0.5, 0.9) for both networks, weight decay 0.005 and
   5e-4, clip 10, cosine to 0.3, EMA 0.9999; L2 1, L1 0.2, LPIPS 1; DINO ViT-S/16 with DiffAug,
   hinge, weight 0.4 with the adaptive factor, from 22 % of the steps on, ramp of 2 %
-- XQ-GAN (ImageFolder): scale dropout 0.1 with at least three scales, LeCAM 0.001
-- RobustTok: perturbation of 0.1 of the images, 100 nearest codes
+- XQ-GAN (ImageFolder): LeCAM 0.001
+- benchmarks/collapse.md: codes restart by scale. Scale dropout (XQ-GAN has 0.1) and perturbation
+  (RobustTok 0.1) did not help there, and are off
 - LlamaGen and Taming Transformers: PatchGAN of three layers
 
 512 is the same recipe at a batch of 192: 25 epochs.
@@ -44,7 +45,7 @@ def get_config(variant: str = "256") -> ConfigDict:
         steps=STEPS, batch_size=768 if size == "256" else 192, learning_rate=1e-4,
         schedule="cos", warmup_steps=2000, final_lr_ratio=0.3, b1=0.5, b2=0.9,
         weight_decay=0.005, final_weight_decay=0.005, clip_norm=10.0, ema_decay=0.9999,
-        l1_weight=0.2, lpips_weight=1.0, scale_dropout=0.1, perturbation=0.1,
+        l1_weight=0.2, lpips_weight=1.0, restart_by_scale=True,
     )  # fmt: skip
     config.train_tokenizer.gan.update(
         weight=0.4, discriminator=discriminator or "dino", start=round(0.22 * STEPS),

@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from var_jax import BadInput
-from var_jax.config import Config, from_dict
+from var_jax.config import Config, from_dict, settings
 from var_jax.tools.flops import transformer_flops
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "versus.py"
@@ -31,6 +31,13 @@ def test_figures_of_other_settings_are_not_taken(tmp_path, monkeypatch):
     assert len(calls) == 1
     with pytest.raises(BadInput, match=r"figures\.json is of steps=5, not 6; name another --out"):
         kept(path, {"steps": 6, "scales": (1, 2)}, compute)
+    older = {"train_tokenizer": {"steps": 3}}  # of a version that had no other fields
+    kept(epath.Path(tmp_path / "older.json"), older, compute)
+    newer = {"train_tokenizer": settings(Config())["train_tokenizer"] | older["train_tokenizer"]}
+    kept(epath.Path(tmp_path / "older.json"), newer, compute)
+    newer["train_tokenizer"]["rotation"] = True
+    with pytest.raises(BadInput, match="name another --out"):
+        kept(epath.Path(tmp_path / "older.json"), newer, compute)
 
 
 class Study:

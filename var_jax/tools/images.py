@@ -109,12 +109,18 @@ def labelled_rows(
 
 
 def curves(
-    path: str | PurePath, series: dict[str, dict[str, tuple]], x_label: str = "step"
+    path: str | PurePath,
+    series: dict[str, dict[str, tuple]],
+    x_label: str = "step",
+    ordered: bool = True,
 ) -> None:
-    """Writes a PNG with one small line chart for each title: {title: {label: (x, y)}}."""
+    """Writes a PNG with one small line chart for each title: {title: {label: (x, y)}}.
+
+    Many lines go from dark to light in their order, if they have one.
+    """
     figure, axes = charts(len(series))
     for axis, (title, lines) in zip(axes, series.items(), strict=False):
-        if len(lines) > 5:  # a series, such as scales: from dark to light
+        if len(lines) > 5 and ordered:
             from matplotlib import colormaps
 
             axis.set_prop_cycle(color=colormaps["viridis"](np.linspace(0, 0.9, len(lines))))
@@ -146,6 +152,10 @@ def charts(count: int) -> tuple[Any, list[Any]]:
 
 def save_charts(path: str | PurePath, figure: Any, axes: list[Any]) -> None:
     """Writes a figure of `charts` as PNG, all in one style."""
+    handles, names = axes[0].get_legend_handles_labels()
+    shared = len(axes) > 1 and all(axis.get_legend_handles_labels()[1] == names for axis in axes)
+    if shared and len(names) > 1:
+        figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=8)
     for axis in axes:
         axis.set_title(axis.get_title(), fontsize=11, loc="left")
         axis.set_title("")
@@ -155,7 +165,7 @@ def save_charts(path: str | PurePath, figure: Any, axes: list[Any]) -> None:
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color("0.7")
-        if (lines := len(axis.get_legend_handles_labels()[0])) > 1:
+        if not shared and (lines := len(axis.get_legend_handles_labels()[0])) > 1:
             axis.legend(frameon=False, fontsize=8, ncols=1 + lines // 8)
     with replacing(path) as beside, beside.open("wb") as file:
         figure.savefig(file, format="png", dpi=150)
