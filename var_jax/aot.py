@@ -54,15 +54,25 @@ def table(report: dict[str, Any]) -> str:
     """The report for reading."""
     lines = []
     for name, value in report.items():
-        if isinstance(value, dict):
+        if not isinstance(value, dict):
+            lines += [f"{name:32s} {shown(name, value)}"]
+        elif value:
             total = sum(value.values()) or 1
             lines += [f"{name}:"]
             lines += [f"  {k:30s} {v:>18,} {v / total:6.1%}" for k, v in value.items()]
-        else:
-            shown = f"{value / 2**30:.2f} GiB" if "bytes" in name and value else value
-            shown = f"{value:,}" if isinstance(value, int) and "cycles" in name else shown
-            lines += [f"{name:32s} {shown}"]
     return "\n".join(lines)
+
+
+def shown(name: str, value: Any) -> str:
+    """A figure for reading, with its unit."""
+    if value is None:
+        return "-"
+    if "bytes" in name or name == "memory_per_chip":
+        return f"{value / 2**30:.2f} GiB"
+    if name == "clock_hz":
+        return f"{value / 1e9:g} GHz"
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return f"{value:,}" if whole else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,10 @@ def load(
 class Model:
     """A tokenizer and a transformer, ready to use. Images are uint8 (N, H, W, 3) of `image_size`.
 
+        images = model.sample(["Flags"] * 4, seed=1)
+        again = model.decode(model.encode(images))
+        edited = model.edit(images[0], (0, 0, 0.5, 1), label="Flags")  # its upper half
+
     Of several processes all call the same methods, and each gets all results.
     """
 
@@ -231,19 +235,24 @@ class Model:
         Raises: BadInput unless they are uint8 of the model's size (`crop` makes them so).
         """
         check_batch_size(batch_size)
-        images = as_array("images", images)
-        images = images[None] if images.ndim == 3 else images
+        if isinstance(images, (str, PurePath, Image.Image)):
+            raise BadInput("images are a file or a PIL image; expected an array, which crop makes.")
+        given = as_array("images", images)
+        images = given[None] if given.ndim == 3 else given
         shape = (*shape_of(self.image_size), 3)
-        if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+        if given.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
             raise BadInput(
-                f"images are {images.dtype} of shape {images.shape}; expected uint8 (N, {shape[0]},"
-                f" {shape[1]}, 3)."
+                f"images are {given.dtype} of shape {given.shape}; expected uint8 (N, {shape[0]},"
+                f" {shape[1]}, 3), as crop makes them."
             )
         with self._using():
             return in_batches(encode_images, self.models.tokenizer, images, batch_size)
 
     def decode(self, tokens: Shaped[np.ndarray, "..."], *, batch_size: int = 64) -> Images:
-        """The images of tokens."""
+        """The images of tokens (N, L), each 0..V-1, as `encode` and `sample_tokens` give them.
+
+        Raises: BadInput for other tokens.
+        """
         check_batch_size(batch_size)
         tokens = self._check_tokens(tokens)
         with self._using():

@@ -44,9 +44,9 @@ def main(args: flags.FlagValues) -> None:
         try:
             from var_jax.sampling.page import web_app
         except ModuleNotFoundError as error:
-            if error.name != "gradio":
+            if error.name not in ("gradio", "fastapi"):  # which gradio brings
                 raise
-            raise BadInput("the demo needs gradio; run: pip install 'gradio>=6,<7'") from error
+            raise BadInput("the demo needs gradio: pip install 'var_jax[demo]'.") from error
         model = var_jax.load(args.checkpoint)
         model.check_kind("the demo", "var")
         print("compiling, by sampling a first image", file=sys.stderr, flush=True)

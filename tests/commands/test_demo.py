@@ -340,9 +340,12 @@ def test_a_visitor_edits(tab, loaded, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_gradio(tmp_path):
-    """One sentence with the command that installs it."""
-    (tmp_path / "gradio.py").write_text("raise ModuleNotFoundError(name='gradio')")
+@pytest.mark.parametrize("names", [("gradio",), ("gradio", "fastapi")])
+def test_without_gradio(tmp_path, names):
+    """One sentence with the command that installs it and what it brings."""
+    for name in names:
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})")
     process = start("demo", "--checkpoint", "emoji", "--port", 0, cwd=tmp_path)
     _, err = process.communicate(timeout=300)
     assert (process.returncode, len(err.splitlines())) == (2, 1), err
+    assert "pip install 'var_jax[demo]'" in err

@@ -83,7 +83,7 @@ def fetch(checkpoint: str | PurePath, convert: Convert) -> epath.Path:
         from filelock import FileLock, Timeout
     except ImportError as error:
         raise BadInput(
-            f"{checkpoint} needs huggingface_hub; run: pip install 'huggingface_hub>=1,<3'"
+            f"{checkpoint} needs huggingface_hub: pip install 'var_jax[hub]'."
         ) from error
     cache().mkdir(parents=True, exist_ok=True)
     with acquire(FileLock(cache() / ".lock"), Timeout):

@@ -21,7 +21,10 @@ def as_box(given: str, edges: Sequence[float]) -> Box:
         y0, x0, y1, x1 = edges
         if 0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1:
             return y0, x0, y1, x1
-    raise BadInput(f"{given}; expected y0,x0,y1,x1 with 0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1.")
+    raise BadInput(
+        f"{given}; expected y0,x0,y1,x1 with 0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1, fractions of"
+        " the image."
+    )
 
 
 def box_mask(box: Box, size: Size) -> Bool[np.ndarray, "h w"]:

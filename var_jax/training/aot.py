@@ -68,7 +68,7 @@ def tpu_devices(topology: str, slices: int) -> list[Any]:
     try:
         import libtpu  # type: ignore  # noqa: F401
     except ImportError as error:
-        raise BadInput("libtpu is missing: pip install -e '.[tpu]' brings it.") from error
+        raise BadInput("libtpu is missing: pip install 'var_jax[tpu]' brings it.") from error
     more = {"num_slices": slices} if slices > 1 else {}
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)

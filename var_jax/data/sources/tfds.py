@@ -103,7 +103,8 @@ def _import_tfds(set_name: str) -> Any:
     try:
         import tensorflow_datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise BadInput(f"data source 'tfds:{set_name}' needs pip install -e '.[data]'.") from error
+        sentence = f"data source 'tfds:{set_name}' needs tfds: pip install 'var_jax[data]'."
+        raise BadInput(sentence) from error
     return tensorflow_datasets
 
 
