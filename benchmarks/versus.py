@@ -58,7 +58,9 @@ TRIES = {  # what is changed of versus:var, sampled with the guidance that was b
     "token noise": "train_transformer.token_noise=0.2",
     "six scales": "tokenizer.patch_nums=1,2,3,4,6,8",
     "last scale twice": "tokenizer.patch_nums=1,2,4,8,8",
-    "last scale twice, token noise": "tokenizer.patch_nums=1,2,4,8,8 train_transformer.token_noise=0.2",
+    "last scale twice, token noise": (
+        "tokenizer.patch_nums=1,2,4,8,8 train_transformer.token_noise=0.2"
+    ),
 }
 RATES = (0.5, 1.0, 2.0)  # factors on a config's learning rate that are tried
 GUIDANCE = (0.0, 1.0, 2.0)  # scales that are tried

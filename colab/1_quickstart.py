@@ -76,8 +76,8 @@ np.stack([person, *edited]).view(var_jax.Images)
 # ## Train
 #
 # First the tokenizer, then the transformer on its tokens, from nothing, on the 1,906 Noto emoji in
-# the package. This takes about 9 minutes on two CPU cores; fewer steps are faster. The same command
-# continues a training that was stopped.
+# the package. This takes about 9 minutes on two CPU cores, longer if they have other work, as when this
+# notebook was run; fewer steps are faster. The same command continues a training that was stopped.
 
 # %%
 TOKENIZER_STEPS = 1000  # @param {"type": "integer"}
@@ -89,8 +89,8 @@ TRANSFORMER_STEPS = 850  # @param {"type": "integer"}
 # %% [markdown]
 # ## Look
 #
-# The work directory `runs/emoji` holds the curves, in nats a token. In the end the transformer
-# overfits: 1,712 images are few.
+# The work directory `runs/emoji` holds the curves, in nats a token. Where the validation loss no longer
+# falls, the transformer begins to memorize: 1,712 images are few.
 
 # %%
 from PIL import Image
@@ -99,7 +99,8 @@ curves = Image.open("runs/emoji/curves.png")
 curves.resize((900, round(900 * curves.height / curves.width)))
 
 # %% [markdown]
-# Images of the validation set, and below each what the tokenizer makes of it:
+# A row for each image of the validation set: the image, what the tokenizer makes of it, and that after
+# each scale:
 
 # %%
 Image.open("runs/emoji/reconstructions.png")
@@ -115,7 +116,7 @@ mine.sample(np.repeat(np.arange(len(mine.class_names)), 10), seed=0)
 # Are they new? Below each sample is the training image that is nearest to it in pixels.
 
 # %%
-samples = mine.sample(["Animals & Nature", "Food & Drink", "Travel & Places"] * 3, seed=5)
+samples = mine.sample(["Flags", "Food & Drink", "Smileys & Emotion"] * 3, seed=2)
 training_set = open_source("emoji", "train", size=32).images
 pixels = lambda images: np.asarray(images, np.float32).reshape(len(images), 1, -1)
 distance = np.linalg.norm(pixels(samples) - pixels(training_set).swapaxes(0, 1), axis=-1)
@@ -127,4 +128,5 @@ np.stack([samples, training_set[distance.argmin(1)]]).view(var_jax.Images)
 # [How VAR works](2_how_var_works.ipynb) ·
 # [Official weights](3_official_weights.ipynb) ·
 # [Your own images](4_your_own_images.ipynb) ·
-# [TPU](5_tpu.ipynb)
+# [TPU](5_tpu.ipynb) ·
+# [Scaling laws](6_scaling_laws.ipynb)

@@ -88,7 +88,7 @@ found, left = encode(tokenizer, images)
 print("same tokens as the library:", bool((found == tokens).all()))
 
 # %% [markdown]
-# The token maps of the first image (a color for each code), what each scale adds to a white image
+# The token maps of the first image (a colour for each code), what each scale adds to a white image
 # (grey is nothing), and the sum so far:
 
 # %%
@@ -229,7 +229,9 @@ for layer, axis in enumerate(axes):
     axis.set_xticks(*ticks, fontsize=7)
     axis.set_yticks(*ticks, fontsize=7)
 axes[0].set_ylabel("query, side of its scale")
+axes[0].set_xlabel("key, side of its scale")
 figure.colorbar(shown, ax=axes[-1], shrink=0.8)
+plt.show()
 # %% [markdown]
 # Within the 4×4 scales: where a token of the last scale (white frame) looks in the scale before, the
 # mean of all layers, heads and validation images. Most goes to the same place, and to its mirror
@@ -243,11 +245,12 @@ look = attentions[..., last, before].mean((0, 1, 2)).reshape(16, 4, 4)
 
 figure, axes = plt.subplots(1, 6, figsize=(10, 1.9), layout="constrained")
 for axis, place in zip(axes, [0, 3, 5, 10, 12, 15]):
-    axis.imshow(look[place], cmap="magma", vmin=0)
+    shown = axis.imshow(look[place], cmap="magma", vmin=0, vmax=look.max())
     y, x = divmod(place, 4)
     axis.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, color="white", lw=2))
     axis.set(xticks=[], yticks=[])
-
+figure.colorbar(shown, ax=axes[-1], shrink=0.8)
+plt.show()
 # %% [markdown]
 # ## 6. Sampling: guidance, top-k and top-p
 #
@@ -268,9 +271,9 @@ SEED = 0  # @param {"type": "integer"}
 model.sample([CLASS] * 10, cfg=CFG, top_k=TOP_K, top_p=TOP_P, seed=SEED)
 
 # %% [markdown]
-# The same seeds under other settings. Guidance makes the class more typical, filters trade variety
-# for quality: with all codes some images fall apart, the likeliest code alone gives the same image
-# again and again.
+# The same seeds under other settings. Guidance makes the class more typical, and too much of it breaks
+# images: this checkpoint, trained long on few images, wants none. Filters trade variety for quality:
+# with all codes some images fall apart, the likeliest code alone gives the same image again and again.
 
 # %%
 settings = {
@@ -298,23 +301,26 @@ model.settings()
 # ## 7. The likelihood is exact
 #
 # VAR gives the probability of any image's tokens, scale by scale, so Bayes' rule turns it into a
-# classifier: $p(c \mid r) \propto p(r \mid c)$ if all classes are equally likely. Here for three
-# samples (orange is the class that was asked for). Images that it has not seen this small model often
-# gets wrong: it has memorized its training set.
+# classifier: $p(c \mid r) \propto p(r \mid c)$ if all classes are equally likely. Here for a sample
+# and three images of the validation set (orange is the right class). It is sure of its own samples, and
+# often sure and wrong of images that it has not seen: it has memorized its training set.
 
 # %%
-labels = [0, 2, 8]
-samples = model.sample(labels, seed=3)
-figure, axes = plt.subplots(1, 3, figsize=(10, 2.4), layout="constrained", sharey=True)
-for axis, image, label in zip(axes, samples, labels):
+chosen = [10, 90, 170]
+images = [model.sample(["Flags"], seed=3)[0], *validation.images[chosen]]
+labels = [8, *validation.labels[chosen]]
+figure, axes = plt.subplots(
+    2, 4, figsize=(10, 3.4), layout="constrained", height_ratios=(1, 3), sharey="row"
+)
+for (above, axis), image, label in zip(axes.T, images, labels):
+    above.imshow(image)
+    above.axis("off")
     each = model.log_likelihood(np.stack([image] * 9), np.arange(9)).sum(1)
     colors = ["tab:orange" if i == label else "lightsteelblue" for i in range(9)]
     axis.barh(model.class_names, jax.nn.softmax(each), color=colors)
     axis.set(xlim=(0, 1), xlabel="$p(c \\mid r)$")
-    axis.invert_yaxis() if axis is axes[0] else None
-    inset = axis.inset_axes((0.62, 0.1, 0.36, 0.5))
-    inset.imshow(image)
-    inset.axis("off")
+axes[1, 0].invert_yaxis()
 
 # %% [markdown]
-# Next: [official weights](3_official_weights.ipynb), [your own images](4_your_own_images.ipynb).
+# Next: [official weights](3_official_weights.ipynb), [your own images](4_your_own_images.ipynb),
+# [TPU](5_tpu.ipynb), [scaling laws](6_scaling_laws.ipynb).

@@ -81,7 +81,8 @@ model
 # %% [markdown]
 # ## Sample
 #
-# A class is a number, or a name; names are those of ImageNet.
+# A class is a number, or a name; names are those of ImageNet. (The images kept here are all of the
+# stand-in, whose weights are random.)
 
 # %%
 [name for name in model.class_names if "retriever" in name]
@@ -104,7 +105,7 @@ scales = model.coarse_to_fine(tokens[:1])[0, :, ::2, ::2]
 scales.view(var_jax.Images)
 
 # %% [markdown]
-# `smooth` mixes codes instead of choosing one: nicer to look at, not for metrics.
+# `smooth` mixes codes instead of choosing one: with trained weights nicer to look at, not for metrics.
 
 # %%
 model.sample(CLASSES, seed=SEED, cfg=CFG, smooth=True, batch_size=4)
@@ -129,7 +130,8 @@ other = model.edit(image, BOX, label="macaw", num=1, seed=1, cfg=CFG)
 np.stack([image, *same, *other]).view(var_jax.Images)
 
 # %% [markdown]
-# Where the last one differs from the original as the tokenizer reconstructs it (dark: nowhere):
+# Where the last one differs from the original as the tokenizer reconstructs it (dark: nowhere). Outside
+# of the box, tokens are the same:
 
 # %%
 original = np.asarray(model.decode(model.encode(image)))[0].astype(int)
@@ -146,4 +148,5 @@ Image.fromarray((change * 255 / change.max()).astype(np.uint8))
 # !python -m var_jax.convert --checkpoint {CHECKPOINT} --to_torch official_again
 
 # %% [markdown]
-# Next: [fine-tuning and your own images](4_your_own_images.ipynb), [TPU](5_tpu.ipynb).
+# Next: [fine-tuning and your own images](4_your_own_images.ipynb), [TPU](5_tpu.ipynb),
+# [scaling laws](6_scaling_laws.ipynb).

@@ -53,15 +53,19 @@ mesh
 # hold the same rows.
 
 # %%
+import functools
+
 import numpy as np
 
 import var_jax
 from var_jax.sharding.mesh import put_global_batch
 
+show = functools.partial(jax.debug.visualize_array_sharding, scale=0.05, min_width=12)
+
 model = var_jax.load("emoji", mesh=mesh)
 transformer = model.models.transformer
 tokens = np.zeros((8, transformer.config.num_tokens), np.int32)
-jax.debug.visualize_array_sharding(put_global_batch(tokens, mesh))
+show(put_global_batch(tokens, mesh))
 
 # %% [markdown]
 # The first matrix of an MLP, `(D, F)`: its rows are split over *fsdp*, its columns over *tensor*.
@@ -69,22 +73,22 @@ jax.debug.visualize_array_sharding(put_global_batch(tokens, mesh))
 
 # %%
 with jax.set_mesh(mesh):
-    jax.debug.visualize_array_sharding(transformer.blocks.fc1[0])
+    show(transformer.blocks.fc1[0])
 
 # %% [markdown]
 # The second, `(F, D)`: the other way round, so that the product of both needs one sum over *tensor*.
 
 # %%
 with jax.set_mesh(mesh):
-    jax.debug.visualize_array_sharding(transformer.blocks.fc2[0])
+    show(transformer.blocks.fc2[0])
 
 # %% [markdown]
 # An embedding of the classes, `(classes + 1, D)`, and a bias, which every device holds whole:
 
 # %%
 with jax.set_mesh(mesh):
-    jax.debug.visualize_array_sharding(transformer.class_embed[...])
-    jax.debug.visualize_array_sharding(transformer.word_bias[...])
+    show(transformer.class_embed[...])
+    show(transformer.word_bias[...])
 
 # %% [markdown]
 # ## The same numbers
@@ -124,6 +128,7 @@ TOPOLOGY = "v5e:4x8"  # @param ["v5e:2x2", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5
 # !python -m var_jax.aot --config {CONFIG} --topology {TOPOLOGY}
 
 # %% [markdown]
-# `efficiency` compares the step with one large matrix product of as many operations; figures of all
+# `efficiency` compares the step with one large matrix product of as many operations, whose cycles are
+# `yardstick_cycles`; figures of all
 # sizes are in [benchmarks/aot.md](../benchmarks/aot.md). Cycles are estimates of the compiler: nothing
 # here has been measured on a TPU.

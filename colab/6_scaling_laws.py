@@ -81,7 +81,7 @@ for run in dict.fromkeys(row["run"] for row in rows):
     axis.plot(column(of_run, "compute"), column(of_run, "loss_all"), "o-", ms=3, lw=1, color=color)
 axis.set(xscale="log", xlabel="operations of training", ylabel="loss, nats a token")
 axis.set_title("dark: small, light: large", loc="left", fontsize=10)
-
+plt.show()
 # %% [markdown]
 # ## 3. Loss as a power law of parameters
 #
@@ -166,7 +166,7 @@ for each in report.iso_flops:
         axis.axvline(each.best, color="0.8", lw=0.8, zorder=0)
 axis.set(xscale="log", xlabel="weights of the blocks", ylabel="loss_all")
 axis.legend(frameon=False, fontsize=7, ncols=2)
-
+plt.show()
 # %% [markdown]
 # ## 6. Everything that the command prints
 #

@@ -20,7 +20,7 @@ LABELS = (
     "Symbols", "Flags",
 )  # fmt: skip
 TIMES = "\N{MULTIPLICATION SIGN}"
-SEED = 7  # of the samples that are encoded
+SEED = 3  # of the samples: one that gives recognizable images
 
 
 def save(figure: Figure, path: Path) -> None:
