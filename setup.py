@@ -82,6 +82,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
+            "setuptools>=68",
             *DEMO,
             *FEATURES,
             *GCS,

@@ -43,7 +43,7 @@ printf '%s\\n' '#!/bin/bash' 'echo "$*" >> $CLOUD/uv' 'mkdir -p .venv/bin' \\
 chmod +x ~/.local/bin/uv
 """
 TMUX = """
-[[ $1 == has-session ]] && exec kill -0 $(cat $HOME/tmux-${3#=})
+[[ $1 == has-session ]] && { kill -0 $(cat $HOME/tmux-${3#=}); exit; }  # the shell's own kill
 shift 3; echo $$ > $HOME/tmux-$1; exec setsid "${@:2}" > /dev/null 2>&1 &
 echo $! > $HOME/tmux-$1
 """
