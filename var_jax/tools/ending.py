@@ -97,6 +97,8 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
+        if sys.is_finalizing():  # Python ended the thread without a word: join would wait for ever
+            return
         signal.set_wakeup_fd(wakeup)
         for number, handler in handlers.items():
             signal.signal(number, handler)
