@@ -97,15 +97,14 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        if sys.is_finalizing():  # Python ended the thread without a word: join would wait for ever
-            return
-        signal.set_wakeup_fd(wakeup)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        process.listens = False
-        os.close(writer)
-        heard.join()
-        os.close(reader)
+        if not sys.is_finalizing():  # else Python ended the thread, and join would wait for ever
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            process.listens = False
+            os.close(writer)
+            heard.join()
+            os.close(reader)
 
 
 _from_the_start = listening()  # kept, as its end would be the end of listening
