@@ -116,7 +116,7 @@ mine.sample(np.repeat(np.arange(len(mine.class_names)), 10), seed=0)
 # Are they new? Below each sample is the training image that is nearest to it in pixels.
 
 # %%
-samples = mine.sample(["Animals & Nature", "Food & Drink", "Travel & Places"] * 3, seed=5)
+samples = mine.sample(["Flags", "Food & Drink", "Smileys & Emotion"] * 3, seed=2)
 training_set = open_source("emoji", "train", size=32).images
 pixels = lambda images: np.asarray(images, np.float32).reshape(len(images), 1, -1)
 distance = np.linalg.norm(pixels(samples) - pixels(training_set).swapaxes(0, 1), axis=-1)
