@@ -121,3 +121,18 @@ def test_an_interrupt_while_a_command_is_imported(tmp_path, seconds):
 )
 def test_only_commands_of_ours_are_heard_from_the_start(argv, whole, expected):
     assert ending.is_command(argv, whole) is expected
+
+
+def test_the_end_of_the_interpreter_waits_for_no_thread():
+    """Python 3.13 ends daemon threads without a word, also the one that listens."""
+    text = """
+import sys, threading
+from var_jax.tools import ending
+listening = ending.listening()
+listening.__enter__()
+def never(thread): raise AssertionError("a thread is waited for")
+threading.Thread.join, sys.is_finalizing = never, lambda: True
+listening.__exit__(None, None, None)
+"""
+    ended = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
