@@ -24,7 +24,6 @@ from typing import Any
 import jupytext
 import nbclient
 import nbformat
-from PIL import Image
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 # The values of form fields (`NAME = value  # @param`) in small settings.
@@ -121,10 +120,12 @@ def slim(notebook: nbformat.NotebookNode) -> None:
 
 def compressed(content: bytes, most: int = 80_000) -> tuple[str, bytes]:
     """Format and bytes of an image of at most `most` bytes: PNG, or JPEG where PNG is larger."""
+    from PIL import Image  # which no notebook has installed when this file starts
+
     with Image.open(io.BytesIO(content)) as opened:
         image = opened.convert("RGB")
 
-    def encoded(image: Image.Image, kind: str, **how: Any) -> bytes:
+    def encoded(image: Any, kind: str, **how: Any) -> bytes:
         image.save(file := io.BytesIO(), kind, **how)
         return file.getvalue()
 
