@@ -62,7 +62,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train_tokenizer.update(
         steps=this.tokenizer_steps, batch_size=32, learning_rate=8e-3, schedule="cos",
         warmup_steps=30, final_lr_ratio=0.0, weight_decay=0.0, final_weight_decay=0.0,
-        clip_norm=1.0, ema_decay=0.995, restart_by_scale=True,
+        clip_norm=1.0, ema_decay=0.995, restart_by_scale=True, codebook_restart=0.01,
     )  # fmt: skip
     config.train_transformer.update(
         steps=this.transformer_steps, batch_size=32, learning_rate=1.6e-2, schedule="lin0",
