@@ -38,8 +38,7 @@ from var_jax.sampling.exports import Models, abstract_models, load_models, load_
 from var_jax.sampling.generate import (
     Generated,
     coarse_to_fine,
-    collect,
-    generate,
+    generate_all,
     image_keys,
     sampler_of,
 )
@@ -287,7 +286,11 @@ class Model:
         self.check_kind("likelihood", "var", "raster")
         check_batch_size(batch_size)
         images = as_array("images", images)
-        tokens = self.encode(images) if images.ndim > 2 else self._check_tokens(images)
+        tokens = (
+            self.encode(images, batch_size=batch_size)
+            if images.ndim > 2
+            else self._check_tokens(images)
+        )
         none = np.array([len(self.class_names)], np.int32)
         numbers = none if labels is None else self._numbers(labels)
         if len(numbers) not in (1, len(tokens)):
@@ -534,8 +537,7 @@ class Model:
         draw, weights = self.sampler(settings, **more)
         how = {"batch_size": few_sizes(len(labels), batch_size), "seed": seed, "known": known}
         with self._using():
-            parts = generate(draw, weights, labels, **how)
-            return collect(parts, len(labels))
+            return generate_all(draw, weights, labels, **how)
 
     def _using(self) -> contextlib.AbstractContextManager[Any]:
         if self.mesh is None and not jax.sharding.get_mesh().empty:

@@ -153,8 +153,9 @@ def main(args: flags.FlagValues) -> None:
         else:
             run = quality if args.reference else memorized
             found = run(args, network, model, out)
+    settings = about(args, network, model)  # on all hosts: a fingerprint may gather weights
     if jax.process_index() == 0:
-        write(out, found, about(args, network, model))
+        write(out, found, settings)
     sync_global_devices("figures are written")  # hosts that end earlier would take others along
 
 
@@ -167,7 +168,9 @@ def load(
     if not args.checkpoint:
         return None
     model = var_jax.load(args.checkpoint, mesh=mesh)
-    return model.at_schedule(sampling_flags.schedule(args.patch_nums)) if args.patch_nums else model
+    if args.patch_nums is None:
+        return model
+    return model.at_schedule(sampling_flags.schedule(args.patch_nums))
 
 
 def validation_source(args: flags.FlagValues, size: Size) -> Source:
@@ -358,7 +361,7 @@ def draw(
     labels = np.resize(np.arange(len(model.class_names), dtype=np.int32), num)
     prints = "".join(fingerprints(args, model).values())
     about = settings.flags(model.kind) | {"weights": prints, "num": num, "seed": args.seed}
-    about |= {"patch_nums": str(model.patch_nums)} if args.patch_nums else {}
+    about["patch_nums"] = None if args.patch_nums is None else str(model.patch_nums)
     return Job(*model.sampler(settings), labels, folder, args.batch_size, args.seed).once(about)
 
 

@@ -247,8 +247,7 @@ def settings_of(
     if refiner is not None:
         weights += load_fingerprint(args.refiner, "transformer", refiner.models.transformer)
     flag_values = {name: args[name].value for name in SETTINGS}
-    if args.patch_nums is not None:
-        flag_values["patch_nums"] = str(model.patch_nums)
+    flag_values["patch_nums"] = None if args.patch_nums is None else str(model.patch_nums)
     return flag_values | settings.flags(model.kind) | {"weights": weights}
 
 

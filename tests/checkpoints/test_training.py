@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,30 @@ def test_keeps_the_newest_and_leaves_a_saved_step_alone(tmp_path):
     _assert_same(state, _state(3))
     run.close()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
+
+
+def test_all_processes_restore_the_step_that_the_first_one_sees(tmp_path, monkeypatch):
+    """A network file system may show a process an older list of the folder than the first one."""
+    _saved(tmp_path, 1)
+    other = Checkpoints(tmp_path)  # which lists step 1 alone
+    _saved(tmp_path, 2)
+    newest = lambda make, shape, dtype: np.array(2, dtype)
+    monkeypatch.setattr("var_jax.checkpoints.training.of_first", newest)
+    step, state, _ = other.restore(_abstract(_state(0)))
+    assert step == 2
+    _assert_same(state, _state(2))
+    other.close()
+
+
+def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
+    _saved(tmp_path, 1)
+    run = Checkpoints(tmp_path)
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    monkeypatch.setattr(run._orbax, "load_checkpointables", Mock(side_effect=full))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
+        run.restore(_abstract(_state(0)))
+    run.close()
+    assert (tmp_path / "1").exists()
 
 
 def test_closing_asks_no_other_process(tmp_path, monkeypatch):

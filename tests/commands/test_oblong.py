@@ -140,4 +140,7 @@ def test_sampling_at_another_schedule(wide, tmp_path):
         ("2,4", "must start at 1 and never fall"),
     ):
         assert sentence in complaint("sample", *where, text, "--out", tmp_path / "bad")
+        if "whole numbers" in sentence:
+            weights = "--tokenizer", tmp_path / "none.pth", "--out", tmp_path / "bad"
+            assert sentence in complaint("convert", *weights, "--patch_nums", text)
         assert not (tmp_path / "bad" / "samples.npz").exists()

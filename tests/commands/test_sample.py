@@ -104,7 +104,7 @@ def test_bad_input(untrained, tmp_path, monkeypatch):
         ("--labels", "3:²"): "--labels holds '3:²'",
         ("--labels", 3, "--smooth", "--show_scales"): "--show_scales needs tokens",
         ("--labels", 3, "--out", Path(__file__)): "test_sample.py",
-        ("--labels", 3, "--out", parts.parent): "holds an unfinished run of other weights",
+        ("--labels", 3, "--out", parts.parent): "holds samples of other weights",
     }
     for flags, expected in said.items():
         assert expected in complaint("sample", "--checkpoint", untrained, "--out", out, *flags)

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 import var_jax
+from var_jax.config import SamplingConfig
+from var_jax.models.other_schedule import sampling_at
 from var_jax.sharding.mesh import make_mesh
 
 LABELS = [0, 1, 2, 3, 4, 5, 6, 7]
@@ -24,6 +26,14 @@ def test_settings_of_each_scale_follow_the_nearest_scale(emoji):
     top_p = emoji.models.sampling.top_p
     assert len(top_p) == len(emoji.patch_nums) == 12
     assert fewer.models.sampling.top_p == (top_p[0], top_p[6], top_p[11])
+
+
+def test_an_interval_of_guidance_keeps_its_place():
+    settings = SamplingConfig(guidance="interval=4-9")
+    ten, five = tuple(range(1, 11)), (1, 3, 5, 7, 10)
+    assert sampling_at(settings, ten, five).guidance == "interval=2-5"
+    assert sampling_at(settings, ten, ten) == settings
+    assert sampling_at(SamplingConfig(), ten, five) == SamplingConfig()
 
 
 def test_other_sizes_have_other_images(emoji):

@@ -21,7 +21,7 @@ from var_jax.sampling.autoregressive import (
     sample_latent,
 )
 from var_jax.sampling.exports import build
-from var_jax.sampling.generate import collect, generate, image_keys
+from var_jax.sampling.generate import generate_all, image_keys
 from var_jax.schedule import slices
 from var_jax.sharding.mesh import make_mesh
 
@@ -34,7 +34,7 @@ def draw(labels=LABELS, batch_size=4, seed=0, index=None, known=None, **how):
     weights = Weights(*models("base")[:2])
     sampler = functools.partial(sample, **how)
     rest = {"batch_size": batch_size, "seed": seed, "index": index, "known": known}
-    generated = collect(generate(sampler, weights, labels, **rest), len(labels))
+    generated = generate_all(sampler, weights, labels, **rest)
     assert generated.rows.tolist() == list(range(len(labels)))
     return generated.images, generated.tokens
 
@@ -121,7 +121,7 @@ def test_windows_in_all_programs(window):
     tokenizer, transformer = models("base")[0], with_window(window)
     weights, how = Weights(tokenizer, transformer), {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
     sampler, keys = functools.partial(sample, **how), image_keys(0, jnp.arange(8))
-    draw_all = lambda: collect(generate(sampler, weights, LABELS_8, batch_size=8), 8).tokens
+    draw_all = lambda: generate_all(sampler, weights, LABELS_8, batch_size=8).tokens
     images, tokens = sample(weights, jnp.arange(8), keys, **how)
     with jax.set_mesh(make_mesh(2, 2, 2)):
         np.testing.assert_array_equal(draw_all(), tokens)
@@ -229,7 +229,7 @@ def test_a_refiner_on_a_mesh():
     transformer, how = models("base")[1], {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
     weights = Weights(*models("base")[:2], transformer)
     sampler = functools.partial(sample, draft_scales=2, guidance="ssg=0.2", **how)
-    draw_all = lambda: collect(generate(sampler, weights, LABELS, batch_size=8), len(LABELS)).tokens
+    draw_all = lambda: generate_all(sampler, weights, LABELS, batch_size=8).tokens
     alone = draw_all()
     with jax.set_mesh(make_mesh(2, 2, 2)):
         np.testing.assert_array_equal(draw_all(), alone)
@@ -263,7 +263,7 @@ def test_a_batch_is_rounded_up_to_the_mesh_and_no_image_is_sampled_twice():
         return images, None
 
     with jax.set_mesh(make_mesh(8, 1, 1)):
-        generated = collect(generate(sampler, None, np.zeros(80, np.int32), batch_size=4), 80)
+        generated = generate_all(sampler, None, np.zeros(80, np.int32), batch_size=4)
     assert calls == [8] * 10 and len(generated.images) == 80 and generated.tokens is None
 
 

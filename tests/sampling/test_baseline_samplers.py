@@ -14,7 +14,7 @@ from var_jax.models.patch_codec import make_tokenizer
 from var_jax.models.transformer import make_transformer
 from var_jax.sampling.autoregressive import Weights
 from var_jax.sampling.diffusion import solve
-from var_jax.sampling.generate import collect, generate, image_keys, sampler_of
+from var_jax.sampling.generate import generate_all, image_keys, sampler_of
 from var_jax.sharding.mesh import make_mesh
 
 LABELS = np.array([1, 2, 0, 1, 2], np.int32)
@@ -45,7 +45,7 @@ def draw(kind, labels=LABELS, batch_size=5, seed=0, index=None, **change):
     sampler = sampler_of(kind, SETTINGS)
     sampler.keywords.update(change)
     rest = {"batch_size": batch_size, "seed": seed, "index": index}
-    return collect(generate(sampler, weights(kind), labels, **rest), len(labels))
+    return generate_all(sampler, weights(kind), labels, **rest)
 
 
 def gaussian_velocity(mean, covariance):

@@ -121,6 +121,14 @@ def test_parts_of_older_versions_are_taken(tmp_path, wanted):
     np.testing.assert_array_equal(found["arr_0"][20:], wanted["arr_0"][20:])
 
 
+def test_samples_of_another_schedule_are_refused(tmp_path):
+    flags = {"weights": "w", "patch_nums": "(1, 2)"}
+    path = job(tmp_path).once(flags)
+    assert job(tmp_path).once(flags) == path
+    with pytest.raises(BadInput, match=r"--patch_nums=\(1, 2\), not None"):
+        job(tmp_path).once(flags | {"patch_nums": None})
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "photo.png").touch()

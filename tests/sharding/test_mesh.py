@@ -4,15 +4,18 @@ import jax
 import pytest
 
 from var_jax import BadInput
+from var_jax.config import TransformerConfig
 from var_jax.sharding.mesh import check_batch, check_model, make_mesh, sampling_mesh
 
 
 def test_sizes_that_do_not_divide():
     mesh = make_mesh(1, 2, 4)
     with pytest.raises(BadInput, match=r"num_heads=30 cannot be split evenly over mesh\.tensor=4"):
-        check_model(1920, 30, 4096, mesh)
+        check_model(TransformerConfig(width=1920, num_heads=30), mesh)
     with pytest.raises(BadInput, match=r"width=65 cannot be split evenly over mesh\.fsdp=2"):
-        check_model(65, 4, 4096, mesh)
+        check_model(TransformerConfig(width=65, num_heads=4, mlp_ratio=8.0), mesh)
+    with pytest.raises(BadInput, match=r"width \* mlp_ratio=1382 cannot be split evenly over mesh"):
+        check_model(TransformerConfig(width=512, num_heads=8, mlp_ratio=2.7), mesh)
     with pytest.raises(BadInput, match="batch_size=7 cannot be split evenly over 2 devices"):
         check_batch("batch_size", 7, mesh)
     with pytest.raises(BadInput, match="data=3 x fsdp=1 x tensor=1 does not cover the 8 devices"):

@@ -53,6 +53,7 @@ FREE = {
     "transformer__attention": "masked",
     "train_transformer__accumulate": 4,
     "sampling__cfg": 3.0,
+    "sampling__steps": 10,
     "report": "module:function",
     "export_dtype": "bfloat16",
 }

@@ -188,7 +188,7 @@ def load_weights(directory: str | PurePath, abstract: PyTree, *, as_stored: bool
             storage.compare(saved, wanted, str(path), dtypes=False)
             on_host = {name: np.empty(0, saved[name].dtype) for name in wanted}
             flat = ocp.load(path, on_host if as_stored else wanted)
-    except BadInput:
+    except (BadInput, MemoryError, jax.errors.JaxRuntimeError):  # of a device: its memory
         raise
     except Exception as error:  # Orbax and tensorstore have no common error for damage.
         why = storage.reason(error)

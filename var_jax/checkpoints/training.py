@@ -1,6 +1,7 @@
 """Training checkpoints: the whole state of a run and its place in the data, on Orbax v1."""
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
@@ -10,8 +11,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from var_jax import BadInput
+from var_jax import BadInput, Failure
 from var_jax.checkpoints import storage
+from var_jax.sharding.mesh import of_first
+from var_jax.tools.files import PATIENCE
 from var_jax.tools.trees import flatten
 
 PyTree = Any
@@ -70,7 +73,8 @@ class Checkpoints:
         """
         self.wait()
         damaged: dict[int, str] = {}
-        for step in sorted(self._steps(), reverse=True):
+        step = np.iinfo(np.int32).max
+        while (step := self._newest_before(step)) >= 0:
             found, reason = self._read(step, storage.with_shardings(abstract))
             if found is not None:
                 self._set_aside(damaged, step)
@@ -118,6 +122,23 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         return [checkpoint.step for checkpoint in self._orbax.checkpoints]
 
+    def _newest_before(self, step: int) -> int:
+        """The newest checkpoint before a step, -1 if there is none: process 0's answer for all.
+
+        A network file system may show other processes an older list. Raises: Failure if one of
+        them does not see it in time.
+        """
+        newest = lambda: np.array(max((s for s in self._steps() if s < step), default=-1), np.int32)
+        found, end = int(of_first(newest, (), np.int32)), time.monotonic() + PATIENCE
+        while found >= 0 and found not in self._steps() and time.monotonic() < end:
+            time.sleep(1)
+            self._orbax.reload()
+        if not _on_every_process(found < 0 or found in self._steps()):
+            raise Failure(
+                f"{self._directory / str(found)} is not seen by all processes; try again."
+            )
+        return found
+
     def _record_files(self) -> None:
         """Runs in the background when all is written, before the checkpoint gets its final name."""
         self._before_commit()
@@ -153,7 +174,7 @@ class Checkpoints:
                 storage.compare(saved, wanted, f"checkpoint {path}", dtypes=True)
                 items = self._orbax.load_checkpointables(step, {"state": wanted, "data": None})
                 found = [items["state"][name] for name in wanted], items["data"]
-            except BadInput:
+            except (BadInput, MemoryError, jax.errors.JaxRuntimeError):  # of a device: its memory
                 raise
             except Exception as error:  # Orbax and tensorstore have no common error for damage.
                 reason = storage.reason(error)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from var_jax import BadInput
 from var_jax.models import attention_tpu
-from var_jax.models.backend import platform
+from var_jax.models.backend import has_fused_attention, platform
 from var_jax.schedule import Pattern
 from var_jax.sharding.mesh import BATCH
 from var_jax.sharding.ops import on_mesh, reshard
@@ -93,7 +93,7 @@ def choose(dtype: DTypeLike, head_dim: int) -> str:
     """The fastest implementation that applies."""
     if platform() == "tpu" and 128 % head_dim == 0:
         return "kernel"
-    if platform() in ("cuda", "gpu") and dtype == jnp.bfloat16 and head_dim <= 128:
+    if has_fused_attention() and dtype == jnp.bfloat16 and head_dim in range(8, 129, 8):
         return "cudnn"
     return "blocks"
 

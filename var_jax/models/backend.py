@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import re
 from collections.abc import Iterator
 
 import jax
@@ -50,6 +51,13 @@ def convolve(
     if platform() == "cpu" and cpu.winograd_pays(x, kernel, strides, padding):
         return cpu.winograd(x, kernel)
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, **how)
+
+
+def has_fused_attention() -> bool:
+    """Whether cuDNN's attention runs there: on NVIDIA's GPUs from Ampere (8.0) on."""
+    found = getattr(jax.local_devices()[0], "compute_capability", "")
+    known = re.fullmatch(r"\d+\.\d+", found)  # others, like gfx90a, are AMD's
+    return platform() in ("cuda", "gpu") and known is not None and float(found) >= 8
 
 
 def bits_a_round() -> int:

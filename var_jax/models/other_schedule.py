@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
-from var_jax.config import PER_SCALE, SamplingConfig, TokenizerConfig
+from var_jax.config import PER_SCALE, SamplingConfig, TokenizerConfig, parse_guidance
 from var_jax.models.backbone import Backbone
 from var_jax.models.patch_codec import make_tokenizer
 from var_jax.models.resize import bicubic_matrix
@@ -72,7 +72,20 @@ def sampling_at(settings: SamplingConfig, given: Schedule, wanted: Schedule) -> 
     several = {name: getattr(settings, name) for name in PER_SCALE}
     nearest = matching_scales(len(given), len(wanted))
     moved = {n: tuple(v[k] for k in nearest) for n, v in several.items() if len(v) == len(given)}
-    return dataclasses.replace(settings, **moved)
+    return dataclasses.replace(
+        settings, **moved, guidance=guidance_at(settings.guidance, len(given), len(wanted))
+    )
+
+
+def guidance_at(guidance: Any, given: int, wanted: int) -> Any:
+    """`SamplingConfig.guidance`; an interval's ends become the nearest of `wanted` scales."""
+    if not isinstance(guidance, str):
+        return guidance
+    name, numbers = parse_guidance(guidance)
+    if name != "interval":
+        return guidance
+    first, last = (matching_scales(wanted, given)[int(number) - 1] + 1 for number in numbers)
+    return f"interval={first}-{last}"
 
 
 def matching_scales(given: int, wanted: int) -> Int[np.ndarray, " wanted"]:

@@ -17,7 +17,7 @@ from var_jax.models.tokenizer import Tokenizer, decode_scales, decode_tokens, en
 from var_jax.sampling import autoregressive, diffusion, raster
 from var_jax.sharding.mesh import local_rows
 from var_jax.sharding.ops import round_up
-from var_jax.sharding.rows import gather_rows, in_batches, put
+from var_jax.sharding.rows import fetch, in_batches, put
 
 Sampler = Callable[..., tuple[Array, Array | None]]
 KINDS = {"var": autoregressive, "raster": raster, "dit": diffusion}
@@ -50,15 +50,16 @@ def generate(
     seed: int = 0,
     index: Int32[np.ndarray, " N"] | None = None,
     known: Any = None,
+    everywhere: bool = False,
 ) -> Iterator[Generated]:
     """Images in order, each from `seed` and its `index` (default: 0..N-1).
 
     `known`, a tree of arrays of N rows, goes to the sampler. `batch_size` is rounded up to what the
     mesh splits evenly; the last batch is padded, so that one compiled program serves all. Of
-    several processes each gets the rows that its own devices made. The next batch is under way on
-    the devices while one is fetched.
+    several processes each gets the rows that its own devices made, or all of them if `everywhere`.
+    The next batch is under way on the devices while one is fetched.
     """
-    size = round_up(batch_size)
+    size, fetched = round_up(batch_size), fetch_all if everywhere else fetch_local
     index = np.arange(len(labels), dtype=np.int32) if index is None else index
     waiting: tuple[Any, ...] | None = None
     for start in range(0, len(labels), size):
@@ -67,10 +68,10 @@ def generate(
         keys = image_keys(seed, put(index[np.resize(rows, size)]))
         made = sampler(weights, batch[0], keys, batch[1])
         if waiting:
-            yield fetch_local(*waiting)
+            yield fetched(*waiting)
         waiting = rows, *made
     if waiting:
-        yield fetch_local(*waiting)
+        yield fetched(*waiting)
 
 
 def fetch_local(rows: np.ndarray, images: Array, tokens: Array | None) -> Generated:
@@ -81,13 +82,20 @@ def fetch_local(rows: np.ndarray, images: Array, tokens: Array | None) -> Genera
     return Generated(rows[here[kept]], mine[kept], codes)
 
 
-def collect(parts: Iterator[Generated], count: int) -> Generated:
-    """All `count` images and their tokens, on every process."""
+def fetch_all(rows: np.ndarray, images: Array, tokens: Array | None) -> Generated:
+    """The batch without the padding, on every process."""
+    codes = None if tokens is None else fetch(tokens, len(rows))
+    return Generated(rows, fetch(images, len(rows)), codes)
+
+
+def generate_all(
+    sampler: Sampler, weights: Any, labels: Int32[np.ndarray, " N"], **rest: Any
+) -> Generated:
+    """What `generate` makes, as one, on every process."""
+    parts = generate(sampler, weights, labels, everywhere=True, **rest)
     rows, images, tokens = zip(*parts, strict=True)
-    here = np.concatenate(rows)
-    gather = lambda values: gather_rows(here, np.concatenate(values), count)
-    codes = None if tokens[0] is None else gather(tokens)
-    return Generated(np.arange(count, dtype=np.int32), gather(images), codes)
+    codes = None if tokens[0] is None else np.concatenate(tokens)
+    return Generated(np.concatenate(rows), np.concatenate(images), codes)
 
 
 def coarse_to_fine(

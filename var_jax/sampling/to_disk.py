@@ -195,17 +195,15 @@ class Job:
         return path
 
 
-def check_settings(parts: epath.Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raises BadInput if unfinished parts are of a job with other settings."""
-    advice, found = "finish that, remove the folder, or name another --out.", ADDED | found
+def check_settings(folder: epath.Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raises BadInput if what lies in a folder was sampled with settings other than these."""
+    advice = "set them back, remove the folder, or name another --out."
     if found.get("weights") != settings["weights"]:
-        raise BadInput(f"{parts} holds an unfinished run of other weights; {advice}")
-    for name, value in settings.items():
-        if str(found.get(name)) != str(value):
-            raise BadInput(
-                f"{parts} holds an unfinished run with --{name}={found.get(name)}, not {value};"
-                f" {advice}"
-            )
+        raise BadInput(f"{folder} holds samples of other weights; {advice}")
+    found = ADDED | found
+    for name, now in settings.items():
+        if str(then := found.get(name)) != str(now):
+            raise BadInput(f"{folder} holds samples with --{name}={then}, not {now}; {advice}")
 
 
 def runs(rows: Int[np.ndarray, " b"], wanted: Bool[np.ndarray, " b"]) -> list[np.ndarray]:

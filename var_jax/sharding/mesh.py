@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from var_jax import BadInput
+from var_jax.config import TransformerConfig
 from var_jax.tools.settings import pinned
 from var_jax.tools.trees import path_name
 
@@ -99,14 +100,16 @@ def check_hosts(mesh: Mesh) -> None:
             )
 
 
-def check_model(width: int, heads: int, vocab: int, mesh: Mesh) -> None:
-    """Raises BadInput unless the transformer's heads, codes and width split evenly."""
-    wanted = {
-        ("num_heads", heads): "tensor",
-        ("vocab_size", vocab): "tensor",
-        ("width", width): "fsdp",
+def check_model(config: TransformerConfig, mesh: Mesh) -> None:
+    """Raises BadInput unless the transformer's heads, MLP, codes and width split evenly."""
+    counts = {
+        "num_heads": (config.num_heads, "tensor"),
+        "width * mlp_ratio": (round(config.width * config.mlp_ratio), "tensor"),
+        "width": (config.width, "fsdp"),
     }
-    for (name, count), axis in wanted.items():
+    if config.kind != "dit":  # which predicts no codes
+        counts["vocab_size"] = config.vocab_size, "tensor"
+    for name, (count, axis) in counts.items():
         if count % mesh.shape[axis]:
             raise BadInput(
                 f"transformer.{name}={count} cannot be split evenly over mesh.{axis}="
@@ -120,8 +123,7 @@ def check_mesh(mesh: Mesh, transformer: Any) -> None:
     if not isinstance(mesh, Mesh) or mesh.axis_names != AXES or kinds != {AxisType.Explicit}:
         raise BadInput(f"{mesh} has other axes than explicit {AXES}; make_mesh makes such ones.")
     if transformer is not None:
-        c = transformer.config
-        check_model(c.width, c.num_heads, c.vocab_size, mesh)
+        check_model(transformer.config, mesh)
 
 
 def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags
 
 from var_jax import BadInput
-from var_jax.schedule import Schedule, shape_of
+from var_jax.schedule import Schedule
 from var_jax.tools import cli
 
 SWEPT = ("cfg", "top_k", "top_p", "temperature", "steps")  # of which a sweep has lists
@@ -89,7 +89,8 @@ def schedule(text: str) -> Schedule:
     """The flag --patch_nums. Raises: BadInput if it does not read as sizes."""
     try:
         sizes = ast.literal_eval(f"({text},)")
-        if all(type(side) is int for size in sizes for side in shape_of(size)):
+        pairs = [(size, size) if type(size) is int else size for size in sizes]
+        if all(len(pair) == 2 and {*map(type, pair)} == {int} for pair in pairs):
             return sizes
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         pass

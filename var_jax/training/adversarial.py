@@ -34,6 +34,15 @@ class Adversary(NamedTuple):
     logits: Float[Array, "2"]
 
 
+class Reconstruction(NamedTuple):
+    """What the adversarial loss needs of a step: a batch, its reconstructions, two gradients."""
+
+    image: UInt8[Array, "B H W 3"]
+    output: Image
+    gradient: Image  # of the other losses, by `output`
+    last_layer: Callable[[Image], Array]  # from a gradient by `output` to the decoder's last kernel
+
+
 def start_adversary(config: TrainTokenizerConfig, key: Key[Array, ""]) -> Adversary | None:
     """The adversary at step 0; None where the config has none."""
     if not config.gan.weight:
@@ -46,26 +55,22 @@ def start_adversary(config: TrainTokenizerConfig, key: Key[Array, ""]) -> Advers
 def adversarial_step(
     config: TrainTokenizerConfig,
     adversary: Adversary,
-    image: UInt8[Array, "B H W 3"],
-    output: Image,
-    gradient: Image,
-    last_layer: Callable[[Image], Array],
+    batch: Reconstruction,
     step: Int32[Array, ""],
     frozen: Frozen,
     key: Key[Array, ""],
 ) -> tuple[Image, Adversary, Metrics]:
-    """The adversarial loss's gradient by the reconstructions `output`, and the next adversary.
+    """The adversarial loss's gradient by the reconstructions, and the next adversary.
 
-    `gradient` is that of the other losses; `last_layer` takes a gradient by `output` to that of the
-    decoder's last convolution. Before `gan.start` the gradient is 0 and nothing is learned.
+    Before `gan.start` the gradient is 0 and nothing is learned.
     """
 
     def active():
-        return compete(config, adversary, image, output, gradient, last_layer, step, frozen, key)
+        return compete(config, adversary, batch, step, frozen, key)
 
     def idle():
         _, _, metrics = jax.eval_shape(active)
-        return jnp.zeros_like(output), adversary, {name: jnp.zeros(()) for name in metrics}
+        return jnp.zeros_like(batch.output), adversary, {name: jnp.zeros(()) for name in metrics}
 
     if not config.gan.start:
         return active()
@@ -75,15 +80,13 @@ def adversarial_step(
 def compete(
     config: TrainTokenizerConfig,
     adversary: Adversary,
-    image: UInt8[Array, "B H W 3"],
-    output: Image,
-    gradient: Image,
-    last_layer: Callable[[Image], Array],
+    batch: Reconstruction,
     step: Int32[Array, ""],
     frozen: Frozen,
     key: Key[Array, ""],
 ) -> tuple[Image, Adversary, Metrics]:
     """`adversarial_step` from `gan.start` on: one forward pass serves both losses."""
+    image, output, gradient, last_layer = batch
     learner, dtype = adversary.discriminator, backend.compute_dtype(config.dtype)
     run = data_parallel(partial(logits, config.gan, dtype))
     keys = reshard(jax.random.split(key, len(image)), BATCH)

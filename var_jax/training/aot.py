@@ -94,8 +94,7 @@ def examine(
     """The report on one program; what needs a compiled one is None where it does not fit."""
     check_batch("batch_size / accumulate", batch_size // parts_of(config, program), mesh)
     check_hosts(mesh)
-    c = config.transformer
-    check_model(c.width, c.num_heads, c.vocab_size, mesh)
+    check_model(config.transformer, mesh)
     with jax.set_mesh(mesh):
         flops = model_flops(config, program) * batch_size / mesh.size
         lowered, parts = lower(config, program, mesh, batch_size)
@@ -158,48 +157,61 @@ def too_large(error: str) -> dict[str, Any]:
 
 def lower(config: Config, program: str, mesh: Mesh, batch_size: int):
     """The lowered program, and bytes a chip of what it is given."""
-    place = lambda shape, dtype: jax.ShapeDtypeStruct(
-        shape, dtype, sharding=NamedSharding(mesh, P(BATCH))
-    )
-    image = place((batch_size, *shape_of(config.data.size), 3), jnp.uint8)
-    h, w = shape_of(config.tokenizer.patch_nums[-1])
-    L, C = config.transformer.num_tokens, config.tokenizer.latent_dim
-    tokens, label = place((batch_size, L), jnp.int32), place((batch_size,), jnp.int32)
-    latent = place((batch_size, h, w, C), jnp.float32)
-    cached = {"latent": latent} if config.transformer.kind == "dit" else {"tokens": tokens}
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    tokenizer = shard(build(config.tokenizer), mesh)
+    batch = abstract_batch(config, mesh, batch_size)
     if program == "sampler":
-        models = {"tokenizer": build(config.tokenizer), "transformer": build(config.transformer)}
-        weights = Weights(**placed(models, mesh))
-        draw = sampler_of(config.transformer.kind, config.sampling)
-        keys = jax.eval_shape(lambda k: jax.random.split(k, batch_size), key)
-        keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=label.sharding)
-        lowered = draw.func.lower(weights, label, keys, None, **draw.keywords)
-        return lowered, {"bytes_parameters": local_bytes(weights)}
+        return lower_sampler(config, mesh, batch["label"])
     if program == "features":
         weights = abstract_inception(NamedSharding(mesh, P()))
-        lowered = jax.jit(data_parallel(inception)).lower(weights, image)
+        lowered = jax.jit(data_parallel(inception)).lower(weights, batch["image"])
         return lowered, {"bytes_parameters": local_bytes(weights)}
-    batch = {
-        "tokenizer": {"image": image},
-        "pixels": {"image": image, "label": label},
-        "transformer": cached | {"label": label},
-    }[program]
-    frozen = {
-        "tokenizer": shard(abstract_loss_networks(config.train_tokenizer), mesh),
-        "pixels": {"tokenizer": tokenizer},
-        "transformer": {"quantizer": tokenizer.quantizer},
+    return lower_step(config, program, mesh, batch)
+
+
+def abstract_batch(config: Config, mesh: Mesh, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Images, labels, and what a token cache would hold of them."""
+    sharding = NamedSharding(mesh, P(BATCH))
+    place = lambda dtype, *shape: jax.ShapeDtypeStruct(
+        (batch_size, *shape), dtype, sharding=sharding
+    )
+    tokenizer = config.tokenizer
+    return {
+        "image": place(jnp.uint8, *shape_of(config.data.size), 3),
+        "label": place(jnp.int32),
+        "tokens": place(jnp.int32, config.transformer.num_tokens),
+        "latent": place(jnp.float32, *shape_of(tokenizer.patch_nums[-1]), tokenizer.latent_dim),
+    }
+
+
+def lower_sampler(config: Config, mesh: Mesh, labels: jax.ShapeDtypeStruct):
+    """`lower` of what `sample` runs."""
+    models = {"tokenizer": build(config.tokenizer), "transformer": build(config.transformer)}
+    weights = Weights(**placed(models, mesh))
+    draw = sampler_of(config.transformer.kind, config.sampling)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), len(labels)))
+    keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=labels.sharding)
+    lowered = draw.func.lower(weights, labels, keys, None, **draw.keywords)
+    return lowered, {"bytes_parameters": local_bytes(weights)}
+
+
+def lower_step(config: Config, program: str, mesh: Mesh, batch: dict[str, jax.ShapeDtypeStruct]):
+    """`lower` of a training step: of the tokenizer, or of the transformer on pixels or tokens."""
+    cached = "latent" if config.transformer.kind == "dit" else "tokens"
+    tokenizer = shard(build(config.tokenizer), mesh)
+    names, frozen = {
+        "tokenizer": (["image"], shard(abstract_loss_networks(config.train_tokenizer), mesh)),
+        "pixels": (["image", "label"], {"tokenizer": tokenizer}),
+        "transformer": ([cached, "label"], {"quantizer": tokenizer.quantizer}),
     }[program]
     # Of progressive training the last stage, which is the largest.
     training = dataclasses.replace(config.train_transformer, progressive=0.0)
     task = task_of(dataclasses.replace(config, train_transformer=training), program)
+    key = jax.eval_shape(lambda: jax.random.key(0))
     state = shard(jax.eval_shape(task.init, key), mesh, task.layout)
     step, count = jax.jit(task.step, donate_argnums=0), jax.ShapeDtypeStruct((), jnp.int32)
     is_learner = lambda part: isinstance(part, Learner)
     learners = filter(is_learner, jax.tree.leaves(state, is_leaf=is_learner))
     params = [learner.params for learner in learners]
-    return step.lower(state, count, batch, frozen, key), {
+    return step.lower(state, count, {name: batch[name] for name in names}, frozen, key), {
         "bytes_parameters": local_bytes((params, frozen)),
         "bytes_optimizer": local_bytes(state) - local_bytes(params),
     }
@@ -232,7 +244,8 @@ def model_flops(config: Config, program: str) -> float:
             return 3 * matmul_flops(forward, tokenizer, pixels, None, None) + losses
         if program == "pixels":
             return transformer + matmul_flops(type(tokenizer).encode, tokenizer, image)
-        guided = 2 * transformer_flops(config.transformer, backward=False)
+        guided = 2 if config.sampling.cfg else 1
+        guided *= transformer_flops(config.transformer, backward=False)
         if config.transformer.kind == "dit":
             guided *= config.sampling.steps * (2 if config.sampling.solver == "heun" else 1)
         return guided + matmul_flops(type(tokenizer).decode, tokenizer, codes)

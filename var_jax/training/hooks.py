@@ -11,7 +11,7 @@ from var_jax.data.sources import Source
 from var_jax.models.tokenizer import Tokenizer, encode_images
 from var_jax.sampling.autoregressive import Weights
 from var_jax.sampling.exports import Models
-from var_jax.sampling.generate import coarse_to_fine, collect, generate, sampler_of
+from var_jax.sampling.generate import coarse_to_fine, generate_all, sampler_of
 from var_jax.sharding.rows import in_batches
 from var_jax.tools.images import going_on_without, grid, labelled_rows, save_png
 from var_jax.tools.logs import Metrics
@@ -114,5 +114,5 @@ def draw_samples(
     """Samples of these classes, as `sample` draws them from the export, on every process."""
     sampler = sampler_of(models.transformer.config.kind, models.sampling)
     weights = Weights(models.tokenizer, models.transformer)
-    parts = generate(sampler, weights, labels, batch_size=min(batch_size, len(labels)), seed=seed)
-    return collect(parts, len(labels)).images
+    batch_size = min(batch_size, len(labels))
+    return generate_all(sampler, weights, labels, batch_size=batch_size, seed=seed).images

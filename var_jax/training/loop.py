@@ -88,7 +88,7 @@ def run(
         stop = after.restart(step, state)
         while step < config.steps and not stop:
             step += 1
-            trace(step)
+            trace(step, state)
             with ending.unsaved(compiled):
                 with after.speed.waiting():
                     batch = put_batch(next(batches), mesh)
@@ -142,6 +142,7 @@ class AfterStep:
         hooks: Sequence[Hook],
     ):
         self._name, self._last = task.name, task.config.steps
+        self._owed: list[Hook] = []  # that were due at a step that was skipped
         self._checkpoints, self._batches, self._metrics = checkpoints, batches, metrics
         self._every, self._hooks = every, hooks
         self.log, self.speed = DelayedLog(task.name, metrics), Speed(task)
@@ -163,7 +164,7 @@ class AfterStep:
     ) -> bool:
         """Does what is due after a step; `skipped` in a row were not finite. Whether to stop."""
         last, stop = step == self._last, ending.stop_requested()
-        due = [hook for hook in self._hooks if hook.is_due(step, self._last)]
+        due = [h for h in self._hooks if h in self._owed or h.is_due(step, self._last)]
         if step % self._every.log == 0 or last:
             self.log.write(step, values, skipped)
             if pace := self.speed.up_to(step):
@@ -174,9 +175,10 @@ class AfterStep:
                 wait = bool(last or stop or due)  # a stop during hooks loses nothing
                 self._checkpoints.save(step, state, self._batches.get_state(), wait=wait)
             else:
-                due = []  # what is kept may be the cause, and no hook runs unsaved
+                self._owed, due = due, []  # until a step is kept: no hook runs unsaved
             stop = stop or ending.stop_requested()
         if due and not stop:  # else the next start runs them
+            self._owed = []
             with self.speed.excluding():
                 stop = self._run_hooks(due, step, state)
         return stop
@@ -321,12 +323,14 @@ class Trace:
     def __enter__(self):
         return self
 
-    def __call__(self, step: int) -> None:
-        """Starts or stops ahead of `step`."""
+    def __call__(self, step: int, state: Any) -> None:
+        """Starts or stops ahead of `step`, once the devices have made the `state` before it."""
         if step == self._first and self._end > self._first:
+            jax.block_until_ready(state)
             jax.profiler.start_trace(self._folder)
             self._on = True
-        elif step == self._end:
+        elif step == self._end and self._on:
+            jax.block_until_ready(state)
             self.__exit__()
 
     def __exit__(self, *error: Any) -> None:

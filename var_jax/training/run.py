@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from var_jax import BadInput
@@ -33,7 +34,7 @@ from var_jax.sampling.exports import (
 )
 from var_jax.sampling.generate import reconstruct_images
 from var_jax.schedule import num_tokens
-from var_jax.sharding.mesh import check_batch, check_hosts, check_model, make_mesh
+from var_jax.sharding.mesh import check_batch, check_hosts, check_model, make_mesh, of_first
 from var_jax.sharding.rows import replicate
 from var_jax.tools.files import replacing
 from var_jax.tools.images import curves, going_on_without, save_png
@@ -102,8 +103,7 @@ class Run:
         self.config = config = with_classes(config, len(self.train.class_names))
         self.mesh = make_mesh(**dataclasses.asdict(config.mesh))
         check_hosts(self.mesh)
-        c = config.transformer
-        check_model(c.width, c.num_heads, c.vocab_size, self.mesh)
+        check_model(config.transformer, self.mesh)
         check_batches("train_tokenizer", config.train_tokenizer, 1, self.mesh)
         accumulate = config.train_transformer.accumulate
         check_batches("train_transformer", config.train_transformer, accumulate, self.mesh)
@@ -133,8 +133,9 @@ class Run:
         check_replaceable(workdir / "checkpoint")  # ahead of days of training
         occupy(workdir, config, inputs, splits)
         # Older versions never trained a pretrained tokenizer; what they began goes on so.
-        begun = {name: steps_made(workdir / name) for name in TRAININGS}
-        self.fine_tunes = bool(begun["tokenizer"] or not begun["transformer"])
+        begun = lambda: np.array([steps_made(workdir / name) > 0 for name in TRAININGS])
+        tokenizer, transformer = of_first(begun, (len(TRAININGS),), bool)
+        self.fine_tunes = bool(tokenizer or not transformer)
         if jax.process_index() == 0:
             print(summarize(data.source, splits), flush=True)
         self.metrics = Metrics(workdir)

@@ -21,7 +21,12 @@ from var_jax.schedule import num_tokens
 from var_jax.sharding.mesh import BATCH, replicated
 from var_jax.sharding.ops import data_parallel, reshard
 from var_jax.tools.trees import path_name
-from var_jax.training.adversarial import Adversary, adversarial_step, start_adversary
+from var_jax.training.adversarial import (
+    Adversary,
+    Reconstruction,
+    adversarial_step,
+    start_adversary,
+)
 from var_jax.training.codebook import CodebookStats, codes_by_scale, init_stats, update_codebook
 from var_jax.training.losses import (
     absolute_error,
@@ -126,10 +131,10 @@ def differentiate(
     if adversary is not None:
         # Of the tokenizer's gradients only this one is computed: nothing asks for the others.
         last_layer = lambda g: pull_back((g, by_codes))[0].decoder.conv_out.kernel[...]
+        batch = Reconstruction(image, output, by_output, last_layer)
         by_adversary, adversary, more = adversarial_step(
-            config, adversary, image, output, by_output, last_layer, state.step, frozen,
-            of_discriminator,
-        )  # fmt: skip
+            config, adversary, batch, state.step, frozen, of_discriminator
+        )
         by_output, metrics = by_output + by_adversary, metrics | more
     return pull_back((by_output, by_codes))[0], adversary, code, metrics
 

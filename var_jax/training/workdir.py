@@ -101,11 +101,11 @@ def record(
     past = recorded.get("changes", [])
     for name in changed:
         sys.stderr.write(f"{path.parent}: config.{name} is {new[name]} now, was {old[name]}\n")
-        stage = name.removesuffix(".steps").removeprefix("train_")
-        if name.endswith(".steps") and made[stage]:
-            sys.stderr.write(
-                f"the {stage} goes on to step {new[name]}; its schedules are now of that many\n"
-            )
+        for stage in TRAININGS:
+            if name == f"train_{stage}.steps" and made[stage]:
+                sys.stderr.write(
+                    f"the {stage} goes on to step {new[name]}; its schedules are now of that many\n"
+                )
     if changed:
         past = [*past, {"after": dict(made), **{n: [old[n], new[n]] for n in changed}}]
     about = now | inputs | ({"changes": past} if past else {})
