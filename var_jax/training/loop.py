@@ -272,12 +272,14 @@ def make_evaluation(
 class Speed:
     """Images a second, share of the peak the chips make (MFU), share of time waited for data.
 
-    The clock starts after the first step, which compiles.
+    The clock starts after the first step, which compiles. What is measured is the pace at which the
+    devices end earlier steps: up to the first log nothing waits for them, so it has no figures.
     """
 
     def __init__(self, task: Task):
         self._task, self._peak = task, peak_flops(jax.devices()[0].device_kind)
         self._steps, self._since, self._waited = -1, time.monotonic(), 0.0
+        self._dispatched = False  # whether steps are under way that a log waits for
 
     def count(self, values: dict) -> None:
         """Counts a step, whose metrics these are."""
@@ -309,6 +311,7 @@ class Speed:
         found = {"images_per_second": rate, "data_wait": self._waited / seconds}
         if self._peak and (flops := self._task.image_flops(step)):
             found["mfu"] = rate * flops / self._peak / jax.device_count()
+        found, self._dispatched = found if self._dispatched else {}, True
         self._steps, self._since, self._waited = 0, time.monotonic(), 0.0
         return found
 
