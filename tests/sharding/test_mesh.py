@@ -12,8 +12,8 @@ def test_sizes_that_do_not_divide():
     mesh = make_mesh(1, 2, 4)
     with pytest.raises(BadInput, match=r"num_heads=30 cannot be split evenly over mesh\.tensor=4"):
         check_model(TransformerConfig(width=1920, num_heads=30), mesh)
-    with pytest.raises(BadInput, match=r"width=65 cannot be split evenly over mesh\.fsdp=2"):
-        check_model(TransformerConfig(width=65, num_heads=4, mlp_ratio=8.0), mesh)
+    with pytest.raises(BadInput, match=r"width=100 cannot be split evenly over mesh\.fsdp=8"):
+        check_model(TransformerConfig(width=100, num_heads=4), make_mesh(1, 8, 1))
     with pytest.raises(BadInput, match=r"width \* mlp_ratio=1382 cannot be split evenly over mesh"):
         check_model(TransformerConfig(width=512, num_heads=8, mlp_ratio=2.7), mesh)
     with pytest.raises(BadInput, match="batch_size=7 cannot be split evenly over 2 devices"):
