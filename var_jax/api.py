@@ -141,10 +141,10 @@ class Model:
 
         Raises: BadInput for an unknown class, or settings out of range.
         """
-        how = self.settings(cfg, top_k, top_p, temperature, guidance, steps, solver)
+        settings = self.settings(cfg, top_k, top_p, temperature, guidance, steps, solver)
         more = {"smooth": smooth, "refiner": refiner, "draft_scales": draft_scales}
-        made = self._generate(self._numbers(labels), how, seed, batch_size, **more)
-        return made.images.view(Images)
+        samples = self._generate(self._numbers(labels), settings, seed, batch_size, **more)
+        return samples.images.view(Images)
 
     def at_schedule(self, patch_nums: Schedule) -> "Model":
         """This model with other scales, fewer or more or finer: `(1, 2, 4, 6)`, or of pairs.
@@ -160,12 +160,12 @@ class Model:
         fields = dataclasses.asdict(given.tokenizer.config) | {"patch_nums": patch_nums}
         config = from_dict(TokenizerConfig, fields, "tokenizer")
         with self._using():
-            made = given._replace(
+            models = given._replace(
                 tokenizer=tokenizer_at(given.tokenizer, config),
                 transformer=transformer_at(given.transformer, config.patch_nums),
                 sampling=sampling_at(given.sampling, self.patch_nums, config.patch_nums),
             )
-        return Model(made, self.mesh)
+        return Model(models, self.mesh)
 
     def load_refiner(self, checkpoint: str | PurePath, *, dtype: str = "auto") -> "Model":
         """Loads a smaller transformer that samples the last scales after this one (`sample`).
@@ -221,8 +221,8 @@ class Model:
     ) -> Int32[np.ndarray, "N L"]:
         """The tokens of what `sample` returns. Raises: BadInput of a dit, as `sample` does."""
         self.check_kind("tokens of samples", "var", "raster")
-        how = self.settings(cfg, top_k, top_p, temperature, guidance)
-        tokens = self._generate(self._numbers(labels), how, seed, batch_size).tokens
+        settings = self.settings(cfg, top_k, top_p, temperature, guidance)
+        tokens = self._generate(self._numbers(labels), settings, seed, batch_size).tokens
         assert tokens is not None
         return tokens
 
@@ -385,8 +385,8 @@ class Model:
             keys, labels = image_keys(seed, spread(np.int32(0))), spread(np.int32(label))
             tokens = KnownTokens(*map(spread, known))
             names = (*PER_SCALE, "guidance")
-            how: dict[str, Any] = {name: getattr(settings, name) for name in names}
-        stages = sample_by_scale(weights, labels, keys, tokens, cfg=settings.cfg or None, **how)
+            options: dict[str, Any] = {name: getattr(settings, name) for name in names}
+        stages = sample_by_scale(weights, labels, keys, tokens, cfg=settings.cfg or None, **options)
         for _ in self.patch_nums:
             with self._using():  # not while the caller has its turn
                 yield fetch(next(stages), 1)[0].view(Images)
@@ -535,9 +535,9 @@ class Model:
         check_seed(seed)
         check_batch_size(batch_size)
         draw, weights = self.sampler(settings, **more)
-        how = {"batch_size": few_sizes(len(labels), batch_size), "seed": seed, "known": known}
+        options = {"batch_size": few_sizes(len(labels), batch_size), "seed": seed, "known": known}
         with self._using():
-            return generate_all(draw, weights, labels, **how)
+            return generate_all(draw, weights, labels, **options)
 
     def _using(self) -> contextlib.AbstractContextManager[Any]:
         if self.mesh is None and not jax.sharding.get_mesh().empty:

@@ -61,8 +61,8 @@ def from_torch(args: flags.FlagValues) -> None:
     schedule = None if args.patch_nums is None else sampling_flags.schedule(args.patch_nums)
     out = output_folder(args.out)
     check_replaceable(resolve(out))  # ahead of reading, which takes minutes
-    how = {"num_heads": args.num_heads, "codebook_znorm": args.codebook_znorm}
-    models = convert(paths, out, patch_nums=schedule, **how)
+    options = {"num_heads": args.num_heads, "codebook_znorm": args.codebook_znorm}
+    models = convert(paths, out, patch_nums=schedule, **options)
     print(f"{args.out} holds {' and '.join(map(summary, models.values()))}")
 
 
@@ -75,8 +75,8 @@ def to_torch(args: flags.FlagValues) -> None:
     for sentence in left_out.values():
         print(sentence, file=sys.stderr)
     for name, path in paths.items():
-        how = constructor(models[name].config)
-        print(f"{path} holds {summary(models[name])}; in PyTorch: {how}")
+        call = constructor(models[name].config)
+        print(f"{path} holds {summary(models[name])}; in PyTorch: {call}")
 
 
 if __name__ == "__main__":

@@ -78,14 +78,14 @@ def main(args: flags.FlagValues) -> None:
     settings = model.settings(**sampling_flags.sampling_settings(args))
     if args.label is not None:
         model.class_index(args.label, "--label")
-    made, keep = model.edit_tokens(
+    samples, keep = model.edit_tokens(
         image, repaint, label=args.label, num=args.num, seed=args.seed, smooth=args.smooth,
         batch_size=min(args.batch_size, args.num), settings=settings,
     )  # fmt: skip
-    results = np.where(pixels[..., None], made.images, image) if args.paste else made.images
+    results = np.where(pixels[..., None], samples.images, image) if args.paste else samples.images
     arrays = {"arr_0": results, "keep": keep.astype(np.int32)}
     if not args.smooth:  # mixed codes are no tokens
-        arrays["tokens"] = made.tokens
+        arrays["tokens"] = samples.tokens
     write(out, before_and_after(image, pixels, results), arrays)
 
 

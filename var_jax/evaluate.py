@@ -210,12 +210,14 @@ def reconstruction(
     size, count, folder = tokenizer.config.image_size, args.batch_size, out / "features"
     images = SourceImages(validation_source(args, size))
     again = Reconstructions(tokenizer, images, count, similarities(perceptual(args, size), count))
-    originals, made = (extract(network, each, folder, count) for each in (images, again))
+    originals, reconstructed = (extract(network, each, folder, count) for each in (images, again))
     perturbed = extract(network, Perturbed(again), folder, count)
     if jax.process_index() > 0:
         return {}
     reference, name = reference_of(originals), distance_name(network)
-    distances = {f"r{key}": x for key, x in figures(network, made, reference, True).items()}
+    distances = {
+        f"r{key}": x for key, x in figures(network, reconstructed, reference, True).items()
+    }
     return again.figures() | distances | {f"p{name}": distance(perturbed, reference)}
 
 

@@ -145,7 +145,7 @@ def test_occupying_writes_once_and_keeps_what_is_there(tmp_path):
     assert {"config.json", "data.json"} <= names
     (folder / "transformer" / "8").mkdir(parents=True)
     (folder / "transformer" / "10.orbax-checkpoint-tmp").mkdir()
-    assert workdir.steps_made(folder / "transformer") == 8
+    assert workdir.count_steps(folder / "transformer") == 8
     before = (folder / "config.json").read_text()
     with pytest.raises(BadInput, match=r"config\.seed is 0, not 1"):
         workdir.occupy(folder, config_of(seed=1), INPUTS, splits)

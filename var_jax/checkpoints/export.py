@@ -147,8 +147,8 @@ def what_else(folder: epath.Path) -> str:
         return f"it does not exist; {expected}"
     if not folder.is_dir():
         if folder.suffix.lower() in (".pth", ".pt", ".ckpt", ".bin", ".safetensors"):
-            how = f"python -m var_jax.convert --tokenizer {folder} --out DIR"
-            return f"it is a file of PyTorch, which `{how}` makes one of"
+            command = f"python -m var_jax.convert --tokenizer {folder} --out DIR"
+            return f"it is a file of PyTorch, which `{command}` makes one of"
         return f"it is a file; {expected}"
     if is_export(inside):
         return f"it is a work directory; its checkpoint is {inside}"

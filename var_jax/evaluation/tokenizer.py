@@ -27,7 +27,7 @@ class Reconstructions:
         tokenizer: Tokenizer,
         images: ImageSet,
         batch_size: int = 64,
-        compare: Compare = lambda images, made: {},
+        compare: Compare = lambda images, reconstructed: {},
     ):
         self.tokenizer, self.images = tokenizer, images
         self.batch_size, self.compare = batch_size, compare
@@ -42,11 +42,11 @@ class Reconstructions:
         self._tokens: list[np.ndarray] = []
         for batch in self.images.batches(size):
             tokens = in_batches(encode_images, self.tokenizer, batch, self.batch_size)
-            made = in_batches(decode_tokens, self.tokenizer, tokens, self.batch_size)
-            for name, values in self.compare(batch, made).items():
+            reconstructed = in_batches(decode_tokens, self.tokenizer, tokens, self.batch_size)
+            for name, values in self.compare(batch, reconstructed).items():
                 self._sums[name] = self._sums.get(name, 0) + values.sum(dtype=np.float64)
             self._tokens.append(tokens)
-            yield made
+            yield reconstructed
 
     @property
     def tokens(self) -> Int32[np.ndarray, "N L"]:
@@ -116,10 +116,10 @@ def similarities(perceptual: Mapping[str, Lpips], batch_size: int = 64) -> Compa
     weights = replicate(dict(perceptual))
 
     def compare(
-        images: UInt8[np.ndarray, "N H W 3"], made: UInt8[np.ndarray, "N H W 3"]
+        images: UInt8[np.ndarray, "N H W 3"], reconstructed: UInt8[np.ndarray, "N H W 3"]
     ) -> dict[str, np.ndarray]:
-        pairs = {"images": images, "made": made}
-        found = {"psnr": psnr(images, made), "ssim": ssim(images, made)}
+        pairs = {"images": images, "made": reconstructed}
+        found = {"psnr": psnr(images, reconstructed), "ssim": ssim(images, reconstructed)}
         return found | {
             name: in_batches(_lpips, each, pairs, batch_size) for name, each in weights.items()
         }

@@ -55,8 +55,8 @@ def attention(
         H, N = q.shape[2:]
         q_bias = jnp.zeros((H, N)) if q_bias is None else q_bias
         scale = jnp.ones(H) if scale is None else scale
-        how = {"pattern": pattern, "qk_norm": qk_norm, "interpret": platform() != "tpu"}
-        return attention_tpu.attention(q, k, v, q_bias, scale, **how)
+        options = {"pattern": pattern, "qk_norm": qk_norm, "interpret": platform() != "tpu"}
+        return attention_tpu.attention(q, k, v, q_bias, scale, **options)
     q, k = prepare(q, k, q_bias, scale, qk_norm)
     mask = pattern.mask()
     if implementation in ("masked", "blocks"):

@@ -170,7 +170,7 @@ def _call(static, kernel, operands, dtypes):
         tokens = pl.BlockSpec((1, L, LANES), lambda b, h: (b, 0, h))
         lanes = pl.BlockSpec((1, 2, LANES), lambda b, h: (b, 0, h))
         shape = lambda dtype: jax.ShapeDtypeStruct((B, L if dtype else 2, F), dtype or jnp.float32)
-        made = pl.pallas_call(
+        results = pl.pallas_call(
             functools.partial(kernel, static=static),
             grid=(B, pl.cdiv(F, LANES)),
             in_specs=[
@@ -186,7 +186,7 @@ def _call(static, kernel, operands, dtypes):
             interpret=static.interpret,
             name=f"block_causal{kernel.__name__[:-7]}_{B}x{F // static.head_dim}x{L}",
         )(*operands)
-        return tuple(x.reshape(-1, F) if d else x for x, d in zip(made, dtypes, strict=True))
+        return tuple(x.reshape(-1, F) if d else x for x, d in zip(results, dtypes, strict=True))
 
     if not on_mesh():
         return run(*operands)

@@ -73,8 +73,8 @@ class Backbone(nnx.Module):
         pattern = self.config.pattern
 
         def attend(q, k, v, query):
-            how = {"implementation": self.config.attention, **query}
-            return attention(q, k, v, pattern, **how), None
+            options = {"implementation": self.config.attention, **query}
+            return attention(q, k, v, pattern, **options), None
 
         keep = None if key is None else drop_path(self.config, key, x.shape[0])
         return run_blocks(self.blocks, x, self.block_cond(cond), attend, keep)

@@ -45,12 +45,12 @@ def unrolls(depth: int, remat: str) -> bool:
 
 
 def convolve(
-    x: Float[Array, "B H W C"], kernel: Float[Array, "h w C F"], strides, padding, **how
+    x: Float[Array, "B H W C"], kernel: Float[Array, "h w C F"], strides, padding, **options
 ) -> Float[Array, "B _ _ F"]:
     """`jax.lax.conv_general_dilated`, as `nnx.Conv` calls it."""
     if platform() == "cpu" and cpu.winograd_pays(x, kernel, strides, padding):
         return cpu.winograd(x, kernel)
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **how)
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
 
 def has_fused_attention() -> bool:

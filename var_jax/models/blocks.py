@@ -146,7 +146,7 @@ class Block(nnx.Module):
         attend: Callable[..., tuple[Array, T]],
         keep: Float[Array, "2 B 1 1"] | None = None,
     ) -> tuple[Float[Array, "B L D"], T]:
-        """One block; `attend(q, k, v, how)` gives the mixed values and whatever else it makes.
+        """One block; `attend(q, k, v, query)` gives the mixed values and whatever else it makes.
 
         `keep` is drop-path's mask.
         """
@@ -156,10 +156,10 @@ class Block(nnx.Module):
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         keep1, keep2 = (1, 1) if keep is None else keep.astype(x.dtype)
         q, k, v = part(Block.project_qkv, x, scale1, shift1)
-        mixed, made = attend(*(self.heads(y, x) for y in (q, k, v)), self.query)
+        mixed, new_kv = attend(*(self.heads(y, x) for y in (q, k, v)), self.query)
         out = part(Block.attention_out, flatten_tokens(merge_heads(mixed)))
         x, h = part(Block.mlp_in, x, keep1 * gamma1, out, scale2, shift2)
-        return part(Block.add, x, keep2 * gamma2, part(Block.mlp_out, h)), made
+        return part(Block.add, x, keep2 * gamma2, part(Block.mlp_out, h)), new_kv
 
 
 def stack_blocks(config: BlocksConfig, key: Key[Array, ""]) -> Block:

@@ -52,16 +52,16 @@ def attend_to_blocks(pattern: Pattern, k: int, anew: bool, kernel: bool) -> Atte
     ) -> tuple[Float[Array, "B l H N"], Cache]:
         if not kernel:
             (q, k), query = prepare(q, k, **query), {}
-        fused, made = kernel and q.shape[1] >= FEWEST, merged(cache, k, v)
+        fused, new_kv = kernel and q.shape[1] >= FEWEST, merged(cache, k, v)
         if not kept:
-            how = {"implementation": "kernel" if fused else "blocks", **query}
-            return attention(q, k, v, new, **how), made
+            options = {"implementation": "kernel" if fused else "blocks", **query}
+            return attention(q, k, v, new, **options), new_kv
         if fused:
-            how = {"kept": kept, "interpret": platform() != "tpu", **query}
-            return attention_tpu.cached(q, k, v, *cache, layer, **how), made
-        keys, values = joined(cache, layer, made, kept, q.shape[-1])
+            options = {"kept": kept, "interpret": platform() != "tpu", **query}
+            return attention_tpu.cached(q, k, v, *cache, layer, **options), new_kv
+        keys, values = joined(cache, layer, new_kv, kept, q.shape[-1])
         q, keys = prepare(q, keys, **query) if kernel else (q, keys)
-        return dense(q, keys, values), made
+        return dense(q, keys, values), new_kv
 
     return attend
 
@@ -71,11 +71,11 @@ def attend_to_tokens(t: Int32[Array, ""]) -> Attend:
 
     def attend(cache: Cache, layer, q, k, v, query):
         q, k = prepare(q, k, **query)
-        made, room = merged(cache, k, v), cache.k.shape[2]
-        keys, values = joined(cache, layer, made, room, q.shape[-1])
+        new_kv, room = merged(cache, k, v), cache.k.shape[2]
+        keys, values = joined(cache, layer, new_kv, room, q.shape[-1])
         position = jnp.arange(room + 1)
         seen: Bool[Array, "1 S"] = ((position < t) | (position == room))[None]
-        return dense(q, keys, values, seen), made
+        return dense(q, keys, values, seen), new_kv
 
     return attend
 

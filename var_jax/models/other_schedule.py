@@ -25,7 +25,7 @@ from var_jax.tools.trees import path_name
 
 def tokenizer_at(tokenizer: Tokenizer, config: TokenizerConfig) -> Tokenizer:
     """`tokenizer` at the schedule of `config`: a phi for each scale is that of the nearest one."""
-    made = jax.eval_shape(lambda: make_tokenizer(config, rngs=nnx.Rngs(0)))
+    abstract = jax.eval_shape(lambda: make_tokenizer(config, rngs=nnx.Rngs(0)))
     given = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(tokenizer)}
 
     def pick(path: tuple, wanted: jax.ShapeDtypeStruct) -> Any:
@@ -34,7 +34,7 @@ def tokenizer_at(tokenizer: Tokenizer, config: TokenizerConfig) -> Tokenizer:
             return leaf
         return leaf[matching_scales(len(leaf), len(wanted))]
 
-    return jax.tree_util.tree_map_with_path(pick, made)
+    return jax.tree_util.tree_map_with_path(pick, abstract)
 
 
 def transformer_at(transformer: Backbone, patch_nums: Schedule) -> Backbone:
@@ -62,9 +62,9 @@ def transformer_at(transformer: Backbone, patch_nums: Schedule) -> Backbone:
             return value
         return jax.make_array_from_callback(value.shape, leaf.sharding, lambda i: value[i])
 
-    made = jax.tree_util.tree_map_with_path(pick, transformer)
-    made.config = config
-    return made
+    result = jax.tree_util.tree_map_with_path(pick, transformer)
+    result.config = config
+    return result
 
 
 def sampling_at(settings: SamplingConfig, given: Schedule, wanted: Schedule) -> SamplingConfig:

@@ -69,11 +69,11 @@ def sample(
     instead of picking one: nicer to look at, not for metrics. After `draft_scales` scales the
     refiner takes over.
     """
-    how = {
+    settings = {
         "cfg": cfg, "top_k": top_k, "top_p": top_p, "temperature": temperature,
         "guidance": guidance, "smooth": smooth, "draft_scales": draft_scales,
     }  # fmt: skip
-    f_hat, tokens = sample_latent(weights, labels, keys, known, **how)
+    f_hat, tokens = sample_latent(weights, labels, keys, known, **settings)
     return to_images(weights, f_hat), tokens
 
 
@@ -109,12 +109,12 @@ def sample_latent(
     drafted = draft_scales or scales
     state = begin(weights, labels, guided=cfg is not None, scales=drafted)
     for k, (k_best, p, t) in enumerate(per_scale):
-        how = {"top_k": k_best, "top_p": p, "temperature": t, "anew": k == drafted} | shared
-        how["last"] = k + 1 in (drafted, scales)
+        settings = {"top_k": k_best, "top_p": p, "temperature": t, "anew": k == drafted} | shared
+        settings["last"] = k + 1 in (drafted, scales)
         if k == drafted:
             weights = weights._replace(transformer=weights.refiner)
             state = state._replace(cache=weights.transformer.cache_for(len(state.labels), scales))
-        state, idx_Bl = sample_scale(k, weights, state, keys, known, **how)
+        state, idx_Bl = sample_scale(k, weights, state, keys, known, **settings)
         tokens.append(idx_Bl)
     return state.f_hat, jnp.concatenate(tokens, axis=1)
 
@@ -225,11 +225,11 @@ def sample_by_scale(
     per_scale = (np.broadcast_to(values, num_scales) for values in (top_k, top_p, temperature))
     state = _begin(weights, labels, guided=cfg is not None, scales=num_scales)
     for k, (k_best, p, t) in enumerate(zip(*per_scale, strict=True)):
-        how = {
+        settings = {
             "cfg": cfg, "guidance": guidance, "temperature": np.float32(t),
             "top_k": np.int32(k_best or codes), "top_p": np.float32(p or 1),  # 0: all
         }  # fmt: skip
-        state, _ = _sample_scale(k, weights, state, keys, known, **how)
+        state, _ = _sample_scale(k, weights, state, keys, known, **settings)
         yield _to_images(weights, state.f_hat)
 
 
@@ -290,5 +290,5 @@ def mix(
 
 def sampler(settings: SamplingConfig, smooth: bool = False) -> functools.partial:
     """`sample` with these settings, as `generate` takes it; no guidance is half of the work."""
-    how = {name: getattr(settings, name) for name in (*PER_SCALE, "guidance")}
-    return functools.partial(sample, cfg=settings.cfg or None, smooth=smooth, **how)
+    options = {name: getattr(settings, name) for name in (*PER_SCALE, "guidance")}
+    return functools.partial(sample, cfg=settings.cfg or None, smooth=smooth, **options)

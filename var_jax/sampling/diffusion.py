@@ -73,5 +73,5 @@ def sampler(settings: SamplingConfig, smooth: bool = False) -> functools.partial
     """`sample` with these settings, as `generate` takes it. Raises: BadInput for `smooth`."""
     if smooth:
         raise BadInput("smooth sampling mixes codes; a dit has none.")
-    how = {"cfg": settings.cfg or None, "steps": settings.steps, "solver": settings.solver}
-    return functools.partial(sample, **how)
+    options = {"cfg": settings.cfg or None, "steps": settings.steps, "solver": settings.solver}
+    return functools.partial(sample, **options)

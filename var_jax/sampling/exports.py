@@ -91,12 +91,12 @@ def save_parts(
     save_export(directory, parts | {"torch_buffers": buffers}, about)
 
 
-def convert(paths: dict[str, str], directory: str | PurePath, **how: Any) -> dict[str, Any]:
-    """Writes an export of PyTorch files (`read_models`, which takes `how`); returns its parts.
+def convert(paths: dict[str, str], directory: str | PurePath, **options: Any) -> dict[str, Any]:
+    """Writes an export of PyTorch files (`read_models`, which takes `options`); returns its parts.
 
     Raises: BadInput, naming file and tensor.
     """
-    models, usage = read_models(paths, build, **how)
+    models, usage = read_models(paths, build, **options)
     known = "transformer" in models
     names = class_names(models["transformer"].config.num_classes) if known else ()
     save_parts(directory, models, names, SamplingConfig(), usage)

@@ -66,10 +66,10 @@ def generate(
         rows = np.arange(start, min(start + size, len(labels)), dtype=np.int32)
         batch = jax.tree.map(lambda x, rows=rows: put(x[np.resize(rows, size)]), (labels, known))
         keys = image_keys(seed, put(index[np.resize(rows, size)]))
-        made = sampler(weights, batch[0], keys, batch[1])
+        samples = sampler(weights, batch[0], keys, batch[1])
         if waiting:
             yield fetched(*waiting)
-        waiting = rows, *made
+        waiting = rows, *samples
     if waiting:
         yield fetched(*waiting)
 

@@ -72,8 +72,8 @@ class Settings:
     @classmethod
     def default(cls, model: "Model") -> "Settings":
         """The first class and what the checkpoint says."""
-        how = model.settings(top_k=model.settings().top_k)  # 0 for as many as there are codes
-        return cls(0, 0, how.cfg, listed(how.top_k), listed(how.top_p), 0.25)
+        settings = model.settings(top_k=model.settings().top_k)  # 0 for as many as there are codes
+        return cls(0, 0, settings.cfg, listed(settings.top_k), listed(settings.top_p), 0.25)
 
     @classmethod
     def of(cls, model: "Model", values: Mapping[str, Any]) -> "Settings":
@@ -102,13 +102,13 @@ class Settings:
 
     def sampling(self, model: "Model") -> dict[str, Any]:
         """The arguments of `Model.stream`. Raises: BadInput if one is out of range."""
-        how: dict[str, Any] = {"cfg": self.cfg}
+        options: dict[str, Any] = {"cfg": self.cfg}
         for name, kind in (("top_k", int), ("top_p", float)):
             texts = getattr(self, name).split(",")
-            how[name] = tuple(to_number(name, text, kind) for text in texts)
-        model.settings(**how)
+            options[name] = tuple(to_number(name, text, kind) for text in texts)
+        model.settings(**options)
         label = None if self.label == NO_CLASS else self.label
-        return {"label": label, "seed": self.seed, **how}
+        return {"label": label, "seed": self.seed, **options}
 
 
 def to_number(name: str, text: Any, kind: type) -> Any:
@@ -228,8 +228,8 @@ class Handlers:
         else:
             layers = (editor or {}).get("layers") or [None]
             mask = brushed(layers[0], self.model)
-        how = settings.sampling(self.model)
-        stages = self.model.stream(how.pop("label"), image, mask, **how)
+        options = settings.sampling(self.model)
+        stages = self.model.stream(options.pop("label"), image, mask, **options)
         yield from self.show(stages, before_and_after(image, mask, image[None])[1])
 
     def show(

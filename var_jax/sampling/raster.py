@@ -57,5 +57,5 @@ def sampler(settings: SamplingConfig, smooth: bool = False) -> functools.partial
     """`sample` with these settings, as `generate` takes it. Raises: BadInput for `smooth`."""
     if smooth:
         raise BadInput("smooth sampling mixes the codes of a scale; a raster model has none.")
-    how = {name: getattr(settings, name)[0] for name in PER_SCALE}
-    return functools.partial(sample, cfg=settings.cfg or None, **how)
+    options = {name: getattr(settings, name)[0] for name in PER_SCALE}
+    return functools.partial(sample, cfg=settings.cfg or None, **options)

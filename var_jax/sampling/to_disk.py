@@ -132,12 +132,12 @@ class Job:
         missing = of_first(lambda: self.missing(prefix, count), (count,), np.int32)
         number = np.arange(count) // size
         rows = np.flatnonzero(np.isin(number, number[missing > 0]))
-        made = generate(
+        batches = generate(
             self.sampler, self.weights, labels[rows], index=index[rows], batch_size=size,
             seed=self.seed,
         )  # fmt: skip
         with progress(count, count - len(rows), doing) as bar:
-            for batch in made:
+            for batch in batches:
                 here = rows[batch.rows]
                 for run in runs(here, missing[here] > 0):
                     images = batch.images[run]

@@ -184,8 +184,8 @@ def in_parts(f: Callable[[Any], Any], batch: Any, most: int, fewest: int = 1) ->
         return f(batch)
     size = -(-count // parts)
     rows = jnp.minimum(jnp.arange(parts * size), count - 1).reshape(parts, size)
-    made = jax.lax.map(lambda row: f(jax.tree.map(lambda x: x[row], batch)), rows)
-    return jax.tree.map(lambda x: x.reshape(parts * size, *x.shape[2:])[:count], made)
+    results = jax.lax.map(lambda row: f(jax.tree.map(lambda x: x[row], batch)), rows)
+    return jax.tree.map(lambda x: x.reshape(parts * size, *x.shape[2:])[:count], results)
 
 
 def take(table_VC: Float[Array, "V C"], idx: Int[Array, "B *rest"]) -> Float[Array, "B *rest C"]:

@@ -46,12 +46,12 @@ def in_batches(f: Callable[[Any, Any], Any], weights: Any, rows: Any, batch_size
     if batch_size < 1:
         raise BadInput(f"batch_size={batch_size}; expected at least 1.")
     count = len(jax.tree.leaves(rows)[0])
-    size, made = round_up(few_sizes(count, batch_size)), []
+    size, results = round_up(few_sizes(count, batch_size)), []
     for start in range(0, count, size):
         index = np.resize(np.arange(start, min(start + size, count)), size)
         result = f(weights, jax.tree.map(lambda x, index=index: put(x[index]), rows))
-        made.append(jax.tree.map(lambda x, n=count - start: fetch(x, n), result))
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *made)
+        results.append(jax.tree.map(lambda x, n=count - start: fetch(x, n), result))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
 
 
 def fetch(values: jax.Array, count: int) -> np.ndarray:

@@ -198,9 +198,9 @@ class _Lock:
         system = filesystem()
         address = system.base.replace("/storage/", "/upload/storage/") + "b/{}/o"
         bucket, name = self._place
-        how = {"uploadType": "media", "name": name, "ifGenerationMatch": generation}
+        options = {"uploadType": "media", "name": name, "ifGenerationMatch": generation}
         try:
-            answer = system.call("POST", address, bucket, data=self._text, json_out=True, **how)
+            answer = system.call("POST", address, bucket, data=self._text, json_out=True, **options)
         except FileExistsError:  # of another generation, or ours: an answer got lost
             self._generation, text = self._read()
             return text == self._text

@@ -151,7 +151,7 @@ def acquire_lock(path: str | PurePath) -> bool:
 
 def _lock_file(path: epath.Path) -> Callable[[], None] | None:
     """Locks a local file; returns what gives it back, or None if another process has it."""
-    made = not path.parent.exists()
+    created = not path.parent.exists()
     for _ in range(9):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
@@ -165,7 +165,7 @@ def _lock_file(path: epath.Path) -> Callable[[], None] | None:
         except (ImportError, OSError):  # a system or a file system without locks
             pass
         if _is_at(path, file):
-            return functools.partial(_release, path, file, made)
+            return functools.partial(_release, path, file, created)
         os.close(file)  # removed by its owner ahead of our lock: others lock the file that is there
     return None
 
@@ -183,10 +183,10 @@ def _is_at(path: epath.Path, file: int) -> bool:
     return False
 
 
-def _release(path: epath.Path, file: int, made: bool) -> None:
+def _release(path: epath.Path, file: int, created: bool) -> None:
     with contextlib.suppress(OSError):
         if _is_at(path, file):  # else the folder was replaced
             os.unlink(path)
-        if made:
+        if created:
             os.rmdir(path.parent)  # where nothing was written: a refusal leaves no folder
     os.close(file)

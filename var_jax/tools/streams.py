@@ -30,5 +30,5 @@ def keep_streams_open() -> None:
         old = getattr(sys, name)  # None if it was closed
         file, encoding = (number, old.encoding) if old else (os.devnull, "utf-8")
         raw = io.BufferedWriter(_Pipe(file, "wb", closefd=bool(not old)))
-        how = {"errors": "backslashreplace", "line_buffering": True}
-        setattr(sys, name, io.TextIOWrapper(raw, encoding, **how))
+        options = {"errors": "backslashreplace", "line_buffering": True}
+        setattr(sys, name, io.TextIOWrapper(raw, encoding, **options))

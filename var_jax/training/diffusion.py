@@ -75,9 +75,9 @@ def velocity_error(
     return jnp.mean(error**2, axis=(1, 2, 3))
 
 
-def sample_times(key: Key[Array, ""], count: int, how: str) -> Float[Array, " B"]:
+def sample_times(key: Key[Array, ""], count: int, distribution: str) -> Float[Array, " B"]:
     """Times in (0, 1), logit-normal or uniform."""
-    if how == "uniform":
+    if distribution == "uniform":
         return reshard(jax.random.uniform(key, (count,)), BATCH)
     return reshard(jax.nn.sigmoid(jax.random.normal(key, (count,))), BATCH)
 

@@ -117,8 +117,8 @@ def read_run(folder: epath.Path, config: Config, about: dict[str, Any]) -> list[
     if not training.steps:
         return []
     if not (folder / "summary.json").exists() or (found and found[-1]["step"] < training.steps):
-        made = max((r["step"] for r in records if r["stage"] == "transformer"), default=0)
-        tell(f"{folder}: left out, unfinished (step {made} of {training.steps})")
+        steps_done = max((r["step"] for r in records if r["stage"] == "transformer"), default=0)
+        tell(f"{folder}: left out, unfinished (step {steps_done} of {training.steps})")
         return []
     if not found:
         raise BadInput(f"{folder}: metrics.jsonl holds no validation of the transformer.")

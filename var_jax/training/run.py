@@ -49,7 +49,7 @@ from var_jax.training.loss_networks import loss_networks
 from var_jax.training.state import TransformerState, start_from
 from var_jax.training.tasks import task_of
 from var_jax.training.tokenizer import TokenizerState
-from var_jax.training.workdir import TRAININGS, occupy, steps_made
+from var_jax.training.workdir import TRAININGS, count_steps, occupy
 
 UNITS = {"dit": "squared error of the velocity"}  # of the loss of a kind of transformer
 FINE_TUNED = ("patch_nums", "beta")  # no weight's shape or meaning depends on these
@@ -133,7 +133,7 @@ class Run:
         check_replaceable(workdir / "checkpoint")  # ahead of days of training
         occupy(workdir, config, inputs, splits)
         # Older versions never trained a pretrained tokenizer; what they began goes on so.
-        begun = lambda: np.array([steps_made(workdir / name) > 0 for name in TRAININGS])
+        begun = lambda: np.array([count_steps(workdir / name) > 0 for name in TRAININGS])
         tokenizer, transformer = of_first(begun, (len(TRAININGS),), bool)
         self.fine_tunes = bool(tokenizer or not transformer)
         if jax.process_index() == 0:
@@ -239,11 +239,13 @@ class Run:
     def open_cache(self, fingerprint: str) -> tuple[TokenCache, TokenCache]:
         """The token cache on disk, both splits. Raises: BadInput if it does not fit this run."""
         data, patch_nums = self.config.data, self.config.tokenizer.patch_nums
-        how = {name: getattr(data, name) for name in ("size", "resize", "flip", "shift")}
-        how |= {"seed": self.config.seed}
+        options = {name: getattr(data, name) for name in ("size", "resize", "flip", "shift")}
+        options |= {"seed": self.config.seed}
         return (
-            open_tokens(data.tokens, "train", fingerprint, patch_nums, self.train, **how),
-            open_tokens(data.tokens, "validation", fingerprint, patch_nums, self.validation, **how),
+            open_tokens(data.tokens, "train", fingerprint, patch_nums, self.train, **options),
+            open_tokens(
+                data.tokens, "validation", fingerprint, patch_nums, self.validation, **options
+            ),
         )
 
     def report(self, models: Models) -> dict[str, float]:

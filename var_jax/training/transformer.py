@@ -60,17 +60,17 @@ def transformer_task(
     def train_step(state: TransformerState, batch: Batch, frozen: Frozen, key: Key[Array, ""]):
         def gradient(loss: Loss):
             def mean(transformer: Any, batch: Batch, key: Key[Array, ""]):
-                each, made = loss(transformer, batch, frozen, state.step, key)
-                return each.mean(), made
+                each, aux = loss(transformer, batch, frozen, state.step, key)
+                return each.mean(), aux
 
             of_step = jax.random.fold_in(key, state.step)
             return accumulated(mean, state.transformer.params, batch, of_step, config.accumulate)
 
         stage = (state.step >= starts).sum() - 1
         branches = [functools.partial(gradient, loss) for loss in losses]
-        (value, made), gradients = jax.lax.switch(stage, branches)
+        (value, aux), gradients = jax.lax.switch(stage, branches)
         learner = apply_gradients(state.transformer, gradients, optimizer)
-        learner, metrics = finish(update_ema(learner, state.step, config.ema_decay), made)
+        learner, metrics = finish(update_ema(learner, state.step, config.ema_decay), aux)
         norm, rate = optax.tree.norm(gradients), schedule(updates(state))
         metrics = {"loss": value, **metrics, "grad_norm": norm, "learning_rate": rate}
         return TransformerState(state.step + 1, learner), metrics

@@ -43,14 +43,14 @@ def occupy(
                 f"another run is at work in {workdir}; name another --workdir (or, if its machine"
                 " is gone, remove .lock there)."
             )
-        made = {name: steps_made(workdir / name) for name in TRAININGS}
-        if any(made.values()) and not (workdir / "config.json").exists():
+        steps_done = {name: count_steps(workdir / name) for name in TRAININGS}
+        if any(steps_done.values()) and not (workdir / "config.json").exists():
             raise BadInput(
                 f"{workdir} holds checkpoints but no config.json, which says of what run they are;"
                 " put it back, or name another --workdir."
             )
-        about = record(workdir / "config.json", config, inputs, made)
-        remember(workdir / "data.json", splits, begun=any(made.values()))
+        about = record(workdir / "config.json", config, inputs, steps_done)
+        remember(workdir / "data.json", splits, begun=any(steps_done.values()))
         if about:
             with replacing(workdir / "config.json") as beside:
                 beside.write_text(json.dumps(about, indent=2) + "\n")
@@ -59,16 +59,16 @@ def occupy(
     ending.process.log = workdir / f"error{number}.log"
 
 
-def steps_made(folder: epath.Path) -> int:
+def count_steps(folder: epath.Path) -> int:
     """The step of the newest checkpoint of a training; 0 if there is none."""
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def record(
-    path: epath.Path, config: Config, inputs: dict[str, Any], made: Mapping[str, int]
+    path: epath.Path, config: Config, inputs: dict[str, Any], steps_done: Mapping[str, int]
 ) -> dict[str, Any] | None:
-    """What `path` shall hold of a run that has `made` so many steps; None if it holds that.
+    """What `path` shall hold of a run that has done `steps_done`; None if it holds that.
 
     Raises: BadInput if a field differs that numbers made so far depend on.
     """
@@ -88,10 +88,10 @@ def record(
     refused = [
         f"config.{name} is {old[name]}, not {new[name]}"
         for name in changed
-        if binds(name, old[name], new[name], made)
+        if binds(name, old[name], new[name], steps_done)
     ]
     for name, what in INPUTS.items():
-        if any(made.values()) and recorded.get(name, inputs[name]) != inputs[name]:
+        if any(steps_done.values()) and recorded.get(name, inputs[name]) != inputs[name]:
             refused.append(f"config.{what} {new.get(what.split()[0], 'now')}")
     if refused:
         raise BadInput(
@@ -102,25 +102,25 @@ def record(
     for name in changed:
         sys.stderr.write(f"{path.parent}: config.{name} is {new[name]} now, was {old[name]}\n")
         for stage in TRAININGS:
-            if name == f"train_{stage}.steps" and made[stage]:
+            if name == f"train_{stage}.steps" and steps_done[stage]:
                 sys.stderr.write(
                     f"the {stage} goes on to step {new[name]}; its schedules are now of that many\n"
                 )
     if changed:
-        past = [*past, {"after": dict(made), **{n: [old[n], new[n]] for n in changed}}]
+        past = [*past, {"after": dict(steps_done), **{n: [old[n], new[n]] for n in changed}}]
     about = now | inputs | ({"changes": past} if past else {})
     return about if about != then | recorded else None
 
 
-def binds(name: str, old: Any, new: Any, made: Mapping[str, int]) -> bool:
+def binds(name: str, old: Any, new: Any, steps_done: Mapping[str, int]) -> bool:
     """Whether steps made so far forbid to change a field a.b of the config from `old` to `new`."""
     stage = name.split(".")[0].removeprefix("train_")
     if name == f"train_{stage}.steps":
-        later = stage == "tokenizer" and made["transformer"]  # it is part of those numbers
-        return new < made[stage] or bool(later)
+        later = stage == "tokenizer" and steps_done["transformer"]  # it is part of those numbers
+        return new < steps_done[stage] or bool(later)
     if stage != "transformer":
         stage = "tokenizer"
-    begun = made["transformer"] or (stage == "tokenizer" and made["tokenizer"])
+    begun = steps_done["transformer"] or (stage == "tokenizer" and steps_done["tokenizer"])
     return bool(begun) and bound_value(name, old) != bound_value(name, new)
 
 

@@ -188,10 +188,10 @@ class Opaque:
 
 def ordered_dict(pairs: Iterable[Any] = ()) -> Dict:
     """A dict of the pairs that pickles of Python 2 give, empty otherwise."""
-    made = Dict()
+    result = Dict()
     for key, value in pairs:
-        made[key] = value
-    return made
+        result[key] = value
+    return result
 
 
 def of_other_type(*arguments: Any) -> None:
@@ -273,10 +273,10 @@ class Unpickler(pickle._Unpickler):
         self.stack.pop()  # type: ignore[attr-defined]
 
     def load_newobj(self) -> None:
-        made, _ = self.stack.pop(-2), self.stack.pop()  # type: ignore[attr-defined]
-        if not isinstance(made, functools.partial):
+        cls, _ = self.stack.pop(-2), self.stack.pop()  # type: ignore[attr-defined]
+        if not isinstance(cls, functools.partial):
             raise NotWeights("an instruction that no tensor needs")
-        self.append(made())  # type: ignore[attr-defined]
+        self.append(cls())  # type: ignore[attr-defined]
 
     def load_set(self) -> None:
         self.append(Opaque("set"))  # type: ignore[attr-defined]

@@ -177,19 +177,19 @@ def inception(weights: Inception, image: UInt8[Array, "B H W 3"]) -> Layers:
 
 def run_block(convs: dict[str, Conv], prefix: str, block: str, x: Array) -> Array:
     """The joined branches. Steps that two of them share are made once."""
-    made: dict[tuple[str, ...], Array] = {(): x}
+    outputs: dict[tuple[str, ...], Array] = {(): x}
     joined = []
     for branch in branches(block):
         path: tuple[str, ...] = ()
         for step in branch:
-            y, path = made[path], (*path, step.name)
-            if path in made:
+            y, path = outputs[path], (*path, step.name)
+            if path in outputs:
                 continue
             if step.channels:
-                made[path] = jax.nn.relu(apply(convs[prefix + step.name], y, step.stride))
+                outputs[path] = jax.nn.relu(apply(convs[prefix + step.name], y, step.stride))
             else:
-                made[path] = POOLS[step.name](y, step.stride)
-        joined.append(made[path])
+                outputs[path] = POOLS[step.name](y, step.stride)
+        joined.append(outputs[path])
     return jnp.concatenate(joined, axis=-1)
 
 

@@ -30,11 +30,11 @@ def convolve(
     conv: Conv, x: Float[Array, "B H W C"], stride: int = 1, padding: Any = "SAME"
 ) -> Float[Array, "B _ _ F"]:
     """The convolution of NHWC images, with its bias, in their dtype."""
-    made = backend.convolve(
+    result = backend.convolve(
         x, jnp.asarray(conv.kernel, x.dtype), (stride, stride), padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=HIGHEST,
     )  # fmt: skip
-    return made + jnp.asarray(conv.bias, x.dtype)[None, None, None]
+    return result + jnp.asarray(conv.bias, x.dtype)[None, None, None]
 
 
 def depthwise(conv: Conv, x: Float[Array, "B H W C"], stride: int = 1) -> Float[Array, "B _ _ C"]:
