@@ -5,13 +5,14 @@ r"""Quality and time of each way of decoding, on one checkpoint.
         --source idx:/usr/share/datasets/fashion-mnist --out /tmp/decoding/fashion
 
 Prints a table: the Fréchet distance of the features to the split; how often samples are taken for
-their class by a classifier on pixels, beside images of the validation set; seconds of sampling an
-image, compiling apart. With --refiner collaborative decoding joins, and the refiner alone. Samples
-and figures of a row lie in OUT; a stopped command continues.
+their class by a classifier on pixels, beside images of the validation set; the time of sampling a
+batch, compiling apart, over that of the first row: medians of batches in turn. With --refiner
+collaborative decoding joins, and the refiner alone. Samples and figures of a row lie in OUT; a
+stopped command continues.
 """
 
 import functools
-import time
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 from kept import kept
+from speed import interleaved
 
 import var_jax
 from var_jax.data.sources import open_source
@@ -59,17 +61,19 @@ def main(args: flags.FlagValues) -> None:
     classifier = fit(*train)
     agreement = lambda images, labels: np.mean(classifier.predict(features(images)) == labels)
     about = {name: args[name].value for name in SETTINGS} | {"features": network.fingerprint}
-    print(f"| {args.num} samples of {args.checkpoint} | FD | class agreement | ms an image |")
-    print(f"|---|---|---|---|\n| validation set | | {agreement(*validation):.1%} | |", flush=True)
-    for name, settings in rows(model, args.refiner).items():
-        if args.only not in name:
-            continue
+    chosen = {n: row for n, row in rows(model, args.refiner).items() if args.only in n}
+    found = {}
+    for name, settings in chosen.items():
         folder = out / name.replace(" ", "_").replace("/", "_")
-        how = args, model, settings, folder, network, reference, agreement
-        row = kept(folder / "figures.json", about, functools.partial(measured, *how))
-        print(
-            f"| {name} | {row['fd']:.1f} | {row['agreement']:.1%} | {row['ms']:.1f} |", flush=True
-        )
+        given = args, model, settings, folder, network, reference, agreement
+        found[name] = kept(folder / "figures.json", about, functools.partial(measured, *given))
+    print(f"| {args.num} samples of {args.checkpoint} | FD | class agreement | time |")
+    print(f"|---|---|---|---|\n| validation set | | {agreement(*validation):.1%} | |")
+    times = interleaved([functools.partial(draw, args, model, row) for row in chosen.values()], 5)
+    for (name, row), taken in zip(found.items(), times, strict=True):
+        ratio = statistics.median(b / a for a, b in zip(times[0], taken, strict=True))
+        print(f"| {name} | {row['fd']:.1f} | {row['agreement']:.1%} | {ratio:.2f} |")
+    print(f"A batch of the first row takes {statistics.median(times[0]):.2f} s.")
 
 
 def measured(
@@ -82,12 +86,13 @@ def measured(
     agreement: Callable[[np.ndarray, np.ndarray], float],
 ) -> dict[str, float]:
     """The figures of a row, whose samples are drawn into `folder`."""
-    images, labels, seconds = draw(args, model, settings, folder)
+    labels = np.resize(np.arange(len(model.class_names), dtype=np.int32), args.num)
+    images = draw(args, model, settings, labels)
+    save_npz(folder / "samples.npz", arr_0=images, labels=labels)
     found = extract(network, open_images(str(folder / "samples.npz")), folder, 64)
     return {
         "fd": float(distance(found, reference)),
         "agreement": float(agreement(images, labels)),
-        "ms": 1000 * seconds / len(images),
     }
 
 
@@ -115,18 +120,16 @@ def rows(model: var_jax.Model, refiner: str | None) -> dict[str, dict[str, Any]]
 
 
 def draw(
-    args: flags.FlagValues, model: var_jax.Model, settings: dict[str, Any], folder: epath.Path
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Samples of all classes in turn, written to `folder`, their labels, and the seconds."""
+    args: flags.FlagValues,
+    model: var_jax.Model,
+    settings: dict[str, Any],
+    labels: np.ndarray | None = None,
+) -> np.ndarray:
+    """Samples of these labels, or a batch of the first class."""
     settings = dict(settings)
     model = settings.pop("model", model)
-    labels = np.resize(np.arange(len(model.class_names), dtype=np.int32), args.num)
-    model.sample(labels[: args.batch_size], batch_size=args.batch_size, **settings)  # compiles
-    started = time.perf_counter()
-    images = np.asarray(model.sample(labels, batch_size=args.batch_size, **settings))
-    seconds = time.perf_counter() - started
-    save_npz(folder / "samples.npz", arr_0=images, labels=labels)
-    return images, labels, seconds
+    labels = np.zeros(args.batch_size, np.int32) if labels is None else labels
+    return np.asarray(model.sample(labels, batch_size=args.batch_size, **settings))
 
 
 if __name__ == "__main__":
