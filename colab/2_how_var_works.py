@@ -15,10 +15,11 @@
 # @title Install
 SOURCE = "git+https://github.com/OWNER/var_jax"  # @param {"type": "string"}
 import importlib.util
-import os
+import pathlib
 
 if importlib.util.find_spec("var_jax") is None:
-    source = f"file://{os.path.abspath('..')}" if os.path.exists("../setup.py") else SOURCE
+    clone = pathlib.Path("..").resolve()
+    source = clone.as_uri() if (clone / "setup.py").exists() else SOURCE
     # !pip freeze | grep -E "^(jax|jaxlib)==" > runtime.txt  # this jax knows the machine: it stays
     # !pip install -q -c runtime.txt "var_jax @ {source}"
 

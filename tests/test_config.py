@@ -297,3 +297,11 @@ def test_bad_tokenizer(fields, sentence):
 def test_bad_transformer(fields, sentence):
     with pytest.raises(BadInput, match=sentence):
         TransformerConfig(**fields)
+
+
+def test_a_mistake_in_what_a_config_imports_is_said(tmp_path, monkeypatch):
+    (tmp_path / "helper_of_mine.py").write_text("\n" * 200 + "x = (\n")
+    (tmp_path / "mine.py").write_text("import helper_of_mine\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BadInput, match=r"mine.py, line 1: SyntaxError: .* in 'import helper_of"):
+        load_config(str(tmp_path / "mine.py"))

@@ -388,8 +388,9 @@ class Model:
             options: dict[str, Any] = {name: getattr(settings, name) for name in names}
         stages = sample_by_scale(weights, labels, keys, tokens, cfg=settings.cfg or None, **options)
         for _ in self.patch_nums:
-            with self._using():  # not while the caller has its turn
-                yield fetch(next(stages), 1)[0].view(Images)
+            with self._using():
+                image = fetch(next(stages), 1)[0].view(Images)
+            yield image  # outside: settings and mesh are the caller's while it has its turn
 
     def crop(self, image: str | PurePath | Image.Image | UInt8[np.ndarray, "H W *C"]) -> Images:
         """An image file, array or PIL image as the model takes it: resized, the centre cropped.
@@ -404,7 +405,7 @@ class Model:
                 opened = upright(opened)
             except (Unreadable, OSError, ValueError) as error:  # ValueError: it is closed
                 raise BadInput(f"image cannot be read: {error}.") from error
-        return crop(opened, self.image_size, resize=1).view(Images)
+        return np.array(crop(opened, self.image_size, resize=1)).view(Images)
 
     def settings(
         self,
@@ -429,7 +430,7 @@ class Model:
         known = self.models.sampling.flags(self.kind)
         if others := [name for name in given if name not in known]:
             value = given[others[0]]
-            text = ",".join(map("{:g}".format, value)) if isinstance(value, tuple) else value
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
             raise BadInput(
                 f"{others[0]}={text} means nothing here: a model of kind {self.kind} is sampled"
                 f" with {', '.join(known)}."

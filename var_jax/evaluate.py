@@ -105,7 +105,9 @@ def define_flags() -> None:
     flags.DEFINE_list("lpips", ["alex"], "alex or vgg, then files of its weights.")
     flags.DEFINE_bool("memorization", False, "Loss on training images, and how near samples come.")
     flags.DEFINE_string("source", None, "The data source of the four above.")
-    flags.DEFINE_enum("split", None, SPLITS, "Of a data source. Default: validation.")
+    flags.DEFINE_enum(
+        "split", None, SPLITS, "Of a data source. Default: train of --reference, else validation."
+    )
     flags.DEFINE_integer(
         "size", None, "Side of a data source's images. Default: as the samples.", 1
     )
@@ -269,8 +271,16 @@ def quality(
     folder = out / "features"
     where = {"size": args.size or size_of((height, width)), "split": split}
     reference = open_reference(args.reference, network, folder, **where, batch_size=args.batch_size)
-    if held_out := held_out_images(args.reference, split, count, where["size"]):
-        sets[HELD_OUT] = held_out
+    try:
+        if held_out := held_out_images(args.reference, split, count, where["size"]):
+            sets[HELD_OUT] = held_out
+            if (fewer := held_out.shape[0]) < count:
+                note(
+                    f"warning: {HELD_OUT} are {fewer}, samples {count:,}: the distance of fewer"
+                    " images is larger, so it is no floor."
+                )
+    except BadInput as error:  # samples have figures without it
+        note(f"warning: no figures of {HELD_OUT}: {error}")
     by_class = {name: in_order_of_classes(each) for name, each in sets.items()}
     told = network.name == "inception" and count > BLOCK and isinstance(sets.get(""), NpzImages)
     if told and by_class[""]:

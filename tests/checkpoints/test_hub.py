@@ -69,6 +69,13 @@ def test_weights_are_downloaded_and_converted_once(server, capsys):
     assert abstract_models("hub:d16")[0] == hub.folder("hub:d16")
 
 
+def test_an_old_huggingface_hub_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "__version__", "0.36.0")
+    with pytest.raises(BadInput, match=r"needs huggingface_hub from 1\.0 on"):
+        hub.fetch("hub:d16", convert)
+
+
 def test_more_than_was_stated_is_not_written_to_the_end(tmp_path, monkeypatch):
     class Response:
         status_code = 206

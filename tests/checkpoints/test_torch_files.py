@@ -224,6 +224,7 @@ A_W, TWO = ["a", "w"], "2 state dicts: expected one of 'model', 'ema', as in .*:
         ({"model": weights("a", "w"), "ema": weights("w")}, "sgd", "not 'sgd': expected one of 'm"),
         (weights("net.w", "ema.w"), "", "expected one of 'net', 'ema'"),
         (weights("w", "module.w"), "", "holds 'module.w' and 'w'; expected one of the two"),
+        (weights("_orig_mod.w", "module.w"), "", "holds 'module.w' and '_orig_mod.w'; expected"),
         (BESIDE | {"optimizer": Namespace()}, "", "but 'args' of type Namespace, 'epoch' of type"),
         (Namespace(), "", "but an object of type Namespace; expected a state dict"),
     ],

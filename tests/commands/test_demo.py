@@ -52,6 +52,12 @@ def test_a_link_restores_its_settings(model):
     assert Settings.of_link(model, {"class": "-1"}).sampling(model)["label"] is None
 
 
+def test_links_hold_numbers_of_classes_whose_names_are_numbers_too(model):
+    numbered = tuple("123456789")
+    other = var_jax.Model(model.models._replace(class_names=numbered), model.mesh)
+    assert Settings.of_link(other, {"class": "1"}).label == 1  # that is called 2
+
+
 def test_an_emptied_control_is_named(model):
     with pytest.raises(BadInput, match="seed='None'; expected a number"):
         next(page.Handlers(model).sample(0, None, 0, 0, "1", 0.25))

@@ -71,6 +71,17 @@ def write_folder(folder, images):
         PIL.Image.fromarray(image).save(folder / f"{i:03}.png")
 
 
+def test_samples_have_figures_without_a_held_out_set(tmp_path, mean_colours):
+    images = write_images(tmp_path / "a.npz", 0)
+    for name in "xy":
+        (tmp_path / "data" / "train").mkdir(parents=True, exist_ok=True)
+        write_folder(tmp_path / "data" / "train" / name, images[:20])
+    flags = ("--samples", tmp_path / "a.npz", "--reference", tmp_path / "data")
+    code, _, err = run("evaluate", *flags, "--out", tmp_path / "out")
+    assert code == 0 and "no figures of held-out images" in err and "no validation" in err
+    assert metrics(tmp_path / "out")["fd_quarters"] > 0
+
+
 def test_folders_of_images(tmp_path, mean_colours):
     for name, seed in (("a", 0), ("b", 1)):
         write_folder(tmp_path / name, write_images(tmp_path / f"{name}.npz", seed))

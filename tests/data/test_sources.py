@@ -85,6 +85,14 @@ def test_bad_trees(tmp_path, change, sentence):
             open_source(str(tree), split, 16)
 
 
+def test_a_class_may_be_called_train(tmp_path):
+    for name in ("boat", "train"):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            (tmp_path / name / f"{i}.jpg").write_bytes(jpeg((9, 9, 9), i))
+    assert open_source(str(tmp_path), "train", 8).class_names == ("boat", "train")
+
+
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(BadInput, match="no such folder"):
         open_source(str(tmp_path / "nothing"), "train", 16)

@@ -141,6 +141,9 @@ def test_psnr_and_ssim():
     np.testing.assert_allclose(psnr(images, others), case["psnr"], rtol=1e-9)
     np.testing.assert_allclose(ssim(images, others), case["ssim"], atol=1e-6)
     assert np.isinf(psnr(images, images)).all()
+    many = [np.resize(x, (70, *x.shape[1:])) for x in (images, others)]  # of few at a time
+    for score in (psnr, ssim):
+        np.testing.assert_allclose(score(*many), np.resize(score(images, others), 70), atol=1e-6)
     np.testing.assert_allclose(ssim(images, images), 1, atol=1e-6)
 
 

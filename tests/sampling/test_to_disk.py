@@ -1,6 +1,7 @@
 """Samples on disk: parts named by their rows, whoever wrote them, in whatever batches."""
 
 import json
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,17 @@ def test_parts_of_older_versions_are_taken(tmp_path, wanted):
     found = finished(tmp_path / "out")
     np.testing.assert_array_equal(found["arr_0"][10:20], other["arr_0"])
     np.testing.assert_array_equal(found["arr_0"][20:], wanted["arr_0"][20:])
+
+
+def test_a_kill_before_the_parts_are_gone_loses_nothing(tmp_path, monkeypatch):
+    begun = Job(paint, None, LABELS, tmp_path, 4)
+    monkeypatch.setattr(Job, "remove_parts", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        begun.once({"weights": "w"})
+    monkeypatch.undo()
+    monkeypatch.setattr(Job, "sample", Mock(side_effect=AssertionError))
+    assert begun.once({"weights": "w"}) == tmp_path / "samples.npz"
+    assert not begun.parts.exists()
 
 
 def test_samples_of_another_schedule_are_refused(tmp_path):

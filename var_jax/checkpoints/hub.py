@@ -79,11 +79,14 @@ def fetch(checkpoint: str | PurePath, convert: Convert) -> epath.Path:
             f" `python -c 'import var_jax; var_jax.load(\"{checkpoint}\")'`."
         )
     try:
-        import huggingface_hub  # noqa: F401
+        import huggingface_hub
         from filelock import FileLock, Timeout
+
+        if huggingface_hub.__version__.startswith("0."):
+            raise ImportError(f"huggingface_hub {huggingface_hub.__version__} is too old")
     except ImportError as error:
         raise BadInput(
-            f"{checkpoint} needs huggingface_hub: pip install 'var_jax[hub]'."
+            f"{checkpoint} needs huggingface_hub from 1.0 on: pip install 'var_jax[hub]'."
         ) from error
     cache().mkdir(parents=True, exist_ok=True)
     with acquire(FileLock(cache() / ".lock"), Timeout):

@@ -42,7 +42,7 @@ class SamplingConfig:
                 raise BadInput(
                     f"{name}={listed(values)}; expected {wanted}, once or for each scale."
                 )
-        if isinstance(self.guidance, str):  # a program may have put a function there
+        if not callable(self.guidance):  # a program may have put a function there
             parse_guidance(self.guidance)
 
     def check(self, patch_nums: Schedule) -> None:
@@ -73,11 +73,11 @@ def listed(values: tuple[float, ...]) -> str:
 def parse_guidance(text: str) -> tuple[str, tuple[float, ...]]:
     """`SamplingConfig.guidance` as its name and numbers. Raises: BadInput."""
     pattern = r"ramp|constant|interval=(\d{1,3})-(\d{1,3})|ssg=(\d{0,3}\.?\d{1,6})"
-    match = re.fullmatch(pattern, text)
+    match = re.fullmatch(pattern, text) if isinstance(text, str) else None
     numbers = tuple(float(n) for n in match.groups() if n is not None) if match else ()
     if not match or (len(numbers) == 2 and not 1 <= numbers[0] <= numbers[1]):
         raise BadInput(
-            f"guidance={text[:60]!r}; expected ramp, constant, interval=LO-HI (scales, the first is"
-            " 1) or ssg=BETA."
+            f"guidance={str(text)[:60]!r}; expected ramp, constant, interval=LO-HI (scales, the"
+            " first is 1) or ssg=BETA."
         )
     return text.partition("=")[0], numbers

@@ -83,7 +83,7 @@ def likelihood_figures(
     """What a set costs: nats a token, bits an image and accuracy, of all scales and of each.
 
     Of all its images, or of `count` that are evenly spread. Labels are never dropped; no image
-    counts twice, whatever the batch size.
+    counts twice, whatever the batch size, but where it stands in for one that cannot be read.
     """
     sides = transformer.config.patch_nums
     cost, right = np.zeros(len(sides)), np.zeros(len(sides))

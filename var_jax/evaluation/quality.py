@@ -123,11 +123,16 @@ def reference_of(found: Features) -> Reference:
 
 
 def held_out_images(spec: str, split: str, count: int, size: Size) -> ImageSet | None:
-    """As many real images of a data source that are not in the reference: the floor of figures."""
+    """As many real images of a data source that are not in the reference: the floor of figures.
+
+    Or as many as there are. Raises: BadInput if the source has no other split, or too small a one.
+    """
     if is_npz(spec) or flat_folder(spec):
         return None
     other = next(name for name in SPLITS if name != split)
-    return open_images(spec, other, size, count)
+    images = open_images(spec, other, size, count)
+    check_count(images.shape[0])
+    return images
 
 
 def published(arrays: dict[str, np.ndarray], path: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:

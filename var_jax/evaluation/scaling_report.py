@@ -176,7 +176,7 @@ def predict_largest(
 
 
 def surface_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """E + A·N^-α + B·D^-β of the loss over all scales; None without five different points.
+    """E + A·N^-α + B·D^-β of the loss over all scales; None for fewer than six points.
 
     N in billions, D in millions of images.
     """

@@ -4,6 +4,8 @@ Distances between sets of 50,000 and 10,000 images are taken tile by tile: under
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ TILE = 10_000  # images a side, as the ADM evaluator's, which decides on float16
 ROWS = 1_000  # of a tile at a time
 NEIGHBOUR = 3  # whose distance is the radius of an image's ball
 BLOCK = 5_000  # images of one Inception score, as by the ADM evaluator
+PAIRS = 32  # images of a set whose pixels are compared at a time
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -152,9 +155,9 @@ def psnr(
 ) -> Float[np.ndarray, " N"]:
     """The peak signal-to-noise ratio of each pair of images, in dB; infinite for equal ones."""
     pair_of_images(a, b)
-    error = ((a.astype(np.float64) - b) ** 2).mean((1, 2, 3))
+    error = lambda a, b: ((a.astype(np.float64) - b) ** 2).mean((1, 2, 3))
     with np.errstate(divide="ignore"):
-        return 10 * np.log10(255**2 / error)
+        return 10 * np.log10(255**2 / in_parts(error, a, b))
 
 
 @jax.jit
@@ -190,8 +193,14 @@ def ssim(
     Raises: BadInput for images smaller than a window, or of two sizes.
     """
     pair_of_images(a, b, smallest=11)
-    centred = (jnp.asarray(x, jnp.float32) / 255 - 0.5 for x in (a, b))
-    return np.asarray(_ssim(*centred))
+    centred = lambda x: jnp.asarray(x, jnp.float32) / 255 - 0.5
+    return in_parts(lambda a, b: np.asarray(_ssim(centred(a), centred(b))), a, b)
+
+
+def in_parts(measure: Callable[[Any, Any], np.ndarray], a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """What is measured of pairs of images, of few at a time: it takes many times their memory."""
+    starts = range(0, len(a), PAIRS)
+    return np.concatenate([measure(a[i : i + PAIRS], b[i : i + PAIRS]) for i in starts])
 
 
 def pair_of_images(a: np.ndarray, b: np.ndarray, smallest: int = 1) -> None:

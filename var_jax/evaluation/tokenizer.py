@@ -16,6 +16,7 @@ from var_jax.sharding.rows import in_batches, replicate
 
 PERTURBED = 0.5  # share of the tokens that pFID replaces
 NEAREST = 100 / 4096  # share of the codebook, the nearest codes, that it draws from
+MOST_PSNR = 100.0  # dB, of equal images: infinity would be the mean of any set with such a pair
 Compare = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
 
 
@@ -75,7 +76,8 @@ class Perturbed:
     The Fréchet distance of these to the images is pFID, the perturbed FID of Qiu et al.,
     arXiv 2503.08354: it tells how a decoder takes the errors of sampling, which rFID does not. The
     paper averages over several settings; here half of the tokens, at all scales, become one of the
-    nearest codes, of 4096 the nearest hundred, so that figures compare with each other only.
+    nearest codes, of 4096 the nearest hundred with the token itself, so that figures compare with
+    each other only.
     """
 
     def __init__(self, reconstructions: Reconstructions):
@@ -119,7 +121,10 @@ def similarities(perceptual: Mapping[str, Lpips], batch_size: int = 64) -> Compa
         images: UInt8[np.ndarray, "N H W 3"], reconstructed: UInt8[np.ndarray, "N H W 3"]
     ) -> dict[str, np.ndarray]:
         pairs = {"images": images, "made": reconstructed}
-        found = {"psnr": psnr(images, reconstructed), "ssim": ssim(images, reconstructed)}
+        found = {
+            "psnr": np.minimum(psnr(images, reconstructed), MOST_PSNR),
+            "ssim": ssim(images, reconstructed),
+        }
         return found | {
             name: in_batches(_lpips, each, pairs, batch_size) for name, each in weights.items()
         }

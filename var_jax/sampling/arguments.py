@@ -53,7 +53,7 @@ def to_numbers(name: str, value: Any) -> tuple[float, ...]:
     """One number or a sequence of them. Raises: BadInput for anything else."""
     try:
         array = np.atleast_1d(np.asarray(value, np.float64))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         array = np.zeros((0, 0))
     if array.ndim != 1 or not array.size or not np.isfinite(array).all() or isinstance(value, str):
         raise BadInput(f"{name}={value!r}; expected numbers.")

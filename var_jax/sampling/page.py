@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import hmac
 import io
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,8 @@ class Settings:
         values = dict(query)
         if (name := values.pop("class", None)) is not None:
             none = name == str(NO_CLASS)
-            values["label"] = name if none else str(model.class_index(name, "class"))
+            label = int(name) if re.fullmatch(r"\d{1,9}", name) else name  # links hold numbers
+            values["label"] = name if none else str(model.class_index(label, "class"))
         return cls.of(model, values)
 
     def sampling(self, model: "Model") -> dict[str, Any]:

@@ -105,13 +105,15 @@ class Job:
         if of_first(lambda: np.array(done.exists() and path.exists()), (), bool):
             if jax.process_index() == 0:
                 check_settings(self.out, read_json(done), settings)
+                self.remove_parts()  # that a kill left
             return path
         self.begin(settings)
         self.sample(np.arange(len(self.labels), dtype=np.int32))
         if jax.process_index() == 0:
-            self.finish()
+            self.join()
             with replacing(done) as beside:
                 beside.write_text(json.dumps(settings))
+            self.remove_parts()
         sync_global_devices("samples are joined")
         return path
 
@@ -185,13 +187,23 @@ class Job:
         parts = self.cover(count, prefix)
         return np.concatenate([load_npz(path, name)[name][skip:] for path, skip in parts])[:count]
 
-    def finish(self) -> epath.Path:
-        """Joins the parts to samples.npz and removes them."""
+    def join(self) -> epath.Path:
+        """Joins the parts to samples.npz."""
         path = self.out / "samples.npz"
         join_npz(path, self.cover(len(self.labels)), len(self.labels))
-        for part in self.parts.glob("*.npz"):  # settings.json last: a kill may come between
-            part.unlink()
-        self.parts.rmtree()
+        return path
+
+    def remove_parts(self) -> None:
+        """Removes the parts, the record of their settings last: a kill may come between."""
+        if self.parts.exists():
+            for part in self.parts.glob("*.npz"):
+                part.unlink()
+            self.parts.rmtree()
+
+    def finish(self) -> epath.Path:
+        """Joins the parts to samples.npz and removes them."""
+        path = self.join()
+        self.remove_parts()
         return path
 
 

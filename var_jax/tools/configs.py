@@ -53,7 +53,9 @@ def _where(path: Path, error: Exception) -> str:
     else:
         said = " ".join(f"{type(error).__name__}: {error}".split())
     lines = [line for frame, line in frames if frame.f_code.co_filename == str(path)]
-    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    line = lines[-1] if lines else None
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        line = error.lineno
     if not line:
         return f"{path}: {said}."
     text = path.read_bytes().decode(errors="replace").splitlines()[line - 1]

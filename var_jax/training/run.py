@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from var_jax import BadInput
+from var_jax import BadInput, Failure
 from var_jax.checkpoints.export import check_replaceable, load_fingerprint, weights_digest
 from var_jax.config import Config, TrainConfig, parse_lr_scale
 from var_jax.data.augmentation import augment_items
@@ -40,7 +40,7 @@ from var_jax.tools.files import replacing
 from var_jax.tools.images import curves, going_on_without, save_png
 from var_jax.tools.logs import Metrics
 from var_jax.tools.paths import user_path
-from var_jax.tools.plugins import find_function
+from var_jax.tools.plugins import find_function, told
 from var_jax.tools.trees import path_name
 from var_jax.training import hooks, loop
 from var_jax.training.codebook import init_stats
@@ -255,7 +255,15 @@ class Run:
         function = find_function("config.report", self.config.report, REPORT_ARGUMENTS)
         draw = functools.partial(hooks.draw_samples, models, seed=self.config.seed + 1)
         reconstruct = functools.partial(reconstruct_images, models.tokenizer)
-        return function(self.train, self.validation, draw, reconstruct)
+        try:
+            found = function(self.train, self.validation, draw, reconstruct)
+            return {str(name): float(value) for name, value in found.items()}
+        except (BadInput, Failure, MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # whatever the user's code does
+            raise BadInput(
+                f"config.report={self.config.report} failed with {told(error)}."
+            ) from error
 
 
 def with_classes(config: Config, classes: int) -> Config:

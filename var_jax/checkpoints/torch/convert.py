@@ -148,7 +148,8 @@ def write_models(
             left_out[name] = f"the {name} cannot be written: {reason}."
         else:
             states[name] = to_torch(model) | buffers(model)
-            states[name].update({n: a for n, a in usage.items() if n in states[name]})
+            fits = lambda n, a, state=states[name]: n in state and a.shape == state[n].shape
+            states[name].update({n: a for n, a in usage.items() if fits(n, a)})
     if not states:
         raise BadInput(" ".join(left_out.values()))
     paths = {name: folder / f"{name}.{format}" for name in states}

@@ -72,9 +72,10 @@ def is_tensor(name: Any, value: Any) -> bool:
 def unwrapped(path: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors without `WRAPPERS` in their names. Raises: BadInput if two names become one."""
     names = {n: ".".join(p for p in n.split(".") if p not in WRAPPERS) for n in tensors}
-    if len(set(names.values())) < len(names):
-        both = next(n for n in names if n != names[n] and names[n] in tensors)
-        raise BadInput(f"{path} holds {both!r} and {names[both]!r}; expected one of the two.")
+    first: dict[str, str] = {}
+    for name, bare in names.items():
+        if (other := first.setdefault(bare, name)) != name:
+            raise BadInput(f"{path} holds {name!r} and {other!r}; expected one of the two.")
     return {names[n]: tensor for n, tensor in tensors.items()}
 
 

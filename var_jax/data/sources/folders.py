@@ -37,7 +37,7 @@ def open_folders(folder: epath.Path, split: str) -> EncodedImages:
     Raises: BadInput if a class has no images, or the two splits have different classes.
     """
     train = folder / "train"
-    if not train.is_dir():
+    if not train.is_dir() or _is_class(folder, train):
         classes, left_out = _classes(folder)
         return _open_classes(folder, classes, left_out, hold_out=split)
     classes, left_out = _classes(train)
@@ -50,6 +50,12 @@ def open_folders(folder: epath.Path, split: str) -> EncodedImages:
     if extra := sorted(set(found) - set(classes)):
         raise BadInput(f"{validation} has a class {extra[0]!r} that {train} lacks.")
     return _open_classes(validation, classes, left_out)
+
+
+def _is_class(folder: epath.Path, train: epath.Path) -> bool:
+    """Whether `train` is a class among others, as trains are, and no split."""
+    others = {*_classes(folder)[0]} - {"train", "test", *VALIDATION}
+    return bool(others) and not _classes(train)[0]
 
 
 def flat_images(folder: epath.Path) -> tuple[str, ...]:
