@@ -405,7 +405,7 @@ class Model:
                 opened = upright(opened)
             except (Unreadable, OSError, ValueError) as error:  # ValueError: it is closed
                 raise BadInput(f"image cannot be read: {error}.") from error
-        return np.array(crop(opened, self.image_size, resize=1)).view(Images)
+        return crop(opened, self.image_size, resize=1).copy().view(Images)
 
     def settings(
         self,
