@@ -389,8 +389,8 @@ class Model:
         stages = sample_by_scale(weights, labels, keys, tokens, cfg=settings.cfg or None, **options)
         for _ in self.patch_nums:
             with self._using():
-                image = fetch(next(stages), 1)[0].view(Images)
-            yield image  # outside: settings and mesh are the caller's while it has its turn
+                stage = fetch(next(stages), 1)[0].view(Images)
+            yield stage  # outside: settings and mesh are the caller's while it has its turn
 
     def crop(self, image: str | PurePath | Image.Image | UInt8[np.ndarray, "H W *C"]) -> Images:
         """An image file, array or PIL image as the model takes it: resized, the centre cropped.
