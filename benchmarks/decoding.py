@@ -1,8 +1,8 @@
 r"""Quality and time of each way of decoding, on one checkpoint.
 
     python benchmarks/decoding.py --checkpoint emoji --source emoji --out /tmp/decoding/emoji
-    python benchmarks/decoding.py --num 1000 --checkpoint runs/fashion/checkpoint --split validation \
-        --source idx:/usr/share/datasets/fashion-mnist --out /tmp/decoding/fashion
+    python benchmarks/decoding.py --checkpoint runs/fashion/checkpoint --num 1000 \
+        --split validation --source idx:/usr/share/datasets/fashion-mnist --out /tmp/decoding/fashion
 
 Prints a table: the Fréchet distance of the features to the split; how often samples are taken for
 their class by a classifier on pixels, beside images of the validation set; the time of sampling a
