@@ -2,7 +2,7 @@ r"""Quality and time of each way of decoding, on one checkpoint.
 
     python benchmarks/decoding.py --checkpoint emoji --source emoji --out /tmp/decoding/emoji
     python benchmarks/decoding.py --checkpoint runs/fashion/checkpoint --num 1000 \
-        --split validation --source idx:/usr/share/datasets/fashion-mnist --out /tmp/decoding/fashion
+        --source idx:/usr/share/datasets/fashion-mnist --split validation --out /tmp/decoding/idx
 
 Prints a table: the Fréchet distance of the features to the split; how often samples are taken for
 their class by a classifier on pixels, beside images of the validation set; the time of sampling a
