@@ -32,7 +32,7 @@ from var_jax.sharding.mesh import of_first, using
 from var_jax.tools import cli, sampling_flags
 from var_jax.tools.files import output_folder
 from var_jax.tools.images import grid, save_png
-from var_jax.tools.plugins import find_function, told
+from var_jax.tools.plugins import describe, find_function
 
 MOST = 10**8  # images; of those parts the names have room for
 SHOWN, ROWS = 100, 8  # images in grid.png and in scales.png
@@ -225,7 +225,7 @@ def of_user(score: Callable[[np.ndarray, np.ndarray], Any], spec: str) -> Score:
                 raise TypeError(f"{scores.dtype} is no kind of real numbers")
             return scores.astype(np.float64)
         except Exception as error:  # whatever the user's code does
-            raise BadInput(f"--scorer={spec} failed with {told(error)}.") from error
+            raise BadInput(f"--scorer={spec} failed with {describe(error)}.") from error
 
     return checked
 

@@ -20,7 +20,7 @@ def find_function(name: str, spec: str, arguments: int) -> Callable[..., Any]:
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise BadInput(f"{name}={spec} is no MODULE:FUNCTION here ({error}).") from error
     except (Exception, SystemExit) as error:  # whatever the module does
-        raise BadInput(f"{name}={spec} cannot be imported: {told(error)}.") from error
+        raise BadInput(f"{name}={spec} cannot be imported: {describe(error)}.") from error
     if not callable(found):
         raise BadInput(f"{name}={spec} is no function.")
     try:
@@ -30,6 +30,6 @@ def find_function(name: str, spec: str, arguments: int) -> Callable[..., Any]:
     return found
 
 
-def told(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """What a user's code raised, in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(".")

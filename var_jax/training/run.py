@@ -40,7 +40,7 @@ from var_jax.tools.files import replacing
 from var_jax.tools.images import curves, going_on_without, save_png
 from var_jax.tools.logs import Metrics
 from var_jax.tools.paths import user_path
-from var_jax.tools.plugins import find_function, told
+from var_jax.tools.plugins import describe, find_function
 from var_jax.tools.trees import path_name
 from var_jax.training import hooks, loop
 from var_jax.training.codebook import init_stats
@@ -262,7 +262,7 @@ class Run:
             raise
         except Exception as error:  # whatever the user's code does
             raise BadInput(
-                f"config.report={self.config.report} failed with {told(error)}."
+                f"config.report={self.config.report} failed with {describe(error)}."
             ) from error
 
 
