@@ -22,8 +22,8 @@ from var_jax.models.resize import bicubic_matrix
 from var_jax.models.var import Transformer
 from var_jax.sampling.exports import save_parts
 from var_jax.sharding.mesh import make_mesh, shard
+from var_jax.training.checks import check_rounding, check_start, check_tokenizer
 from var_jax.training.init_from import transformer_from
-from var_jax.training.run import check_rounding, check_start, check_tokenizer
 
 NAMES = tuple("abcdefghi")
 

@@ -13,7 +13,7 @@ from etils import epath
 
 from var_jax import BadInput, Failure
 from var_jax.checkpoints.export import check_replaceable, load_fingerprint, weights_digest
-from var_jax.config import Config, TrainConfig, parse_lr_scale
+from var_jax.config import Config
 from var_jax.data.augmentation import augment_items
 from var_jax.data.inventory import summarize
 from var_jax.data.pipeline import batches
@@ -27,24 +27,29 @@ from var_jax.sampling.exports import (
     Models,
     abstract_models,
     as_exported,
-    build,
     load_models,
     load_tokenizer,
     save_models,
 )
 from var_jax.sampling.generate import reconstruct_images
 from var_jax.schedule import num_tokens
-from var_jax.sharding.mesh import check_batch, check_hosts, check_model, make_mesh, of_first
+from var_jax.sharding.mesh import check_hosts, check_model, make_mesh, of_first
 from var_jax.sharding.rows import replicate
 from var_jax.tools.files import replacing
 from var_jax.tools.images import curves, going_on_without, save_png
 from var_jax.tools.logs import Metrics
 from var_jax.tools.paths import user_path
 from var_jax.tools.plugins import describe, find_function
-from var_jax.tools.trees import path_name
 from var_jax.training import hooks, loop
+from var_jax.training.checks import (
+    check_batches,
+    check_rounding,
+    check_start,
+    check_tokenizer,
+    with_classes,
+)
 from var_jax.training.codebook import init_stats
-from var_jax.training.init_from import check_source, transformer_from
+from var_jax.training.init_from import transformer_from
 from var_jax.training.loss_networks import loss_networks
 from var_jax.training.state import TransformerState, start_from
 from var_jax.training.tasks import task_of
@@ -52,7 +57,6 @@ from var_jax.training.tokenizer import TokenizerState
 from var_jax.training.workdir import TRAININGS, count_steps, occupy
 
 UNITS = {"dit": "squared error of the velocity"}  # of the loss of a kind of transformer
-FINE_TUNED = ("patch_nums", "beta")  # no weight's shape or meaning depends on these
 REPORT_ARGUMENTS = 4  # training and validation set, and functions that draw and reconstruct
 
 
@@ -264,104 +268,6 @@ class Run:
             raise BadInput(
                 f"config.report={self.config.report} failed with {describe(error)}."
             ) from error
-
-
-def with_classes(config: Config, classes: int) -> Config:
-    """The config with the number of classes of its data.
-
-    Raises: BadInput if it says another one.
-    """
-    wanted = config.transformer.num_classes
-    if not config.train_transformer.steps or wanted == classes:
-        return config
-    if wanted:
-        raise BadInput(
-            f"transformer.num_classes={wanted}, but {config.data.source} has {classes} classes; 0"
-            " stands for as many as there are."
-        )
-    transformer = dataclasses.replace(config.transformer, num_classes=classes)
-    return dataclasses.replace(config, transformer=transformer)
-
-
-def check_batches(name: str, config: TrainConfig, parts: int, mesh: jax.sharding.Mesh) -> None:
-    """Raises BadInput if a training with steps cannot split its batches over the mesh."""
-    if config.steps:
-        check_batch(f"{name}.batch_size", config.batch_size, mesh)
-        if parts > 1:
-            what = f"{name}.batch_size / {name}.accumulate"
-            check_batch(what, config.batch_size // parts, mesh)
-
-
-def check_rounding(config: Config, tokenizer: Tokenizer) -> None:
-    """Raises BadInput if the export would round an encoder that `decoder_only` keeps."""
-    if not config.train_tokenizer.decoder_only:
-        return
-    stored = as_exported(tokenizer, config.export_dtype)
-    same = jax.tree.map(jax.numpy.array_equal, stored, tokenizer)
-    if not all(map(bool, jax.tree.leaves(same))):
-        raise BadInput(
-            f"export_dtype={config.export_dtype} rounds the weights of"
-            f" {config.pretrained_tokenizer}, and train_tokenizer.decoder_only=True keeps the"
-            " tokens that they give; expected float32."
-        )
-
-
-def check_tokenizer(config: Config) -> None:
-    """Raises BadInput if there would be no trained tokenizer, or another than the config's."""
-    training = config.train_tokenizer
-    if config.pretrained_tokenizer:
-        _, _, parts = abstract_models(config.pretrained_tokenizer)
-        wanted, found = map(dataclasses.asdict, (config.tokenizer, parts["tokenizer"].config))
-        for name in wanted:
-            if found[name] != wanted[name] and not (training.steps and name in FINE_TUNED):
-                raise BadInput(
-                    f"{config.pretrained_tokenizer} holds a tokenizer with {name}={found[name]},"
-                    f" but config.tokenizer.{name} is {wanted[name]}; it goes with the config that"
-                    " trained it (emoji with --config emoji:large)."
-                )
-        if training.steps and not training.decoder_only and config.data.tokens:
-            raise BadInput(
-                f"data.tokens={config.data.tokens} holds the codes of"
-                f" {config.pretrained_tokenizer}, and train_tokenizer.steps={training.steps} change"
-                " its encoder; set steps to 0, or train_tokenizer.decoder_only."
-            )
-        return
-    if training.steps and training.decoder_only:
-        raise BadInput(
-            "train_tokenizer.decoder_only=True keeps the encoder of a trained tokenizer; name its"
-            " checkpoint as --config.pretrained_tokenizer=DIR."
-        )
-    if not training.steps:
-        raise BadInput(
-            "train_tokenizer.steps=0 leaves the tokenizer untrained; name a checkpoint that holds"
-            " one as --config.pretrained_tokenizer=DIR."
-        )
-    if config.data.tokens:
-        raise BadInput(
-            f"data.tokens={config.data.tokens} holds the codes of a tokenizer; name its checkpoint"
-            " as --config.pretrained_tokenizer=DIR."
-        )
-
-
-def check_start(config: Config) -> None:
-    """Raises BadInput where `init_from` or `lr_scale` would mean nothing."""
-    if config.init_from and not (config.train_transformer.steps and config.pretrained_tokenizer):
-        raise BadInput(
-            f"init_from={config.init_from} starts the training of a transformer on the tokens of a"
-            " tokenizer: train_transformer.steps and pretrained_tokenizer must be set."
-        )
-    if config.init_from:
-        check_source(config.init_from, config.transformer)
-    for name, models in (("tokenizer", config.tokenizer), ("transformer", config.transformer)):
-        rules = parse_lr_scale(getattr(config, f"train_{name}").lr_scale)
-        paths = jax.tree_util.tree_leaves_with_path(build(models)) if rules else []
-        for rule, _ in rules:
-            if not any(rule.search(path_name(path)) for path, _ in paths):
-                known = ", ".join(path_name(path) for path, _ in paths[:8])
-                raise BadInput(
-                    f"train_{name}.lr_scale: no weight of the {name} is called {rule.pattern!r};"
-                    f" they are {known}, ..."
-                )
 
 
 def last_validation(records: list[dict], unit: str) -> dict[str, float]:
