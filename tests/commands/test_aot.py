@@ -7,9 +7,10 @@ import jax
 import pytest
 from running import complaint, run, run_alone
 
-from var_jax.config import Config, from_dict
+from var_jax.config import Config, SamplingConfig, from_dict
 from var_jax.sampling import autoregressive
 from var_jax.sharding.mesh import sampling_mesh
+from var_jax.tools.flops import transformer_flops
 from var_jax.training.aot import lower, model_flops
 
 SMALL = (
@@ -36,6 +37,13 @@ def test_a_step_on_pixels_counts_every_operation_of_the_encoder():
     # Three quarters are (4 + 5/4) * 2 * 9 * 160**2 * 256**2: the 3x3 convolutions of the two finest
     # levels.
     assert (pixels - tokens) / 1e9 == pytest.approx(215.36, rel=1e-4)
+
+
+def test_guidance_doubles_the_operations_of_the_transformer_alone():
+    without = Config(sampling=SamplingConfig(cfg=0))
+    forward = transformer_flops(Config().transformer, backward=False)
+    doubled = model_flops(Config(), "sampler") - model_flops(without, "sampler")
+    assert doubled == pytest.approx(forward)
 
 
 def test_inception_has_the_operations_that_are_known_of_it():

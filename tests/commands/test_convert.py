@@ -12,7 +12,7 @@ from golden_cases import load, models, state_dict
 from running import run
 
 from var_jax import convert as command
-from var_jax.checkpoints.torch.convert import open_tensors
+from var_jax.checkpoints.torch.convert import open_tensors, write_models
 from var_jax.checkpoints.torch.names import buffers
 from var_jax.checkpoints.torch.pth import write_pth
 from var_jax.checkpoints.torch.safetensors import write_safetensors
@@ -87,6 +87,16 @@ def test_sampling_gives_the_tokens_of_the_release(converted, tmp_path):
         np.testing.assert_array_equal(found["tokens"], gold["greedy_tokens"])
         image = 255 * gold["greedy_image"].transpose(0, 2, 3, 1)
         np.testing.assert_allclose(found["arr_0"], image, atol=0.51)
+
+
+def test_use_of_the_codes_at_another_schedule_is_left_out(tmp_path):
+    """PyTorch would refuse a file whose buffer has another shape; unused codes it takes."""
+    tokenizer = models("base")[0]
+    name, own = next(iter(buffers(tokenizer).items()))
+    for scales, kept in ((len(own), True), (len(own) + 1, False)):
+        usage = {name: np.ones((scales, own.shape[1]), own.dtype)}
+        paths, _ = write_models({"tokenizer": tokenizer}, usage, tmp_path)
+        np.testing.assert_array_equal(read(paths["tokenizer"])[name], usage[name] if kept else own)
 
 
 def test_back_to_torch_is_bit_identical(converted, tmp_path):

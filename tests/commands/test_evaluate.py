@@ -82,6 +82,18 @@ def test_samples_have_figures_without_a_held_out_set(tmp_path, mean_colours):
     assert metrics(tmp_path / "out")["fd_quarters"] > 0
 
 
+def test_a_held_out_set_of_fewer_images_is_no_floor(tmp_path, mean_colours):
+    images = write_images(tmp_path / "a.npz", 0)
+    for split, parts in (("train", (images[:20], images[20:])), ("validation", (images[:3],) * 2)):
+        for name, part in zip("xy", parts, strict=True):
+            (tmp_path / "data" / split).mkdir(parents=True, exist_ok=True)
+            write_folder(tmp_path / "data" / split / name, part)
+    flags = ("--samples", tmp_path / "a.npz", "--reference", tmp_path / "data")
+    code, _, err = run("evaluate", *flags, "--out", tmp_path / "out")
+    assert code == 0
+    assert "warning: held-out images are 6, samples 40: the distance of fewer images" in err
+
+
 def test_folders_of_images(tmp_path, mean_colours):
     for name, seed in (("a", 0), ("b", 1)):
         write_folder(tmp_path / name, write_images(tmp_path / f"{name}.npz", seed))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from var_jax import BadInput
-from var_jax.models.attention import attention, dense, joined_blocks, prepare
+from var_jax.models import backend
+from var_jax.models.attention import attention, choose, dense, joined_blocks, prepare
 from var_jax.models.attention_tpu import cached, cached_flops, padded_flops, tiles
 from var_jax.schedule import PATCH_NUMS_256, PATCH_NUMS_512, Pattern
 from var_jax.sharding.mesh import BATCH, make_mesh
@@ -189,3 +190,25 @@ def test_another_length_than_the_patterns_is_refused(implementation):
     q = jnp.zeros((1, 5, 2, 64))
     with pytest.raises(ValueError, match="5 tokens; the pattern is of 4"):
         attention(q, q, q, Pattern((1,) * 4), implementation=implementation)
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, width, chosen",
+    [
+        ("9.0", jnp.bfloat16, 64, "cudnn"),
+        ("10.0", jnp.bfloat16, 64, "cudnn"),
+        ("8.0", jnp.bfloat16, 128, "cudnn"),
+        ("7.5", jnp.bfloat16, 64, "blocks"),  # a T4
+        ("gfx90a", jnp.bfloat16, 64, "blocks"),  # of AMD
+        ("9.0", jnp.float32, 64, "blocks"),
+        ("9.0", jnp.bfloat16, 60, "blocks"),
+        ("9.0", jnp.bfloat16, 136, "blocks"),
+    ],
+)
+def test_cudnn_is_chosen_where_it_runs(monkeypatch, capability, dtype, width, chosen):
+    class Gpu:
+        compute_capability = capability
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Gpu()])
+    with backend.assume("cuda"):
+        assert choose(dtype, width) == chosen

@@ -185,3 +185,18 @@ def test_validation_is_compiled_once():
     assert len(traces) <= 4
     assert found[0] == found[1] == pytest.approx(source.images.mean((1, 2, 3)).mean(), rel=1e-5)
     assert found[2] == pytest.approx(found[0] + 1)
+
+
+def test_a_trace_holds_its_steps_and_no_others(tmp_path, monkeypatch):
+    """Steps are dispatched ahead of the devices, so both ends wait for what came before."""
+    calls = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda state: calls.append(f"wait {state}"))
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    with loop.Trace(tmp_path / "ckpt", 3, 2) as trace:
+        for step in range(1, 8):
+            trace(step, f"before {step}")
+    assert calls == ["wait before 3", "start", "wait before 5", "stop"]
+    with loop.Trace(tmp_path / "ckpt", 7, 2) as trace:
+        trace(7, "before 7")  # the training ends inside the trace
+    assert calls[4:] == ["wait before 7", "start", "stop"]
