@@ -139,6 +139,8 @@ def main(args: flags.FlagValues) -> None:
         raise BadInput(f"--source goes with --{', --'.join(MODES)}, not with --reference.")
     if modes and not args.source:
         raise BadInput(f"--{modes[0]} needs --source, a data source.")
+    if args.memorization and args.split:
+        raise BadInput("--memorization compares both splits; --split does not go with it.")
     hosts.join(args)
     out = output_folder(args.out, locks=jax.process_index() == 0)  # for all hosts
     hosts.check_shared("--out", out)
@@ -282,8 +284,8 @@ def quality(
     except BadInput as error:  # samples have figures without it
         note(f"warning: no figures of {HELD_OUT}: {error}")
     by_class = {name: in_order_of_classes(each) for name, each in sets.items()}
-    told = network.name == "inception" and count > BLOCK and isinstance(sets.get(""), NpzImages)
-    if told and by_class[""]:
+    in_blocks = network.name == "inception" and count > BLOCK
+    if in_blocks and isinstance(sets.get(""), NpzImages) and by_class[""]:
         note(
             f"warning: {args.samples} is sorted by class: inception_score takes its images in"
             " another order, inception_score_adm in blocks of the file."

@@ -190,8 +190,8 @@ def test_a_reference_is_found_again_and_is_of_its_images(tmp_path, mean_colours)
         found.append(metrics(tmp_path / "out")["fd_quarters"])
         times.append(saved.stat().st_mtime_ns)
     assert found[0] == found[1] == found[3] and len({*found}) == 3
-    told = metrics(tmp_path / "out")["flags"]
-    assert told["size"] == 16 and {"split", "cfg", "top_k", "top_p"} <= {*told}
+    flags = metrics(tmp_path / "out")["flags"]
+    assert flags["size"] == 16 and {"split", "cfg", "top_k", "top_p"} <= {*flags}
     assert times[0] == times[1] and len({*times}) == 4
 
 
@@ -308,6 +308,8 @@ def test_a_checkpoint_on_data(tmp_path, untrained, mean_colours):
     assert (tmp_path / "out" / "neighbours.png").exists()
     said = complaint("evaluate", *flags, "--memorization", "--cfg", "1,2")
     assert "not a list" in said
+    said = complaint("evaluate", *flags, "--memorization", "--split", "train")
+    assert "--memorization compares both splits" in said
 
 
 @pytest.mark.slow

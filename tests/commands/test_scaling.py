@@ -125,8 +125,8 @@ def test_unfinished_runs_are_told_and_left_out(ladder, tmp_path, capsys):
     write_run(runs / "d7", 7, summary=False, last=40)
     write_run(runs / "tokenizer", 4, train_transformer__steps=0)
     assert {row["depth"] for row in read_rows([str(runs)])} == {*DEPTHS}
-    told = f"{runs / 'd7'}: left out, unfinished (step 40 of {STEPS})\n"
-    assert capsys.readouterr().err == told
+    warning = f"{runs / 'd7'}: left out, unfinished (step 40 of {STEPS})\n"
+    assert capsys.readouterr().err == warning
 
 
 @pytest.mark.slow

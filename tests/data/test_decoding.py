@@ -29,11 +29,12 @@ def noise(width, height, seed=0):
     return Image.fromarray(values)
 
 
-@pytest.mark.parametrize("size", [(57, 40), (40, 57), (31, 31), (200, 40)])
+# Of (66, 99) the long side is 27, and 26 if the scale is computed first: 99 * (18 / 66) < 27.
+@pytest.mark.parametrize("size", [(57, 40), (40, 57), (31, 31), (200, 40), (66, 99), (99, 66)])
 def test_crop_is_a_part_of_the_whole_resized(size):
     image, side, resize = noise(*size), 16, 1.125
     short = round(resize * side)
-    whole = [int(short * s / min(size)) for s in size]
+    whole = [int(short * s / min(size)) for s in size]  # as torchvision
     whole = image.resize(whole, Image.Resampling.LANCZOS)
     wanted = np.asarray(whole).astype(int)
     left, top = (round((s - side) / 2) for s in whole.size)

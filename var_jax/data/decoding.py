@@ -142,11 +142,9 @@ def crop(
     """
     height, width = shape_of(size)
     least = [round(resize * side) for side in (width, height)]
-    scales = np.divide(least, image.size)
-    sides = [
-        few if scale == scales.max() else int(side * scales.max())
-        for few, side, scale in zip(least, image.size, scales, strict=True)
-    ]
+    axis = np.argmax(np.divide(least, image.size))  # the side that is just covered
+    # The product of whole numbers first: 206 · (256 / 206) is less than 256.
+    sides = [int(least[axis] * side / image.size[axis]) for side in image.size]
     slack = [side - few for side, few in zip(sides, (width, height), strict=True)]
     if rng is None:
         corner = [round(s / 2) for s in slack]
