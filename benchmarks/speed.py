@@ -1,18 +1,21 @@
 """Speed of encoding, of a transformer's gradient and of sampling, beside the PyTorch release.
 
-    python benchmarks/speed.py [--size small|d16] [--rounds 5] [--reference PATH]
+    python benchmarks/speed.py [--size small|d16] [--rounds 5] [--reference PATH] [--products]
 
 PATH is a clone of github.com/FoundationVision/VAR (needs torch). Both run in this process on the
 same threads in float32, in turn, with random weights. Times are medians, compiling is apart.
+--products also times the matrix products and convolutions of each task, each shape by itself.
 """
 
 import argparse
 import dataclasses
+import functools
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 os.environ.setdefault("KMP_BLOCKTIME", "0")  # idle torch threads must not spin beside ours
 
@@ -21,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from var_jax.config import TokenizerConfig, TransformerConfig
 from var_jax.models.tokenizer import Tokenizer
@@ -30,6 +34,7 @@ from var_jax.sampling.generate import image_keys
 from var_jax.schedule import num_tokens
 
 Task = Callable[[], object]
+PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +63,7 @@ def main() -> None:
     parser.add_argument("--size", choices=list(sizes()), default="small")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--reference", help="a clone of the PyTorch release")
+    parser.add_argument("--products", action="store_true", help="the share of products in the time")
     args = parser.parse_args()
     size = sizes()[args.size]
     rng = np.random.default_rng(0)
@@ -67,8 +73,11 @@ def main() -> None:
     theirs = reference_tasks(args.reference, size, image, labels) if args.reference else {}
     ours = our_tasks(size, image, labels)
     print(f"{args.size}, batch {size.batch}, {num_tokens(size.transformer.patch_nums)} tokens")
-    print("| task | compile s | s | images/s | tokens/s | PyTorch s | ratio |\n|" + "---|" * 7)
-    for name, task in ours.items():
+    heads = ["task", "compile s", "s", "images/s", "tokens/s"]
+    heads += ["PyTorch s", "ratio"] * bool(theirs) + ["products alone s"] * args.products
+    print(f"| {' | '.join(heads)} |\n|" + "---|" * len(heads))
+    for name, (function, arguments) in ours.items():
+        task = functools.partial(run, function, *arguments)
         started = time.perf_counter()
         task()
         compiling = time.perf_counter() - started
@@ -82,10 +91,12 @@ def main() -> None:
         if theirs:
             ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
             row += f" {statistics.median(times[1]):.3f} | {ratio:.2f} |"
+        if args.products:
+            row += f" {time_of_products(function, arguments, args.rounds):.3f} |"
         print(row, flush=True)
 
 
-def interleaved(tasks: list[Task], rounds: int) -> list[list[float]]:
+def interleaved(tasks: Sequence[Task], rounds: int) -> list[list[float]]:
     """Seconds of each task, in turn, so that other work on the machine slows all alike."""
     times: list[list[float]] = [[] for _ in tasks]
     for _ in range(rounds):
@@ -96,8 +107,42 @@ def interleaved(tasks: list[Task], rounds: int) -> list[list[float]]:
     return times
 
 
-def our_tasks(size: Size, image: np.ndarray, labels: np.ndarray) -> dict[str, Task]:
-    """Encode, forward and backward, sample: each jitted, each waits for its result."""
+def run(function: Callable[..., Any], *arguments: Any) -> None:
+    """Calls a function and waits for its result."""
+    jax.block_until_ready(function(*arguments))
+
+
+def time_of_products(
+    function: Callable[..., Any], arguments: tuple[Any, ...], rounds: int
+) -> float:
+    """Seconds of the products of a function, each timed by itself on ones as often as it occurs."""
+    counts = products(jax.make_jaxpr(function)(*arguments).jaxpr)
+    total = 0.0
+    for (_, shapes, _), (equation, count) in counts.items():
+        alone = jax.jit(functools.partial(equation.primitive.bind, **equation.params))
+        task = functools.partial(run, alone, *(jnp.ones(shape, kind) for shape, kind in shapes))
+        task()
+        total += count * statistics.median(interleaved([task], rounds)[0])
+    return total
+
+
+def products(jaxpr: Any, times: int = 1) -> dict[Any, tuple[Any, int]]:
+    """An equation of each kind of product in a program, and how often it is evaluated."""
+    found: dict[Any, tuple[Any, int]] = {}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in PRODUCTS:
+            shapes = tuple((x.aval.shape, x.aval.dtype) for x in equation.invars)
+            key = equation.primitive.name, shapes, str(equation.params)
+            found[key] = equation, found.get(key, (equation, 0))[1] + times
+        inside = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+        for inner in jaxprs_in_params(equation.params):
+            for key, (each, count) in products(inner, inside).items():
+                found[key] = each, found.get(key, (each, 0))[1] + count
+    return found
+
+
+def our_tasks(size: Size, image: np.ndarray, labels: np.ndarray) -> dict[str, tuple[Any, tuple]]:
+    """Encode, forward and backward, sample: a jitted function and its arguments."""
     tokenizer = jax.jit(lambda: Tokenizer(size.tokenizer, rngs=nnx.Rngs(0)))()
     transformer = jax.jit(lambda: Transformer(size.transformer, rngs=nnx.Rngs(1)))()
     encode = jax.jit(Tokenizer.encode)
@@ -112,11 +157,10 @@ def our_tasks(size: Size, image: np.ndarray, labels: np.ndarray) -> dict[str, Ta
         return optax.softmax_cross_entropy(logits, target).mean()
 
     gradient = jax.jit(jax.value_and_grad(loss))
-    wait = jax.block_until_ready
     return {
-        "encode": lambda: wait(encode(tokenizer, image)),
-        "forward and backward": lambda: wait(gradient(transformer)),
-        "sample": lambda: wait(sample(weights, labels, keys)),
+        "encode": (encode, (tokenizer, image)),
+        "forward and backward": (gradient, (transformer,)),
+        "sample": (sample, (weights, labels, keys)),
     }
 
 
