@@ -36,7 +36,7 @@ class Variant(NamedTuple):
 VARIANTS = {
     "": Variant(),
     "large": Variant(
-        tokenizer_steps=10_000, transformer_steps=40_000, vocab_size=2048, depth=8, width=512,
+        tokenizer_steps=10_000, transformer_steps=20_000, vocab_size=2048, depth=6, width=384,
         drop_path=0.1, ema_decay=0.999,
     ),
 }  # fmt: skip

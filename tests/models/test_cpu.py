@@ -1,6 +1,7 @@
-"""Winograd's convolution is the plain one, and so are its gradients."""
+"""The convolutions of CPUs are XLA's, and so are their gradients."""
 
 import contextlib
+import re
 
 import chex
 import jax
@@ -25,14 +26,48 @@ def example(shape=(8, 32, 40), channels=(5, 7), key=0):
 def test_values_and_gradients(mesh_shape):
     x, kernel, weight = example()
     run = lambda f: lambda x, kernel: (f(x, kernel) * weight).sum()
-    wanted = jax.jit(jax.value_and_grad(run(cpu.plain), (0, 1)))(x, kernel)
+    plain = lambda x, kernel: cpu.by_xla(x, kernel, (1, 1), "SAME")
+    wanted = jax.jit(jax.value_and_grad(run(plain), (0, 1)))(x, kernel)
     with jax.set_mesh(make_mesh(*mesh_shape)) if mesh_shape else contextlib.nullcontext():
         winograd = lambda x, kernel: data_parallel(lambda k, x: cpu.winograd(x, k))(kernel, x)
         inputs = reshard(x, ("data", "fsdp")), reshard(kernel)
         got = jax.device_get(jax.jit(winograd)(*inputs))
-        chex.assert_trees_all_close(got, cpu.plain(x, kernel), rtol=1e-5, atol=1e-4)
+        chex.assert_trees_all_close(got, plain(x, kernel), rtol=1e-5, atol=1e-4)
         got = jax.device_get(jax.jit(jax.value_and_grad(run(winograd), (0, 1)))(*inputs))
     chex.assert_trees_all_close(got, wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "size, strides, pad",
+    [
+        ((3, 3), (1, 1), ((1, 1), (1, 1))),
+        ((4, 4), (2, 2), ((1, 1), (1, 1))),  # of 9 columns the last is not read
+        ((4, 4), (4, 4), ((0, 0), (0, 0))),
+        ((3, 3), (2, 2), ((0, 1), (0, 1))),
+        ((1, 1), (1, 1), ((0, 0), (0, 0))),
+        ((2, 5), (3, 1), ((0, 2), (3, 0))),
+    ],
+)
+def test_gradients_are_those_of_xla(size, strides, pad):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (2, 8, 9, 3))
+    kernel = jax.random.normal(keys[1], (*size, 3, 5))
+    run = lambda f: jax.value_and_grad(
+        lambda *inputs: (f(*inputs, strides, pad) ** 2).sum(), (0, 1)
+    )
+    wanted, got = run(cpu.by_xla)(x, kernel), run(cpu.convolve)(x, kernel)
+    chex.assert_trees_all_close(got, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_gradients_have_the_layout_that_is_fast_in_branches():
+    """In another, XLA's CPU runs a loop over single numbers; outside of branches it rewrites it."""
+    layer, x = conv(8, 16, 4, nnx.Rngs(0), strides=2), jnp.ones((2, 16, 16, 8))
+    gradient = jax.grad(lambda layer, x: (layer(x) ** 2).sum(), (0, 1))
+    nothing = lambda layer, x: jax.tree.map(jnp.zeros_like, (layer, x))
+    branch = jax.jit(lambda flag, *inputs: jax.lax.cond(flag, gradient, nothing, *inputs))
+    program = branch.lower(True, layer, x).compile().as_text()
+    layouts = re.findall(r" convolution\(.*dim_labels=(\S+?)[,\n]", program)
+    assert len(layouts) == 3 and {*layouts} == {"b01f_01io->b01f"}
 
 
 @pytest.mark.parametrize(
@@ -55,6 +90,7 @@ def test_only_what_gains_is_given_to_it(change, used, monkeypatch):
     shape = (1, 1, 1, change.get("kernel", (128,))[-1])
     monkeypatch.setattr(backend, "platform", lambda: change.get("platform", "cpu"))
     monkeypatch.setattr(cpu, "winograd", lambda x, kernel: jnp.ones(shape))
+    monkeypatch.setattr(cpu, "convolve", lambda *args: jnp.zeros(shape))
     monkeypatch.setattr(jax.lax, "conv_general_dilated", lambda *args, **how: jnp.zeros(shape))
     x = jnp.zeros(change.get("shape", (1, 32, 64, 128)), change.get("dtype", "float32"))
     kernel = jnp.zeros(change.get("kernel", (3, 3, x.shape[-1], 128)))
@@ -68,5 +104,5 @@ def test_the_tokenizer_uses_it(monkeypatch):
     layer = conv(128, 128, 3, nnx.Rngs(0))
     x = example((1, 32, 64), (128, 1))[0]
     plain = layer(x)
-    monkeypatch.setattr(cpu, "winograd", lambda x, kernel: 0 * cpu.plain(x, kernel) + 1)
+    monkeypatch.setattr(cpu, "winograd", lambda x, kernel: 0 * plain + 1)
     chex.assert_trees_all_close(layer(x), jnp.ones_like(plain) + layer.bias[...][None, None, None])

@@ -50,6 +50,10 @@ def convolve(
     """`jax.lax.conv_general_dilated`, as `nnx.Conv` calls it."""
     if platform() == "cpu" and cpu.winograd_pays(x, kernel, strides, padding):
         return cpu.winograd(x, kernel)
+    if platform() == "cpu" and cpu.is_plain(x, kernel, **options):
+        if isinstance(padding, str):
+            padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+        return cpu.convolve(x, kernel, tuple(strides), tuple(map(tuple, padding)))
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
 

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from var_jax.config import GanConfig
+from var_jax.models import backend
 from var_jax.models.features.dino import GROUPS_S16, SIZE, WIDTH_S16, DinoV2, dino_s16
 from var_jax.models.resize import upsample
 from var_jax.models.tokenizer import conv, group_norm
@@ -71,9 +72,9 @@ class SpectralConv(nnx.Module):
         v = jax.lax.stop_gradient(unit(self.matrix @ u))
         kernel = (self.kernel[...] / (v @ self.matrix @ u)).astype(x.dtype)
         x = jnp.pad(x, ((0, 0), (around, around), (0, 0)), mode="wrap")
-        dimensions = ("NWC", "WIO", "NWC")
-        x = jax.lax.conv_general_dilated(x, kernel, (1,), "VALID", dimension_numbers=dimensions)
-        return x + self.bias[...].astype(x.dtype)[None, None]
+        layout = ("NHWC", "HWIO", "NHWC")  # of images one pixel high
+        x = backend.convolve(x[:, None], kernel[None], (1, 1), "VALID", dimension_numbers=layout)
+        return x[:, 0] + self.bias[...].astype(x.dtype)[None, None]
 
     @property
     def matrix(self) -> Float[Array, "kC F"]:
