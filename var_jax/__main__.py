@@ -27,10 +27,9 @@ def main() -> None:
         print("\n".join(f"  {name:10s} {does}" for name, does in known.items()))
         return
     if name not in known:
-        near = did_you_mean(name, known).rstrip(".")
-        print(
-            f"error: unknown command {name!r}{near}; they are {', '.join(known)}", file=sys.stderr
-        )
+        near = did_you_mean(name, known)
+        names = ", ".join(known)
+        print(f"error: unknown command {name!r}{near} Commands are {names}.", file=sys.stderr)
         sys.exit(2)
     if not ending.process.starting:
         ending.listen_from_the_start()

@@ -79,7 +79,7 @@ def load(
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Model:
-    """A tokenizer and a transformer, ready to use. Images are uint8 (N, H, W, 3) of `image_size`.
+    """A tokenizer and a transformer, ready to use. Images are uint8 (N, H, W, 3) of `image_size`::
 
         images = model.sample(["Flags"] * 4, seed=1)
         again = model.decode(model.encode(images))
@@ -93,7 +93,7 @@ class Model:
 
     @property
     def kind(self) -> str:
-        """What the transformer predicts: "var" the next scale, or "raster", "dit"."""
+        """Which kind of model it is, "var", "raster" or "dit"."""
         return self.models.transformer.config.kind
 
     @property
@@ -367,7 +367,8 @@ class Model:
         """One image (H, W, 3) after each scale, yielded as soon as that is sampled.
 
         The last is the first of `sample(label)`, or of `edit(image, repaint, label=label)`, up to
-        rounding. Other settings compile nothing anew.
+        rounding. Other settings compile nothing anew, once there was one with guidance and one
+        without.
 
         Raises: BadInput as these do.
         """
@@ -493,7 +494,9 @@ class Model:
         """The tokens of an image, and which of them an edit keeps."""
         cells, size = self.patch_nums[-1], shape_of(self.image_size)
         if (shape := as_array("image", image).shape) != (*size, 3):
-            raise BadInput(f"an image of shape {shape} is given; expected {(*size, 3)}.")
+            raise BadInput(
+                f"image has the shape {shape}; expected {(*size, 3)}, which crop gives any image."
+            )
         area = as_array("repaint", repaint)
         if area.shape == size:
             where = pool_mask(as_mask(area), cells)
@@ -515,7 +518,7 @@ class Model:
         if not integers or tokens.ndim != 2 or tokens.shape[1] != length or not len(tokens):
             raise BadInput(
                 f"tokens are {tokens.dtype} of shape {tokens.shape}; expected integers of shape"
-                f" (N, {length})."
+                f" (N, {length}), as encode and sample_tokens give them."
             )
         if not 0 <= tokens.min() <= tokens.max() < codes:
             raise BadInput(

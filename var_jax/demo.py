@@ -50,8 +50,9 @@ def main(args: flags.FlagValues) -> None:
         model = var_jax.load(args.checkpoint)
         model.check_kind("the demo", "var")
         print("compiling, by sampling a first image", file=sys.stderr, flush=True)
-        for _ in model.stream(0):
-            pass
+        for cfg in (0.0, 1.5):  # without guidance and with it: two programs a scale
+            for _ in model.stream(0, cfg=cfg):
+                pass
         serve(web_app(model, args.checkpoint, password), server)
 
 

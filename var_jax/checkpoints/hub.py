@@ -142,7 +142,8 @@ def download(file: str, revision: str) -> Path:
             raise
         text = re.sub(r" for url:? .*", "", str(error).strip()) or type(error).__name__
         raise Failure(
-            f"{url} cannot be downloaded: {text.splitlines()[0].rstrip('.:')}."
+            f"{url} cannot be downloaded: {text.splitlines()[0].rstrip('.:')}; files that you have"
+            " go through `python -m var_jax.convert`."
         ) from error
 
 

@@ -121,7 +121,10 @@ def check_mesh(mesh: Mesh, transformer: Any) -> None:
     """Raises BadInput unless the mesh is of the kind that `make_mesh` makes, and splits a model."""
     kinds = {*getattr(mesh, "axis_types", ())}
     if not isinstance(mesh, Mesh) or mesh.axis_names != AXES or kinds != {AxisType.Explicit}:
-        raise BadInput(f"{mesh} has other axes than explicit {AXES}; make_mesh makes such ones.")
+        raise BadInput(
+            f"{mesh} has other axes than explicit {AXES}; var_jax.sharding.mesh.make_mesh"
+            " makes such ones."
+        )
     if transformer is not None:
         check_model(transformer.config, mesh)
 
