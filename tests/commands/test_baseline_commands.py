@@ -45,7 +45,7 @@ def checkpoints(tmp_path_factory):
     return folder
 
 
-EDIT = ("--image", "benchmarks/emoji/woman.png", "--box", "0,0,.5,1")
+EDIT = ("--image", "benchmarks/emoji/face.png", "--box", "0,0,.5,1")
 EVALUATE = ("--source", "emoji")
 
 
@@ -70,7 +70,7 @@ def test_what_a_kind_cannot_do(checkpoints, tmp_path, monkeypatch, kind, command
     if command == "sample":
         flags = ("--num", 2, *flags)
     if command == "edit":
-        flags = ("--image", var_jax.__path__[0] + "/../benchmarks/emoji/woman.png", *flags[2:])
+        flags = ("--image", var_jax.__path__[0] + "/../benchmarks/emoji/face.png", *flags[2:])
     err = complaint(command, "--checkpoint", checkpoints / kind, *flags, "--out", out)
     assert sentence in err
     assert not [path for path in out.rglob("*") if path.name != ".lock"]
