@@ -16,6 +16,7 @@ NOTEBOOKS = ["ipykernel>=6.29", "jupytext>=1.16", "nbclient>=0.10"]
 TFDS = ["importlib_resources>=6", "tensorflow-datasets>=4.9.9"]
 # A wheel holds configs/ as var_jax.configs; an editable installation finds them in the clone. It
 # has to be a path, not a finder: else, in the folder above, Python takes the clone for the package.
+# So tests/, docs/ and the like can be imported too.
 EDITABLE = "editable_wheel" in sys.argv
 PACKAGES = find_namespace_packages(include=["var_jax", "var_jax.*"])
 

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from var_jax.models import backend, cpu
+from var_jax.models.discriminator import SpectralConv
 from var_jax.models.tokenizer import conv
 from var_jax.sharding.mesh import make_mesh
 from var_jax.sharding.ops import data_parallel, reshard
@@ -59,9 +60,66 @@ def test_gradients_are_those_of_xla(size, strides, pad):
     chex.assert_trees_all_close(got, wanted, rtol=1e-4, atol=1e-3)
 
 
-def test_gradients_have_the_layout_that_is_fast_in_branches():
+NHWC = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+
+@pytest.mark.parametrize(
+    "options, taken",
+    [
+        (NHWC, True),
+        (NHWC | {"lhs_dilation": [1, 1], "feature_group_count": 1, "out_sharding": None}, True),
+        (NHWC | {"padding": "VALID"}, True),
+        (NHWC | {"padding": ((2, 0), (0, 1)), "window_strides": (1, 2)}, True),
+        (NHWC | {"rhs_dilation": (2, 2)}, False),
+        (
+            NHWC | {"lhs_dilation": (1, 2), "window_strides": (1, 1), "padding": ((0, 0), (1, 1))},
+            False,
+        ),
+        (NHWC | {"dtype": jnp.bfloat16}, False),
+    ],
+)
+def test_convolutions_of_all_kinds_are_those_of_xla(options, taken, monkeypatch):
+    options, calls = dict(options), []
+    dtype = options.pop("dtype", jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (2, 9, 9, 4), dtype)
+    kernel = jax.random.normal(keys[1], (3, 3, 4, 6), dtype)
+    strides, padding = options.pop("window_strides", (2, 2)), options.pop("padding", "SAME")
+    convolve = cpu.convolve
+    monkeypatch.setattr(cpu, "convolve", lambda *args: calls.append(args) or convolve(*args))
+    loss = lambda x, kernel, run: (run(x, kernel, strides, padding, **options) ** 2).sum()
+    wanted, got = (
+        jax.value_and_grad(loss, (0, 1))(x, kernel, run)
+        for run in (jax.lax.conv_general_dilated, backend.convolve)
+    )
+    chex.assert_trees_all_close(got, wanted, rtol=1e-4, atol=1e-3)
+    assert bool(calls) == taken
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        NHWC | {"feature_group_count": 2},
+        NHWC | {"batch_group_count": 2},
+        NHWC | {"preferred_element_type": jnp.bfloat16},
+        {"dimension_numbers": ("NCHW", "HWIO", "NCHW")},
+        {},  # which is NCHW
+    ],
+)
+def test_what_has_other_options_is_left_to_xla(options):
+    assert not cpu.is_plain(jnp.zeros((2, 4, 4, 4)), jnp.zeros((3, 3, 4, 6)), **options)
+
+
+SPECTRAL = SpectralConv(8, 16, 9, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    "layer, shape",
+    [(conv(8, 16, 4, nnx.Rngs(0), strides=2), (2, 16, 16, 8)), (SPECTRAL, (2, 16, 8))],
+)
+def test_gradients_have_the_layout_that_is_fast_in_branches(layer, shape):
     """In another, XLA's CPU runs a loop over single numbers; outside of branches it rewrites it."""
-    layer, x = conv(8, 16, 4, nnx.Rngs(0), strides=2), jnp.ones((2, 16, 16, 8))
+    x = jnp.ones(shape)
     gradient = jax.grad(lambda layer, x: (layer(x) ** 2).sum(), (0, 1))
     nothing = lambda layer, x: jax.tree.map(jnp.zeros_like, (layer, x))
     branch = jax.jit(lambda flag, *inputs: jax.lax.cond(flag, gradient, nothing, *inputs))

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from var_jax.config import TokenizerConfig
+from var_jax.models import backend
 from var_jax.models.resize import (
     area_matrix,
     bicubic_matrix,
@@ -103,7 +104,7 @@ class Quantizer(nnx.Module):
         j = phi_indices(len(self.config.patch_nums), self.phi_bias.shape[0])[k]
         *_, latent = sizes = shapes(self.config.patch_nums)
         h = upsample(code_BlC.reshape(len(code_BlC), *sizes[k], code_BlC.shape[-1]), latent)
-        conv = jax.lax.conv_general_dilated(
+        conv = backend.convolve(
             h, self.phi_kernel[j], (1, 1), "SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=HIGHEST,
         )  # fmt: skip
