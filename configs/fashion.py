@@ -2,7 +2,7 @@
 
     apt-get install dataset-fashion-mnist
     python -m var_jax.train --config fashion        # minutes
-    python -m var_jax.train --config fashion:large  # a GPU, or a night
+    python -m var_jax.train --config fashion:large  # a GPU, or a night (not run yet)
 
 The 28x28 grey images have a black border up to 32x32. Elsewhere than on Debian, put the four IDX
 files into a folder and say --config.data.source=idx:FOLDER.
@@ -36,7 +36,7 @@ class Variant(NamedTuple):
 VARIANTS = {
     "": Variant(),
     "large": Variant(
-        tokenizer_steps=10_000, transformer_steps=20_000, vocab_size=2048, depth=6, width=384,
+        tokenizer_steps=10_000, transformer_steps=10_000, vocab_size=2048, depth=6, width=384,
         drop_path=0.1, ema_decay=0.999,
     ),
 }  # fmt: skip
