@@ -102,6 +102,7 @@ def test_an_export(tmp_path, way, capsys):
         assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_each_bit_of_a_config_is_watched(tmp_path, capsys):
     config = {"tokenizer": {"depth": 2}, "class_names": ["a", "b"], "sampling": {"cfg": 1.5}}
     export.save_export(tmp_path / "model", STATE, config)

@@ -254,10 +254,19 @@ def wait_for_strip(tab, where, count):
 @pytest.mark.slow
 def test_each_scale_is_sent_as_it_is_made(loaded):
     sent = list(page.Handlers(loaded).sample(8, 5, 1.5, 0, "0.9", 0.25))
-    assert [strip.count("<img") for _, strip in sent] == [0, 1, 2, 3]
+    assert [strip.count("<img") for _, strip, _ in sent[:-1]] == [0, 1, 2, 3]
     stages = list(loaded.stream("Flags", seed=5, cfg=1.5, top_k=0, top_p=0.9))
-    for (image, _), stage in zip(sent[1:], stages, strict=True):
+    for (image, _, _), stage in zip(sent[1:-1], stages, strict=True):
         np.testing.assert_array_equal(image, stage)
+    # "Edit this image" takes the finished one: none while it is made, then the last.
+    assert sent[0][2] is None
+    assert all(finished == page.gr.skip() for _, _, finished in sent[1:-1])
+    np.testing.assert_array_equal(sent[-1][2], stages[-1])
+
+
+def test_an_image_that_is_not_finished_is_not_edited(model):
+    with pytest.raises(BadInput, match="no finished image yet"):
+        next(page.Handlers(model).take(None))
 
 
 def upload(tab, path):

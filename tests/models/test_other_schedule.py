@@ -16,6 +16,7 @@ def emoji():
     return var_jax.load("emoji")
 
 
+@pytest.mark.slow
 def test_its_own_schedule_changes_nothing(emoji):
     again = emoji.at_schedule(emoji.patch_nums)
     np.testing.assert_array_equal(again.sample(LABELS), emoji.sample(LABELS))

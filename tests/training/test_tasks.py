@@ -146,6 +146,7 @@ def test_a_withheld_class_is_no_class(alone):
     assert abs(withheld - first_step(alone)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_an_encoder_in_bfloat16_is_of_the_step_and_not_of_the_validation():
     convolutions = dataclasses.replace(TOKENIZER, patch_size=1, channel_mults=(1, 1, 1))
     tokenizer = make_tokenizer(convolutions, rngs=nnx.Rngs(0))

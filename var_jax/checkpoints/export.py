@@ -144,7 +144,7 @@ def what_else(folder: epath.Path) -> str:
     inside = folder / "checkpoint"
     expected = "expected a directory with config.json and weights"
     if not folder.exists():
-        return f"it does not exist; {expected}"
+        return f'it does not exist; {expected}, or a name: "emoji", "hub:d16"'
     if not folder.is_dir():
         if folder.suffix.lower() in (".pth", ".pt", ".ckpt", ".bin", ".safetensors"):
             command = f"python -m var_jax.convert --tokenizer {folder} --out DIR"

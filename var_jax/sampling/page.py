@@ -213,15 +213,15 @@ class Handlers:
         names = [field.name for field in dataclasses.fields(Settings)]
         return Settings.of(self.model, dict(zip(names, values, strict=True)))
 
-    def sample(self, *values: Any) -> Iterator[tuple[Any, str]]:
-        """The image and the strip, after each scale."""
+    def sample(self, *values: Any) -> Iterator[tuple[Any, ...]]:
+        """The image and the strip, after each scale, and at the end the finished image."""
         settings = self.settings(values)
         yield from self.show(self.model.stream(**settings.sampling(self.model)))
 
     def edit(
         self, image: np.ndarray | None, editor: dict[str, Any] | None, where: str, *values: Any
-    ) -> Iterator[tuple[Any, str]]:
-        """The edited image and the strip, after each scale."""
+    ) -> Iterator[tuple[Any, ...]]:
+        """The edited image and the strip, after each scale, and at the end the finished image."""
         settings = self.settings(values)
         if image is None:
             raise BadInput("there is no image to edit yet; upload one, or sample one.")
@@ -236,23 +236,23 @@ class Handlers:
 
     def show(
         self, stages: Iterator[np.ndarray], masked: np.ndarray | None = None
-    ) -> Iterator[tuple[Any, str]]:
-        """Shows images as they come."""
+    ) -> Iterator[tuple[Any, ...]]:
+        """Shows images as they come; until the last is there, none is finished."""
         images = []
-        yield gr.skip(), strip(self.model, images, masked)
+        yield gr.skip(), strip(self.model, images, masked), None
         for image in stages:
             images.append(np.asarray(image))
-            yield images[-1], strip(self.model, images, masked)
+            yield images[-1], strip(self.model, images, masked), gr.skip()
+        yield gr.skip(), gr.skip(), images[-1]
 
     def upload(self, path: str) -> Iterator[tuple[Any, Any]]:
         """The image to edit, and what to brush on."""
         yield from self.take(read_upload(path, self.model))
 
     def take(self, image: np.ndarray | None) -> Iterator[tuple[Any, Any]]:
-        """The same, of an image on the page."""
+        """The same, of a finished image on the page."""
         if image is None:
-            raise BadInput("there is no image yet; sample one.")
-        image = np.asarray(self.model.crop(image))
+            raise BadInput("there is no finished image yet; sample one.")
         yield image, {"background": enlarged(image, CANVAS), "layers": [], "composite": None}
 
     def restore(self, request: gr.Request) -> list[Any]:
@@ -296,11 +296,12 @@ def build(model: "Model", name: str) -> gr.Blocks:
                 link = gr.Textbox(label="Link to these settings", buttons=["copy"], elem_id="link")
             with gr.Column(scale=3, min_width=480), gr.Tabs() as tabs:
                 with gr.Tab("Sample", id="sample"):
-                    image, sampled = add_samples(do, controls)
+                    finished, sampled = add_samples(do, controls)
                     edit = gr.Button("Edit this image", size="sm")
                 with gr.Tab("Edit", id="edit"):
                     editing = add_edits(do, controls)
-        taken = edit.click(with_messages(do.take), image, editing, **QUICK)
+        # In the model's queue: pressed while an image is made, it waits and takes the whole one.
+        taken = edit.click(with_messages(do.take), finished, editing, **HEAVY)
         taken.success(lambda: gr.Tabs(selected="edit"), None, tabs, **QUICK)
         gr.on([c.change for c in controls], None, controls, link, js=LINK)
         opened = page.load(do.restore, None, controls, **QUICK)
@@ -348,21 +349,24 @@ def add_controls(model: "Model") -> list[Any]:
     return [label, seed, cfg, top_k, top_p, margin]
 
 
-def add_samples(do: Handlers, controls: list[Any]) -> tuple[gr.Image, list[Any]]:
-    """The tab that samples: its image, and what sampling changes."""
+def add_samples(do: Handlers, controls: list[Any]) -> tuple[gr.State, list[Any]]:
+    """The tab that samples: its finished image, and what sampling changes."""
     button = gr.Button("Sample", variant="primary", elem_id="sample")
     image = gr.Image(
         label="Image", format="png", height=420, interactive=False, elem_classes="pixels",
         elem_id="sampled", buttons=["download", "fullscreen"],
     )  # fmt: skip
     scales = gr.HTML(strip(do.model, []), elem_id="sampled_scales")
-    button.click(with_messages(do.sample), controls, [image, scales], **HEAVY)
-    return image, [image, scales]
+    finished = gr.State(time_to_live=3600)
+    outputs = [image, scales, finished]
+    button.click(with_messages(do.sample), controls, outputs, **HEAVY)
+    return finished, outputs
 
 
 def add_edits(do: Handlers, controls: list[Any]) -> list[Any]:
     """The tab that edits: what an image to edit is put into."""
-    original, sides = gr.State(time_to_live=3600), shape_of(do.model.image_size)
+    original, finished = gr.State(time_to_live=3600), gr.State(time_to_live=3600)
+    sides = shape_of(do.model.image_size)
     height, width = (CANVAS * side // max(sides) for side in sides)
     with gr.Row():
         with gr.Column(min_width=300):
@@ -384,7 +388,7 @@ def add_edits(do: Handlers, controls: list[Any]) -> list[Any]:
     button = gr.Button("Repaint", variant="primary", elem_id="repaint")
     scales = gr.HTML(strip(do.model, []), elem_id="edited_scales")
     upload.upload(with_messages(do.upload), upload, [original, editor], **QUICK)
-    again.click(with_messages(do.take), result, [original, editor], **QUICK)
+    again.click(with_messages(do.take), finished, [original, editor], **HEAVY)
     inputs = [original, editor, where, *controls]
-    button.click(with_messages(do.edit), inputs, [result, scales], **HEAVY)
+    button.click(with_messages(do.edit), inputs, [result, scales, finished], **HEAVY)
     return [original, editor]
