@@ -5,6 +5,7 @@ import contextlib
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from var_jax.sharding.mesh import make_mesh
@@ -41,17 +42,21 @@ def test_a_product_keeps_each_dtype():
 
 
 @pytest.mark.parametrize(
-    "most, fewest, rows", [(8, 1, 8), (5, 1, 4), (16, 1, 16), (16, 2, 8), (16, 99, 1), (11, 1, 8)]
-)
-def test_rows_in_parts_keep_their_order(most, fewest, rows):
+    "most, whole, rows",
+    [
+        (8, False, 8), (5, False, 4), (16, False, 16), (11, False, 8),
+        (8, True, 8), (5, True, 5), (16, True, 16), (11, True, 11), (99, True, 16),
+    ],
+)  # fmt: skip
+def test_rows_in_parts_keep_their_order(most, whole, rows):
     x, seen = jnp.arange(32.0).reshape(16, 2), []
 
     def f(x):
         seen.append(x.shape[0])
-        return x.sum(-1)
+        return {"sum": x.sum(-1), "whole": (x > 3).astype(jnp.int32)}
 
-    got = jax.jit(lambda x: in_parts(f, x, most, fewest))(x)
-    chex.assert_trees_all_equal(got, x.sum(-1))
+    got = jax.jit(lambda x: in_parts(f, x, most, whole))(x)
+    chex.assert_trees_all_equal(got, {"sum": x.sum(-1), "whole": (x > 3).astype(jnp.int32)})
     assert set(seen) == {rows}
 
 
@@ -60,6 +65,16 @@ def test_a_prime_number_of_rows_is_padded_and_not_taken_one_by_one():
     got = in_parts(lambda x: seen.append(len(x)) or 2 * x, x, 8)
     chex.assert_trees_all_equal(got, 2 * x)
     assert set(seen) == {6}
+
+
+def test_a_single_part_stays_in_a_loop_on_every_device():
+    x = jnp.arange(16.0)
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        f = jax.jit(data_parallel(lambda w, x: in_parts(lambda x: w * jnp.sin(x), x, 8, True)))
+        args = 2.0, reshard(x, ("data", "fsdp"))
+        np.testing.assert_allclose(f(*args), 2 * jnp.sin(x), rtol=1e-6)
+        program = f.lower(*args).compile().as_text()
+    assert " while(" in program
 
 
 @pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (2, 2, 2)])

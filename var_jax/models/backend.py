@@ -40,7 +40,12 @@ def compute_dtype(name: str) -> jnp.dtype:
 
 
 def unrolls(depth: int, remat: str) -> bool:
-    """Whether layers are unrolled rather than scanned."""
+    """Whether layers are unrolled rather than scanned.
+
+    On TPUs a scan copies what kernels read again backward into and out of its stacked results.
+    """
+    if platform() == "tpu":
+        return remat != "full"  # which is for the least memory
     return platform() == "cpu" and cpu.unrolls(depth, remat)
 
 
@@ -71,6 +76,8 @@ def bits_a_round() -> int:
     return 2 if platform() == "tpu" else 1
 
 
-def fewest_encoder_parts() -> int:
-    """Outside a loop XLA's TPU compiler tiles its convolutions badly (benchmarks/aot.md)."""
-    return 2 if platform() == "tpu" else 1
+def whole_parts() -> bool:
+    """Whether images are encoded and decoded in `in_parts`'s whole parts: XLA's TPU compiler tiles
+    convolutions badly outside of a loop, and those of other than eight images (benchmarks/aot.md).
+    """
+    return platform() == "tpu"

@@ -151,7 +151,9 @@ class Block(nnx.Module):
         `keep` is drop-path's mask.
         """
         again = jax.checkpoint if self.config.remat == "selective" else lambda f, **_: f
-        part = lambda f, *args: again(f, prevent_cse=False)(self, *args)
+        unrolled = backend.unrolls(self.config.depth, self.config.remat)
+        # Of unrolled layers XLA would find that it has the results, and keep them.
+        part = lambda f, *args: again(f, prevent_cse=unrolled)(self, *args)
         modulation = part(functools.partial(Block.modulation, dtype=x.dtype), cond)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         keep1, keep2 = (1, 1) if keep is None else keep.astype(x.dtype)

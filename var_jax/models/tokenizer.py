@@ -235,7 +235,7 @@ def encode(
         return code.idx, code.used
 
     most = tokenizer.config.images_at_a_time
-    return in_parts(run, (image, noise), most, backend.fewest_encoder_parts())
+    return in_parts(run, (image, noise), most, backend.whole_parts())
 
 
 @jax.jit
@@ -249,7 +249,7 @@ def decode_latents(
 ) -> UInt8[Array, "B H W 3"]:
     """Latents → images, a few at a time, activations in `dtype`; on one device."""
     decode = lambda f_hat: to_bytes(tokenizer.reconstruct(f_hat, dtype).clip(-1, 1))
-    return in_parts(decode, f_hat, tokenizer.config.images_at_a_time)
+    return in_parts(decode, f_hat, tokenizer.config.images_at_a_time, backend.whole_parts())
 
 
 @jax.jit

@@ -172,20 +172,34 @@ def data_parallel(f: Callable[..., T]) -> Callable[..., T]:
     return run
 
 
-def in_parts(f: Callable[[Any], Any], batch: Any, most: int, fewest: int = 1) -> Any:
+def in_parts(f: Callable[[T], Any], batch: T, most: int, whole: bool = False) -> Any:
     """`f(batch)` in equal parts of at most `most` rows, one after another, to bound memory.
 
-    `batch` is a tree of arrays (B, ...), not split over devices; there are at least `fewest` parts
-    where it has so many rows. The last part is padded with copies of the last row.
+    `batch` is a tree of arrays (B, ...), not split over devices. The last part is padded with
+    copies of the last row. `whole` parts have all of `most` rows where the batch has as many, and
+    are always computed in a loop, so that the compiler sees each as a program of its own.
     """
     count = jax.tree.leaves(batch)[0].shape[0]
-    parts = min(max(-(-count // most), fewest), count)
+    parts = -(-count // most)
+    size = min(most, count) if whole else -(-count // parts)
+    part = lambda rows: f(jax.tree.map(lambda x: x[rows], batch))
     if parts == 1:
-        return f(batch)
-    size = -(-count // parts)
+        return loop_once(f, batch) if whole else f(batch)
     rows = jnp.minimum(jnp.arange(parts * size), count - 1).reshape(parts, size)
-    results = jax.lax.map(lambda row: f(jax.tree.map(lambda x: x[row], batch)), rows)
+    results = jax.lax.map(part, rows)
     return jax.tree.map(lambda x: x.reshape(parts * size, *x.shape[2:])[:count], results)
+
+
+def loop_once(f: Callable[[T], Any], batch: T) -> Any:
+    """`f(batch)` in a loop of one trip, which compilers would unroll if they could count it."""
+    # Of the batch, so that it differs between devices as the results do.
+    zero = jax.tree.leaves(batch)[0].ravel()[0].astype(jnp.int32) * 0
+    nothing = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype) + zero.astype(x.dtype), jax.eval_shape(f, batch)
+    )
+    trips = jax.lax.optimization_barrier(jnp.int32(1))
+    again = lambda i, _: f(jax.tree.map(lambda x: x[jnp.arange(len(x)) + i], batch))
+    return jax.lax.fori_loop(0, trips, again, nothing)
 
 
 def take(table_VC: Float[Array, "V C"], idx: Int[Array, "B *rest"]) -> Float[Array, "B *rest C"]:

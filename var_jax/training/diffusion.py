@@ -97,6 +97,4 @@ def encode_latents(
 ) -> Float[Array, "B h w C"]:
     """Images → latents, a few at a time; on one device."""
     encode = lambda image: tokenizer.latent(to_float(image), dtype)
-    return in_parts(
-        encode, image, tokenizer.config.images_at_a_time, backend.fewest_encoder_parts()
-    )
+    return in_parts(encode, image, tokenizer.config.images_at_a_time, backend.whole_parts())
