@@ -77,7 +77,9 @@ def bits_a_round() -> int:
 
 
 def whole_parts() -> bool:
-    """Whether images are encoded and decoded in `in_parts`'s whole parts: XLA's TPU compiler tiles
-    convolutions badly outside of a loop, and those of other than eight images (benchmarks/aot.md).
+    """Whether images are encoded and decoded in whole parts (`in_parts`), at up to twice the work.
+
+    XLA's TPU compiler tiles convolutions badly outside of a loop, and copies more where images do
+    not come in eights (benchmarks/aot.md).
     """
     return platform() == "tpu"

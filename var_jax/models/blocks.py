@@ -1,4 +1,4 @@
-"""The AdaLN transformer block, and a stack of them scanned along a leading axis (VAR §3.2)."""
+"""The AdaLN transformer block, and a stack of them along a leading axis (VAR §3.2)."""
 
 import functools
 import math
@@ -151,9 +151,9 @@ class Block(nnx.Module):
         `keep` is drop-path's mask.
         """
         again = jax.checkpoint if self.config.remat == "selective" else lambda f, **_: f
-        unrolled = backend.unrolls(self.config.depth, self.config.remat)
-        # Of unrolled layers XLA would find that it has the results, and keep them.
-        part = lambda f, *args: again(f, prevent_cse=unrolled)(self, *args)
+        # Of unrolled layers XLA would find what it is to recompute among its results, and keep it.
+        prevent_cse = backend.unrolls(self.config.depth, self.config.remat)
+        part = lambda f, *args: again(f, prevent_cse=prevent_cse)(self, *args)
         modulation = part(functools.partial(Block.modulation, dtype=x.dtype), cond)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         keep1, keep2 = (1, 1) if keep is None else keep.astype(x.dtype)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 10 * 2**20  # of an upload
 MAX_WAITING = 16  # requests
-MAX_SESSIONS = 100  # whose image to edit is kept
+MAX_SESSIONS = 100  # whose images are kept
 MAX_PIXELS = 50_000_000  # of an upload, and of what a browser sends
 CANVAS = 512  # longer side of what is brushed on, in pixels
 BRUSHED = 0.25  # share of a cell that a stroke must cover to have it repainted
@@ -252,7 +252,7 @@ class Handlers:
     def take(self, image: np.ndarray | None) -> Iterator[tuple[Any, Any]]:
         """The same, of a finished image on the page."""
         if image is None:
-            raise BadInput("there is no finished image yet; sample one.")
+            raise BadInput("there is no finished image yet, or it is kept no longer; make one.")
         yield image, {"background": enlarged(image, CANVAS), "layers": [], "composite": None}
 
     def restore(self, request: gr.Request) -> list[Any]:
@@ -300,7 +300,8 @@ def build(model: "Model", name: str) -> gr.Blocks:
                     edit = gr.Button("Edit this image", size="sm")
                 with gr.Tab("Edit", id="edit"):
                     editing = add_edits(do, controls)
-        # In the model's queue: pressed while an image is made, it waits and takes the whole one.
+        # In the model's queue, behind other visitors too: pressed while an image is made, it waits
+        # and takes the whole one.
         taken = edit.click(with_messages(do.take), finished, editing, **HEAVY)
         taken.success(lambda: gr.Tabs(selected="edit"), None, tabs, **QUICK)
         gr.on([c.change for c in controls], None, controls, link, js=LINK)

@@ -191,13 +191,17 @@ def in_parts(f: Callable[[T], Any], batch: T, most: int, whole: bool = False) ->
 
 
 def loop_once(f: Callable[[T], Any], batch: T) -> Any:
-    """`f(batch)` in a loop of one trip, which compilers would unroll if they could count it."""
+    """`f(batch)` in a loop of one trip, which compilers would unroll if they could count it.
+
+    Arrays of numbers, whose results depend on the batch; they have no reverse-mode gradients.
+    """
     # Of the batch, so that it differs between devices as the results do.
     zero = jax.tree.leaves(batch)[0].ravel()[0].astype(jnp.int32) * 0
     nothing = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype) + zero.astype(x.dtype), jax.eval_shape(f, batch)
     )
     trips = jax.lax.optimization_barrier(jnp.int32(1))
+    # `+ i`, which is 0: what is the same in all trips would be moved out of the loop.
     again = lambda i, _: f(jax.tree.map(lambda x: x[jnp.arange(len(x)) + i], batch))
     return jax.lax.fori_loop(0, trips, again, nothing)
 
