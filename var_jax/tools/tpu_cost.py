@@ -127,9 +127,9 @@ def collective_bytes(program: Program) -> Counter[str]:
     """Bytes that a chip's collectives are about in one run, by kind: the size of the whole array,
     gathered or about to be reduced.
 
-    An asynchronous one is cut into pieces inside several fusions, all of one shape and on one
-    channel, which count once; others may share a channel. The TPU compiler writes some
-    reduce-scatters as a fusion of that name around an all-reduce.
+    An asynchronous one is cut into pieces inside several fusions, a chain of one number, shape and
+    channel, which count once. The TPU compiler writes some reduce-scatters as a fusion of that name
+    around an all-reduce.
     """
     total: Counter[str] = Counter()
     pieces, alone = set(), {(op.computation, op.name) for op in program.ops()}
@@ -138,8 +138,9 @@ def collective_bytes(program: Program) -> Counter[str]:
         channel = re.search(r"channel_id=(\d+)", op.text)
         if kind not in COLLECTIVES or not channel:
             continue
-        if (op.computation, op.name) not in alone:
-            piece = (kind, channel[1], op.result.partition("{")[0])
+        chain = re.search(r'chain_id="(\d+)"', op.text)
+        if chain and (op.computation, op.name) not in alone:
+            piece = (kind, chain[1], channel[1], op.result.partition("{")[0])
             if piece in pieces:
                 continue
             pieces.add(piece)
