@@ -193,6 +193,11 @@ def test_an_opened_image_is_cropped_as_its_file_is(model, tmp_path):
             np.testing.assert_array_equal(model.crop(opened), model.crop(tmp_path / "a.png"))
 
 
+def test_a_label_of_no_dimension_is_that_label(model):
+    for label in (np.array(8), jax.numpy.array(8)):
+        assert unchecked(type(model).class_index, model, label) == 8
+
+
 def test_a_model_without_a_mesh_says_so_where_one_is_set(model):
     with jax.set_mesh(make_mesh(8, 1, 1)), pytest.raises(BadInput, match="loaded without one"):
         model.sample("Flags")
@@ -236,6 +241,10 @@ def test_a_model_without_a_mesh_says_so_where_one_is_set(model):
         (lambda m: m.log_likelihood(np.zeros((2, 7), int)), r"tokens are int64 of shape \(2, 7\)"),
         (lambda m: m.crop(np.zeros((0, 9, 3), np.uint8)), r"image is uint8 of shape \(0, 9, 3\)"),
         (lambda m: m.crop(Image.new("F", (9, 9))), "floating-point pixels have no known range"),
+        (lambda m: m.crop(Image.new("RGB", (0, 5))), r"image has the size \(0, 5\)"),
+        (lambda m: m.sample("Flags", seed=10**5000), "seed=a number of thousands of digits"),
+        (lambda m: m.sample("Flags", top_k=[10**5000]), "top_k=a number of thousands of digits"),
+        (lambda m: m.edit(IMAGES[0], (False, False, True, True)), "repaint=.*; expected numbers"),
         (
             lambda m: var_jax.load("emoji", mesh=Mesh(np.reshape(jax.devices(), (8, 1, 1)), AXES)),
             "has other axes than explicit",

@@ -390,7 +390,7 @@ class Model:
         stages = sample_by_scale(weights, labels, keys, tokens, cfg=settings.cfg or None, **options)
         for _ in self.patch_nums:
             with self._using():
-                stage = fetch(next(stages), 1)[0].view(Images)
+                stage = fetch(next(stages), 1)[0].copy().view(Images)
             yield stage  # outside: settings and mesh are the caller's while it has its turn
 
     def crop(self, image: str | PurePath | Image.Image | UInt8[np.ndarray, "H W *C"]) -> Images:
@@ -402,6 +402,8 @@ class Model:
             opened = read_image(image)
         else:
             opened = image if isinstance(image, Image.Image) else as_image(image)
+            if 0 in opened.size:
+                raise BadInput(f"image has the size {opened.size}; expected pixels.")
             try:
                 opened = upright(opened)
             except (Unreadable, OSError, ValueError) as error:  # ValueError: it is closed
@@ -468,6 +470,8 @@ class Model:
 
         Raises: BadInput, which calls the argument `name`, unless exactly one class is meant.
         """
+        if isinstance(label, (np.ndarray, jax.Array)) and label.ndim == 0:
+            label = label.item()
         return class_index(self.class_names, label, name)
 
     def _numbers(self, labels: Any) -> Int32[np.ndarray, " N"]:
@@ -477,7 +481,6 @@ class Model:
         several = [labels] if alone else list(labels)  # type: ignore[arg-type]
         if not several:
             raise BadInput("no labels are given; expected at least one class.")
-        several = [x.item() if isinstance(x, jax.Array) and x.ndim == 0 else x for x in several]
         return np.array([self.class_index(label) for label in several], np.int32)  # type: ignore
 
     def _condition(

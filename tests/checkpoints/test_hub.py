@@ -141,6 +141,7 @@ def test_a_file_that_is_gone(server):
         ("hub:d17", "hub:d17 is not known; expected one of hub:d16, hub:d20, hub:d24, hub:d30, hu"),
         ("hub:", "hub: is not known"),
         ("hub:d16@../..", r"hub:d16@\.\./\.\. is not known"),
+        ("hub:d16@", "hub:d16@ is not known"),
         ("hub:d16@old", "FoundationVision/var has no revision 'old'"),
     ],
 )

@@ -47,3 +47,16 @@ def test_a_command_goes_on(tmp_path, how):
     assert not ran.stderr.replace("progress\n", "")
     if "=" in how:
         assert ran.stdout == "Z\\xfcrich \\u6f22\n" * 3
+
+
+def test_a_full_disk_is_told_once(tmp_path):
+    script = tmp_path / "speaks.py"
+    script.write_text(
+        SPEAKS.replace("for _", "try:\n    print(1)\nexcept OSError:\n    pass\nfor _")
+    )
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            [sys.executable, script, tmp_path / "done"], stdout=full, stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+        )  # fmt: skip
+    assert ran.returncode == 0 and ran.stderr == "progress\n" * 3

@@ -45,8 +45,8 @@ def folder(checkpoint: str | PurePath) -> epath.Path:
 
 def parse(checkpoint: str | PurePath) -> tuple[str, str]:
     """Name and revision. Raises: BadInput for an unknown name."""
-    name, _, revision = str(checkpoint).removeprefix("hub:").partition("@")
-    if name not in MODELS or not re.fullmatch(r"[\w.-]*", revision):
+    name, at, revision = str(checkpoint).removeprefix("hub:").partition("@")
+    if name not in MODELS or not re.fullmatch(r"[\w.-]+" if at else "", revision):
         known = ", ".join(f"hub:{name}" for name in MODELS)
         raise BadInput(
             f"{checkpoint} is not known; expected one of {known}, with @REVISION if you like."

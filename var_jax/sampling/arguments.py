@@ -3,12 +3,13 @@
 from pathlib import PurePath
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
 from var_jax import BadInput
 from var_jax.config import MAX_SEED
-from var_jax.data.decoding import Unreadable, decode
+from var_jax.data.decoding import Unreadable, decode, upright
 from var_jax.tools.paths import user_path
 
 LARGEST = 1024  # side of what any model paints; larger images may be read reduced
@@ -17,13 +18,13 @@ LARGEST = 1024  # side of what any model paints; larger images may be read reduc
 def check_seed(seed: Any) -> None:
     """Raises BadInput unless it is a whole number in range."""
     if not is_whole(seed, 0) or seed > MAX_SEED:
-        raise BadInput(f"seed={seed!r}; expected a whole number of 0 to {MAX_SEED}.")
+        raise BadInput(f"seed={short(seed)}; expected a whole number of 0 to {MAX_SEED}.")
 
 
 def check_batch_size(batch_size: Any) -> None:
     """Raises BadInput unless it is a whole number of at least 1."""
     if not is_whole(batch_size, 1):
-        raise BadInput(f"batch_size={batch_size!r}; expected a whole number of at least 1.")
+        raise BadInput(f"batch_size={short(batch_size)}; expected a whole number of at least 1.")
 
 
 def is_whole(value: Any, least: int) -> bool:
@@ -32,11 +33,27 @@ def is_whole(value: Any, least: int) -> bool:
     return whole and int(value) >= least
 
 
-def as_array(name: str, value: Any) -> np.ndarray:
-    """A NumPy array. Raises: BadInput, naming the argument, for lists of unequal lengths."""
+def short(value: Any) -> str:
+    """A value for a sentence."""
     try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def as_array(name: str, value: Any) -> np.ndarray:
+    """A NumPy array; of PIL images, RGB.
+
+    Raises: BadInput, naming the argument, for lists of unequal lengths and unreadable images.
+    """
+    try:
+        if isinstance(value, Image.Image):
+            return np.asarray(upright(value))
+        if isinstance(value, (list, tuple)):
+            value = [np.asarray(upright(x)) if isinstance(x, Image.Image) else x for x in value]
         return np.asarray(value)
-    except ValueError as error:
+    except (Unreadable, OSError, ValueError) as error:
         raise BadInput(f"{name} cannot be read as an array ({error}).") from error
 
 
@@ -52,11 +69,12 @@ def as_image(pixels: Any) -> Image.Image:
 def to_numbers(name: str, value: Any) -> tuple[float, ...]:
     """One number or a sequence of them. Raises: BadInput for anything else."""
     try:
-        array = np.atleast_1d(np.asarray(value, np.float64))
-    except (TypeError, ValueError, OverflowError):
+        array = np.atleast_1d(np.asarray(value))
+    except (TypeError, ValueError):
         array = np.zeros((0, 0))
-    if array.ndim != 1 or not array.size or not np.isfinite(array).all() or isinstance(value, str):
-        raise BadInput(f"{name}={value!r}; expected numbers.")
+    real = any(jax.dtypes.issubdtype(array.dtype, kind) for kind in (np.integer, np.floating))
+    if array.ndim != 1 or not array.size or not real or not np.isfinite(array).all():
+        raise BadInput(f"{name}={short(value)}; expected numbers.")
     return tuple(map(float, array))
 
 

@@ -7,15 +7,18 @@ import sys
 
 
 class _Pipe(io.FileIO):
-    """A file that takes what is written also when its reader has gone."""
+    """A file that takes what is written when its reader has gone; a full disk it tells once."""
+
+    failed = False
 
     def write(self, data) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
-            return len(data)
+            if self.failed or error.errno in (errno.EPIPE, errno.EIO):
+                return len(data)
+            self.failed = True
+            raise
 
 
 def keep_streams_open() -> None:
