@@ -3,7 +3,7 @@
 from pathlib import PurePath
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -72,7 +72,7 @@ def to_numbers(name: str, value: Any) -> tuple[float, ...]:
         array = np.atleast_1d(np.asarray(value))
     except (TypeError, ValueError):
         array = np.zeros((0, 0))
-    real = any(jax.dtypes.issubdtype(array.dtype, kind) for kind in (np.integer, np.floating))
+    real = any(jnp.issubdtype(array.dtype, kind) for kind in (np.integer, np.floating))
     if array.ndim != 1 or not array.size or not real or not np.isfinite(array).all():
         raise BadInput(f"{name}={short(value)}; expected numbers.")
     return tuple(map(float, array))
