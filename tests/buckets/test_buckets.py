@@ -133,10 +133,32 @@ def test_metrics_are_copied_by_and_by(server, monkeypatch):
     metrics = logs.Metrics("gs://bucket/run")
     for step in (1, 2):
         record(metrics, step, step)
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while len(logs.read_metrics("gs://bucket/run")) < step:
             assert time.monotonic() < end
             time.sleep(0.05)
+
+
+def test_what_is_recorded_while_others_are_copied_is_copied_too(server, monkeypatch):
+    monkeypatch.setattr(buckets, "COPIED", 0.05)
+    copying, go = threading.Event(), threading.Event()
+    upload = buckets.Mirror._upload
+
+    def slow(mirror, path, target):
+        upload(mirror, path, target)
+        copying.set()
+        go.wait()
+
+    monkeypatch.setattr(buckets.Mirror, "_upload", slow)
+    metrics = logs.Metrics("gs://bucket/run")
+    record(metrics, 1, 1)
+    copying.wait()
+    record(metrics, 2, 2)
+    go.set()
+    end = time.monotonic() + 60
+    while len(logs.read_metrics("gs://bucket/run")) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_metrics_that_a_bucket_refuses_end_no_run(server, capsys):

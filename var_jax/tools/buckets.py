@@ -250,20 +250,22 @@ class Mirror:
         self.local, self._remote = epath.Path(self._folder.name), remote
         self._copied: dict[epath.Path, tuple[int, int]] = {}  # size and time of what is there
         self._lock, self._timer = threading.Lock(), threading.Timer(0, self.copy)
+        self._waits = False  # whether the timer's copy is still to begin
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 (self.local / name).write_bytes(retrying((remote / name).read_bytes))
 
     def schedule(self) -> None:
         """Copies within a minute, on a thread."""
-        if not self._timer.is_alive():
+        if not self._waits:
             self._timer = threading.Timer(COPIED, self.copy)
-            self._timer.daemon = True
+            self._timer.daemon = self._waits = True
             self._timer.start()
 
     def copy(self) -> None:
         """Copies what has changed; an error ends nothing."""
         self._timer.cancel()
+        self._waits = False  # ahead of reading: what is written from now on is copied anew
         try:
             with self._lock:
                 for folder, _, names in os.walk(self.local):
