@@ -273,6 +273,7 @@ def without_transformer(checkpoint, folder):
     return folder
 
 
+@pytest.mark.slow
 def test_a_tokenizer_alone(tmp_path, untrained, mean_colours):
     alone = without_transformer(untrained, tmp_path / "alone")
     flags = ("--tokenizer", "--source", "emoji", "--out", tmp_path / "out", "--checkpoint")

@@ -20,6 +20,7 @@ def count(build):
     return sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(build)))
 
 
+@pytest.mark.slow
 def test_parameter_counts():
     known = facts()
     assert (

@@ -37,6 +37,7 @@ def test_an_interval_of_guidance_keeps_its_place():
     assert sampling_at(SamplingConfig(), ten, five) == SamplingConfig()
 
 
+@pytest.mark.slow
 def test_other_sizes_have_other_images(emoji):
     wide = emoji.at_schedule((1, 2, (2, 3), (4, 6)))
     assert wide.image_size == (32, 48)

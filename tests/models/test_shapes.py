@@ -51,6 +51,7 @@ def test_resizes_of_turned_images_are_turned(size):
     np.testing.assert_allclose(downsample(LATENTS, 2), rows, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_codes_and_sums_of_turned_latents_are_turned():
     encode, decode = jax.jit(Quantizer.encode), jax.jit(Quantizer.decode)
     read = jax.jit(Quantizer.teacher_forcing_inputs)

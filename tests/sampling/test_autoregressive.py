@@ -164,6 +164,7 @@ def test_scale_by_scale_ends_in_the_sample(settings):
     np.testing.assert_allclose(np.int32(stages[-1]), np.int32(wanted), atol=1)
 
 
+@pytest.mark.slow
 def test_seeds_and_labels_matter():
     tokens = draw(seed=0)[1]
     assert (tokens != draw(seed=1)[1]).any(axis=1).all()

@@ -166,6 +166,7 @@ def test_an_encoder_in_bfloat16_is_of_the_step_and_not_of_the_validation():
             assert "bf16[" not in check
 
 
+@pytest.mark.slow
 def test_an_encoder_in_bfloat16_changes_a_few_tokens():
     convolutions = dataclasses.replace(TOKENIZER, patch_size=1, channel_mults=(1, 1, 1))
     tokenizer = make_tokenizer(convolutions, rngs=nnx.Rngs(0))
