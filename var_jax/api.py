@@ -48,6 +48,7 @@ from var_jax.schedule import Schedule, Size, name_of, num_tokens, px, shape_of
 from var_jax.sharding.mesh import check_mesh, using
 from var_jax.sharding.ops import round_up
 from var_jax.sharding.rows import fetch, few_sizes, in_batches, put
+from var_jax.tools.buckets import check_buckets
 from var_jax.tools.images import Images
 from var_jax.tools.paths import user_path
 from var_jax.tools.settings import pinned
@@ -66,9 +67,10 @@ def load(
     It lies on `mesh`, or the one that is set (`jax.set_mesh`), or else on the first device. `dtype`
     is what the transformer computes in: "float32", "bfloat16", or as the checkpoint says.
 
-    Raises: BadInput if there is no such checkpoint, or it is damaged; Failure of a download.
+    Raises: BadInput if there is no such checkpoint, or it is damaged; Failure of a download, or if
+        a bucket cannot be reached.
     """
-    user_path(checkpoint, "checkpoint")  # what is no path at all
+    check_buckets([str(user_path(checkpoint, "checkpoint"))])
     current = jax.sharding.get_mesh()
     mesh = mesh or (None if current.empty else current)
     if mesh is not None:
@@ -174,7 +176,7 @@ class Model:
 
         Raises: BadInput if its checkpoint is of another tokenizer, other scales or classes.
         """
-        user_path(checkpoint, "refiner")
+        check_buckets([str(user_path(checkpoint, "refiner"))])
         if self.mesh is not None:
             check_mesh(self.mesh, abstract_models(checkpoint)[2].get("transformer"))
         with pinned():

@@ -5,12 +5,14 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from etils import epath
 from server import LOST, RESET
 
-from var_jax import BadInput
+import var_jax
+from var_jax import BadInput, Failure
 from var_jax.checkpoints import storage
 from var_jax.tools import buckets, logs
 from var_jax.tools.files import replacing
@@ -193,6 +195,15 @@ def test_a_bucket_that_is_not_ours_is_refused(server, fault, says):
     with pytest.raises(BadInput, match=says) as error:
         buckets.check_bucket(f"bucket-{fault}")
     assert "\n" not in str(error.value) and f"gs://bucket-{fault}" in str(error.value)
+
+
+def test_a_bucket_out_of_reach_is_told_by_the_library(monkeypatch):
+    def call(*args, **options):
+        raise ConnectionError("name or service not known")
+
+    monkeypatch.setattr(buckets, "filesystem", lambda: SimpleNamespace(call=call))
+    with pytest.raises(Failure, match=r"gs://far cannot be reached: name or service not known\."):
+        var_jax.load("gs://far/checkpoint")
 
 
 def test_a_folder_that_may_not_be_written_is_refused(server):

@@ -57,3 +57,9 @@ def test_meaning(names, label, index):
 def test_refused(names, label, sentence):
     with pytest.raises(BadInput, match=sentence):
         class_index(names, label)
+
+
+def test_a_number_too_large_to_be_written_is_refused():  # no parameter: pytest would write it
+    for label in (10**5000, -(10**5000)):
+        with pytest.raises(BadInput, match=r"a number beyond 10\^9; classes are 0 to 3"):
+            class_index(FOLDERS, label)

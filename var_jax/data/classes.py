@@ -21,6 +21,8 @@ def class_index(names: Sequence[str], label: Label | object, what: str = "label"
     """
     if isinstance(label, bool) or not isinstance(label, (str, int, np.integer)):
         raise BadInput(f"{what} holds {label!r}; expected a class name or number.")
+    if not isinstance(label, str) and abs(int(label)) > 10**9:  # maybe too large to be written
+        raise BadInput(f"{what} holds a number beyond 10^9; classes are 0 to {len(names) - 1}.")
     text = label if isinstance(label, str) else f"number={label}"
     found = meanings(names, text)
     if len(found) == 1:

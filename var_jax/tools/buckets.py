@@ -25,7 +25,7 @@ import fsspec
 from etils import epath
 from fsspec.config import conf
 
-from var_jax import BadInput
+from var_jax import BadInput, Failure
 from var_jax.tools import ending
 
 T = TypeVar("T")
@@ -100,7 +100,8 @@ def upload(local: PurePath, path: PurePath) -> None:
 def check_buckets(words: Iterable[str]) -> None:
     """Looks at each bucket that the words of a command name.
 
-    Raises: BadInput if it is not there or may not be listed, or gcsfs reads a name as a pattern.
+    Raises: BadInput if it is not there or may not be listed, or gcsfs reads a name as a pattern;
+        Failure if it cannot be reached.
     """
     for address in (found for word in words for found in re.findall("(?i)gs://[^/,].*", word)):
         if wrong := re.search(r"[*?#[\]]", address):
@@ -110,7 +111,7 @@ def check_buckets(words: Iterable[str]) -> None:
 
 @functools.cache
 def check_bucket(bucket: str) -> None:
-    """Raises BadInput if there is no such bucket, or its objects may not be listed."""
+    """Raises BadInput unless there is such a bucket, and may be listed; Failure without network."""
     system = filesystem()
     try:
         system.call("GET", "b/{}/o", bucket, maxResults=1)
@@ -119,7 +120,7 @@ def check_bucket(bucket: str) -> None:
     except Exception as error:
         if why := refusal(error):
             raise BadInput(f"gs://{bucket} cannot be read: {why}.") from error
-        raise
+        raise Failure(f"gs://{bucket} cannot be reached: {error}.") from error
 
 
 def checksums(folder: PurePath) -> dict[str, list]:
