@@ -66,7 +66,7 @@ def small(depth: int) -> ConfigDict:
         num_classes=0, depth=depth, width=width, num_heads=depth, drop_path=0.0
     )
     config.train_transformer.update(
-        steps=STEPS, batch_size=32, learning_rate=1.6e-2 * 128 / width, schedule="lin0",
+        steps=STEPS, batch_size=32, learning_rate=6.4e-2 * 128 / width, schedule="lin0",
         warmup_steps=50, final_lr_ratio=0.01, ema_decay=0.99,
     )  # fmt: skip
     config.every.update(log=10, save=STEPS // 5, evaluate=STEPS // 5)
