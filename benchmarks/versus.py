@@ -52,15 +52,25 @@ from var_jax.training.run import train
 
 MODELS = ("var", "raster", "dit")
 ROWS = ("raster", "var", "adaln", "top_k", "cfg", "qk_norm", "larger")
-TRIES = {  # what is changed of versus:var, sampled with the guidance that was best for it
-    "var": "",
-    "narrow top-p": "sampling.top_p=0.95,0.95,0.8,0.3",
-    "token noise": "train_transformer.token_noise=0.2",
-    "six scales": "tokenizer.patch_nums=1,2,3,4,6,8",
-    "last scale twice": "tokenizer.patch_nums=1,2,4,8,8",
+COARSE = "tokenizer.patch_size=8 tokenizer.latent_dim=96"  # 4x4 tokens
+TRIES = {  # the config and what is changed of it
+    "VAR": ("var", ""),
+    "narrow top-p": ("var", "sampling.top_p=0.95,0.95,0.8,0.3"),
+    "token noise": ("var", "train_transformer.token_noise=0.2"),
+    "six scales": ("var", "tokenizer.patch_nums=1,2,3,4,6,8"),
+    "last scale twice": ("var", "tokenizer.patch_nums=1,2,4,8,8"),
     "last scale twice, token noise": (
-        "tokenizer.patch_nums=1,2,4,8,8 train_transformer.token_noise=0.2"
+        "var",
+        "tokenizer.patch_nums=1,2,4,8,8 train_transformer.token_noise=0.2",
     ),
+    "raster": ("raster", ""),
+    "VAR, 4x4 tokens": ("var", f"{COARSE} tokenizer.patch_nums=1,2,3,4"),
+    "VAR, 4x4 tokens, nine scales": (
+        "var",
+        f"{COARSE} tokenizer.patch_nums=1,1,2,2,4,4,4,4,4 train_transformer.token_noise=0.2"
+        " sampling.top_p=0.95,0.95,0.9,0.8,0.5,0.3,0.1,0.1,0.1",
+    ),
+    "raster, 4x4 tokens": ("raster", f"{COARSE} tokenizer.patch_nums=4"),
 }
 RATES = (0.5, 1.0, 2.0)  # factors on a config's learning rate that are tried
 GUIDANCE = (0.0, 1.0, 2.0)  # scales that are tried
@@ -130,11 +140,13 @@ def ablation(study: "Study", budgets: Sequence[float], seeds: int) -> list[Point
 
 
 def tries(study: "Study", budgets: Sequence[float], seeds: int) -> list[Point]:
-    """VAR with one thing changed, and the raster-scan transformer, at the middle budget."""
-    middle = budgets[len(budgets) // 2]
-    var = [Point(name, "versus:var", middle, cfg=2.0, fields=TRIES[name]) for name in TRIES]
-    several = [*var, Point("raster", "versus:raster", middle, cfg=0.0)]
-    return [point._replace(seed=seed) for point in several for seed in range(seeds)]
+    """Models with something changed, at the middle budget and with the guidance that was best."""
+    middle, cfg = budgets[len(budgets) // 2], {"var": 2.0, "raster": 0.0}
+    several = itertools.product(TRIES.items(), range(seeds))
+    return [
+        Point(name, f"versus:{model}", middle, seed, cfg=cfg[model], fields=fields)
+        for (name, (model, fields)), seed in several
+    ]
 
 
 STUDIES = {"models": models, "ablation": ablation, "tries": tries}

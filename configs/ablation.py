@@ -29,5 +29,5 @@ def get_config(variant: str = "qk_norm") -> ConfigDict:
         larger = load_config("ladder:4")
         sizes = ("depth", "width", "num_heads")
         config.transformer.update({name: larger.transformer[name] for name in sizes})
-        config.train_transformer.learning_rate = 2 * larger.train_transformer.learning_rate
+        config.train_transformer.learning_rate = 0.5 * larger.train_transformer.learning_rate
     return config
