@@ -9,8 +9,9 @@ The first trains each model of configs/versus.py at three budgets with three see
 at the middle budget and seed 0 three learning rates, of which the least validation loss counts, and
 then three guidance scales, of which the least Fréchet distance does. The second trains the rows of
 configs/ablation.py at the middle budget, the third what might bring VAR ahead of raster scan. They
-write points.csv, table.md and points.png. The last times samplers with random weights at 32 and 256
-px. Compute is that of tools/flops.py, of the transformer alone. A stopped command continues.
+write points.csv, table.md (rFD is the distance of reconstructions) and points.png. The last times
+samplers with random weights at 32 and 256 px. Compute is that of tools/flops.py, of the transformer
+alone. A stopped command continues.
 """
 
 import csv
@@ -35,6 +36,7 @@ from var_jax.evaluation.features import extract, load_network
 from var_jax.evaluation.image_sets import ImageSet
 from var_jax.evaluation.pixel_report import NEAR_COPY, agreement, arrays, fit, nearest_distance
 from var_jax.evaluation.quality import figures, held_out_images, open_reference
+from var_jax.evaluation.tokenizer import Reconstructions
 from var_jax.models.patch_codec import make_tokenizer
 from var_jax.models.transformer import make_transformer
 from var_jax.sampling.autoregressive import Weights
@@ -54,7 +56,7 @@ MODELS = ("var", "raster", "dit")
 ROWS = ("raster", "var", "adaln", "top_k", "cfg", "qk_norm", "larger")
 COARSE = "tokenizer.patch_size=8 tokenizer.latent_dim=96"  # 4x4 tokens
 TRIES = {  # the config and what is changed of it
-    "VAR": ("var", ""),
+    "var": ("var", ""),
     "narrow top-p": ("var", "sampling.top_p=0.95,0.95,0.8,0.3"),
     "token noise": ("var", "train_transformer.token_noise=0.2"),
     "six scales": ("var", "tokenizer.patch_nums=1,2,3,4,6,8"),
@@ -64,8 +66,8 @@ TRIES = {  # the config and what is changed of it
         "tokenizer.patch_nums=1,2,4,8,8 train_transformer.token_noise=0.2",
     ),
     "raster": ("raster", ""),
-    "VAR, 4x4 tokens": ("var", f"{COARSE} tokenizer.patch_nums=1,2,3,4"),
-    "VAR, 4x4 tokens, nine scales": (
+    "var, 4x4 tokens": ("var", f"{COARSE} tokenizer.patch_nums=1,2,3,4"),
+    "var, 4x4 tokens, nine scales": (
         "var",
         f"{COARSE} tokenizer.patch_nums=1,1,2,2,4,4,4,4,4 train_transformer.token_noise=0.2"
         " sampling.top_p=0.95,0.95,0.9,0.8,0.5,0.3,0.1,0.1,0.1",
@@ -205,7 +207,7 @@ class Study:
             "learning rate": training.learning_rate, "cfg": fixed.sampling.cfg, "images": images,
             "TFLOPs": images * transformer_flops(fixed.transformer) / TERA,
             "minutes": summary["minutes, this start"], "validation loss": self.loss(point),
-            "passes": passes, "sampling GFLOPs": flops / 1e9,
+            "passes": passes, "sampling GFLOPs": flops / 1e9, "rFD": self.reconstruction(config),
         }  # fmt: skip
         name = "-".join(f"{key}{value}" for key, value in how.items())
         path = self.out / "figures" / f"{name_of(config)}-{name}-{self.num}.json"
@@ -264,6 +266,19 @@ class Study:
         found = figures(self.network, extract(self.network, images, folder), reference)
         return dict(zip(FIGURES, found.values(), strict=False))
 
+    def reconstruction(self, config: ConfigDict) -> float:
+        """The Fréchet distance of as many images of the training set, through the tokenizer."""
+        workdir = self.tokenizer(config)
+
+        def measure() -> dict[str, float]:
+            images = held_out_images(self.source, "validation", self.num, 32)
+            assert images is not None
+            tokenizer = load_tokenizer(workdir / "checkpoint")
+            return {"FD": self.quality(Reconstructions(tokenizer, images))["FD"]}
+
+        path = self.out / "figures" / f"{workdir.name}-{self.num}.json"
+        return kept(path, self.tokenizers, measure)["FD"]
+
     def floor(self) -> dict[str, float]:
         """Figures of as many images of the training set; of the validation set the last two."""
         held_out = held_out_images(self.source, "validation", self.num, 32)
@@ -313,12 +328,13 @@ def grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float], list[dict
 
 def table(rows: Sequence[dict[str, Any]], floor: dict[str, float]) -> str:
     """Means of the seeds with their standard deviations, in Markdown."""
-    head = ("model", "TFLOPs", "images", "learning rate", "cfg", *FIGURES)
-    lines = [head, ("---",) * len(head), ("real images", *("",) * 4, *map(shown, floor.values()))]
+    head = ("model", "TFLOPs", "images", "learning rate", "cfg", *FIGURES, "rFD")
+    real = ("real images", *("",) * 4, *map(shown, floor.values()), "")
+    lines = [head, ("---",) * len(head), real]
     for (model, budget), group in grouped(rows).items():
         first = group[0]
         how = f"{first['images']:,}", f"{first['learning rate']:.3g}", f"{first['cfg']:g}"
-        cells = [spread([row[name] for row in group]) for name in FIGURES]
+        cells = [spread([row[name] for row in group]) for name in (*FIGURES, "rFD")]
         lines.append((model, f"{budget:g}", *how, *cells))
     hours = sum({row["minutes"] for row in rows}) / 60
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
