@@ -1,17 +1,18 @@
 """VAR, raster-scan AR and a DiT at equal training compute; the paper's ablation; sampling times.
 
     python benchmarks/versus.py --out runs/versus
+    python benchmarks/versus.py --study coarse --out runs/coarse
     python benchmarks/versus.py --study ablation --out runs/ablation
     python benchmarks/versus.py --study tries --seeds 1 --out runs/tries
     python benchmarks/versus.py --study speed --out runs/speed
 
 The first trains each model of configs/versus.py at three budgets with three seeds. Tuning is equal:
 at the middle budget and seed 0 three learning rates, of which the least validation loss counts, and
-then three guidance scales, of which the least Fréchet distance does. The second trains the rows of
-configs/ablation.py at the middle budget, the third what might bring VAR ahead of raster scan. They
-write points.csv, table.md (rFD is the distance of reconstructions) and points.png. The last times
-samplers with random weights at 32 and 256 px. Compute is that of tools/flops.py, of the transformer
-alone. A stopped command continues.
+then three guidance scales, of which the least Fréchet distance does. The second does so with
+coarser tokens, the third trains the rows of configs/ablation.py at the middle budget, the fourth
+what might bring VAR ahead of raster scan. They write points.csv, table.md (rFD is the distance of
+reconstructions) and points.png. The last times samplers with random weights at 32 and 256 px.
+Compute is that of tools/flops.py, of the transformer alone. A stopped command continues.
 """
 
 import csv
@@ -54,7 +55,6 @@ from var_jax.training.run import train
 
 MODELS = ("var", "raster", "dit")
 ROWS = ("raster", "var", "adaln", "top_k", "cfg", "qk_norm", "larger")
-COARSE = "tokenizer.patch_size=8 tokenizer.latent_dim=96"  # 4x4 tokens
 TRIES = {  # the config and what is changed of it
     "var": ("var", ""),
     "narrow top-p": ("var", "sampling.top_p=0.95,0.95,0.8,0.3"),
@@ -66,13 +66,13 @@ TRIES = {  # the config and what is changed of it
         "tokenizer.patch_nums=1,2,4,8,8 train_transformer.token_noise=0.2",
     ),
     "raster": ("raster", ""),
-    "var, 4x4 tokens": ("var", f"{COARSE} tokenizer.patch_nums=1,2,3,4"),
+    "var, 4x4 tokens": ("var_4x4", ""),
     "var, 4x4 tokens, nine scales": (
-        "var",
-        f"{COARSE} tokenizer.patch_nums=1,1,2,2,4,4,4,4,4 train_transformer.token_noise=0.2"
+        "var_4x4",
+        "tokenizer.patch_nums=1,1,2,2,4,4,4,4,4 train_transformer.token_noise=0.2"
         " sampling.top_p=0.95,0.95,0.9,0.8,0.5,0.3,0.1,0.1,0.1",
     ),
-    "raster, 4x4 tokens": ("raster", f"{COARSE} tokenizer.patch_nums=4"),
+    "raster, 4x4 tokens": ("raster_4x4", ""),
 }
 RATES = (0.5, 1.0, 2.0)  # factors on a config's learning rate that are tried
 GUIDANCE = (0.0, 1.0, 2.0)  # scales that are tried
@@ -116,17 +116,18 @@ def main(args: flags.FlagValues) -> None:
         rows = [study.row(point) for point in points]
         write_csv(out / "points.csv", rows)
         draw(out / "points.png", rows)
-        text = table(rows, study.floor())
+        var = next(point.spec for point in points if point.model.startswith("var"))
+        text = table(rows, study.floor(var))
     with replacing(out / "table.md") as beside:
         beside.write_text(text)
     print(text)
 
 
-def models(study: "Study", budgets: Sequence[float], seeds: int) -> list[Point]:
+def models(study: "Study", budgets: Sequence[float], seeds: int, variant: str = "") -> list[Point]:
     """All models at all budgets, each tuned at the middle one."""
     points, middle = [], budgets[len(budgets) // 2]
     for model in MODELS:
-        tried = [Point(model, f"versus:{model}", middle, rate=rate) for rate in RATES]
+        tried = [Point(model, f"versus:{model}{variant}", middle, rate=rate) for rate in RATES]
         best = min(tried, key=study.loss)
         tried = [best._replace(cfg=cfg) for cfg in GUIDANCE]
         best = min(tried, key=lambda point: study.row(point)["FD"])
@@ -143,15 +144,17 @@ def ablation(study: "Study", budgets: Sequence[float], seeds: int) -> list[Point
 
 def tries(study: "Study", budgets: Sequence[float], seeds: int) -> list[Point]:
     """Models with something changed, at the middle budget and with the guidance that was best."""
-    middle, cfg = budgets[len(budgets) // 2], {"var": 2.0, "raster": 0.0}
+    middle = budgets[len(budgets) // 2]
+    cfg = lambda model: 0.0 if model.startswith("raster") else 2.0
     several = itertools.product(TRIES.items(), range(seeds))
     return [
-        Point(name, f"versus:{model}", middle, seed, cfg=cfg[model], fields=fields)
+        Point(name, f"versus:{model}", middle, seed, cfg=cfg(model), fields=fields)
         for (name, (model, fields)), seed in several
     ]
 
 
-STUDIES = {"models": models, "ablation": ablation, "tries": tries}
+coarse = functools.partial(models, variant="_4x4")
+STUDIES = {"models": models, "coarse": coarse, "ablation": ablation, "tries": tries}
 
 
 def config_of(point: Point) -> ConfigDict:
@@ -279,15 +282,18 @@ class Study:
         path = self.out / "figures" / f"{workdir.name}-{self.num}.json"
         return kept(path, self.tokenizers, measure)["FD"]
 
-    def floor(self) -> dict[str, float]:
-        """Figures of as many images of the training set; of the validation set the last two."""
+    def floor(self, spec: str) -> dict[str, float]:
+        """Figures of as many images of the training set; of the validation set the last two.
+
+        Near-copies are those of reconstructions by the tokenizer of the config `spec`.
+        """
         held_out = held_out_images(self.source, "validation", self.num, 32)
         assert held_out is not None
         images, labels = arrays(open_source(self.source, "validation", 32))
         chosen = np.linspace(0, len(images) - 1, self.num).astype(int)
         images, labels = images[chosen], labels[chosen]
         agree = agreement(self.classifier, images, labels, "validation", ())
-        tokenizer = self.tokenizer(load_config("versus:var"))
+        tokenizer = self.tokenizer(load_config(spec))
         again = reconstruct_images(load_tokenizer(tokenizer / "checkpoint"), images)
         near = self.distance(again, str(tokenizer))
         return self.quality(held_out) | {

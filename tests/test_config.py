@@ -39,6 +39,8 @@ from var_jax.tools.configs import load_config
         ("baselines", ("dit:xl2",)),
         ("versus", ("raster",)),
         ("versus", ("dit",)),
+        ("versus", ("var_4x4",)),
+        ("versus", ("raster_4x4",)),
         ("ablation", ("raster",)),
         ("ablation", ("larger",)),
         ("imagenet", ()),
