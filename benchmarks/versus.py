@@ -66,11 +66,10 @@ TRIES = {  # the config and what is changed of it
         "tokenizer.patch_nums=1,2,4,8,8 train_transformer.token_noise=0.2",
     ),
     "raster": ("raster", ""),
-    "var, 4x4 tokens": ("var_4x4", ""),
-    "var, 4x4 tokens, nine scales": (
+    "var, 4x4 tokens, nine scales": ("var_4x4", ""),
+    "var, 4x4 tokens, four scales": (
         "var_4x4",
-        "tokenizer.patch_nums=1,1,2,2,4,4,4,4,4 train_transformer.token_noise=0.2"
-        " sampling.top_p=0.95,0.95,0.9,0.8,0.5,0.3,0.1,0.1,0.1",
+        "tokenizer.patch_nums=1,2,3,4 train_transformer.token_noise=0 sampling.top_p=0.95",
     ),
     "raster, 4x4 tokens": ("raster_4x4", ""),
 }
