@@ -1,7 +1,8 @@
-"""Trains the ladder of configs/ladder.py: a tokenizer for all, its tokens, and every size.
+r"""Trains the ladder of configs/ladder.py: a tokenizer for all, its tokens, and every size.
 
     python benchmarks/ladder.py --out runs/ladder
-    python benchmarks/ladder.py --out runs/rates --depths 2,4,8 --two_seeds= --factors 0.5,1,2
+    python benchmarks/ladder.py --out runs/rates --depths 2,4,8 --two_seeds= --factors 0.5,1,2 \
+        --steps 600
 
 A stopped command continues. The second tries learning rates beside the transferred one; of runs
 that differ in the rate alone, var_jax.scaling keeps the best.
