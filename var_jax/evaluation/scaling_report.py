@@ -290,20 +290,18 @@ def draw_laws(axis: Any, laws: dict[str, Law]) -> None:
 def table(report: Report) -> str:
     """What the command prints: our constants, and beside them those that are published."""
     show = lambda e: f"{e['value']:.3g} [{span(e['interval'])}]" if e["value"] is not None else "-"
-    lines = [
-        "law            E (irreducible)         alpha                   beta       correlation"
-    ]
+    lines = [f"{'law':15s}{'E (irreducible)':26s}{'alpha':26s}{'beta':11s}correlation"]
     for variable, laws in (("N", report.of_size), ("C", report.of_compute)):
         for metric, each in laws.items():
             found, r = each.estimates(), each.correlation()
             beta = found["beta"]["value"]
             cells = (show(found["E"]), show(found["alpha"]))
-            text = "".join(f"{cell:24s}" for cell in cells) + f"{beta or np.nan:<11.3g}"
+            text = "".join(f"{cell:26s}" for cell in cells) + f"{beta or np.nan:<11.3g}"
             lines.append(f"{metric}({variable})".ljust(15) + text + (f"{r:.4f}" if r else "-"))
             if variable == "N":
                 paper_beta, paper_alpha = PAPER[metric]
                 lines.append(
-                    f"{'  VAR §5.1':15s}{'subtracted':24s}{paper_alpha:<24g}{paper_beta:g}"
+                    f"{'  VAR §5.1':15s}{'subtracted':26s}{paper_alpha:<26g}{paper_beta:g}"
                 )
     for metric, each in report.held_out.items():
         predicted = each["predicted"]
