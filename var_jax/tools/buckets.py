@@ -120,7 +120,8 @@ def check_bucket(bucket: str) -> None:
     except Exception as error:
         if why := refusal(error):
             raise BadInput(f"gs://{bucket} cannot be read: {why}.") from error
-        raise Failure(f"gs://{bucket} cannot be reached: {error}.") from error
+        why = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise Failure(f"gs://{bucket} cannot be reached: {why}.") from error
 
 
 def checksums(folder: PurePath) -> dict[str, list]:
