@@ -5,7 +5,7 @@
 #
 # [VAR](https://arxiv.org/abs/2404.02905) §5.1 reports that the test loss $L$ and the token error
 # $Err$ fall as power laws of the number of parameters $N$ and of the training compute $C$. This
-# notebook fits such laws to a ladder of models that was trained on Fashion-MNIST with two CPU cores:
+# notebook fits such laws to a ladder of models that was trained on Fashion-MNIST on a CPU:
 #
 # $$L(N) = E + A \, N^{-\alpha} = E + (\beta N)^{-\alpha}$$
 #

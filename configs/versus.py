@@ -9,7 +9,7 @@ Width and depth are the same, and so are codes and networks of the tokenizers, w
 the paper: VAR has four scales (85 tokens; of 4x4 latents nine, 90 tokens), raster one (64; 16); the
 DiT has the continuous latents of VAR's tokenizer. An image of 8x8 latents costs them 218, 155 and
 146 MFLOPs of training. Learning rates are the centres of the search: half that of the ladder, and
-an eighth of it for the DiT.
+an eighth of it for the DiT. Of 4x4 latents VAR alone has token noise and a top-p for each scale.
 """
 
 from ml_collections import ConfigDict

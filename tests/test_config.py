@@ -40,6 +40,7 @@ from var_jax.tools.configs import load_config
         ("versus", ("raster",)),
         ("versus", ("dit",)),
         ("versus", ("var_4x4",)),
+        ("versus", ("dit_4x4",)),
         ("versus", ("raster_4x4",)),
         ("ablation", ("raster",)),
         ("ablation", ("larger",)),
