@@ -6,13 +6,14 @@
     python benchmarks/versus.py --study tries --seeds 1 --out runs/tries
     python benchmarks/versus.py --study speed --out runs/speed
 
-The first trains each model of configs/versus.py at three budgets with three seeds. Tuning is equal:
-at the middle budget and seed 0 three learning rates, of which the least validation loss counts, and
-then three guidance scales, of which the least Fréchet distance does. The second does so with
-coarser tokens, the third trains the rows of configs/ablation.py at the middle budget, the fourth
-what might bring VAR ahead of raster scan. They write points.csv, table.md (rFD is the distance of
-reconstructions) and points.png. The last times samplers with random weights at 32 and 256 px.
-Compute is that of tools/flops.py, of the transformer alone. A stopped command continues.
+The first trains each model of configs/versus.py at three budgets with three seeds. Tuning is equal,
+at the middle budget and seed 0: three learning rates, of which the least validation loss counts,
+then three guidance scales, token noise or none and three values of top-p, of which the least
+Fréchet distance does (the DiT has neither tokens nor top-p). The second does so with coarser
+tokens, the third trains the rows of configs/ablation.py at the middle budget, the fourth what might
+bring VAR ahead of raster scan. They write points.csv, table.md and points.png. The last times
+samplers with random weights at 32 and 256 px. Compute is that of tools/flops.py, of the transformer
+alone. A stopped command continues.
 """
 
 import csv
@@ -66,16 +67,24 @@ TRIES = {  # the config and what is changed of it
         "tokenizer.patch_nums=1,2,4,8,8 train_transformer.token_noise=0.2",
     ),
     "raster": ("raster", ""),
-    "var, 4x4 tokens, nine scales": ("var_4x4", ""),
+    "var, 4x4 tokens, nine scales": (
+        "var_4x4",
+        "train_transformer.token_noise=0.2 sampling.top_p=0.95,0.95,0.9,0.8,0.5,0.3,0.1,0.1,0.1",
+    ),
     "var, 4x4 tokens, four scales": (
         "var_4x4",
-        "tokenizer.patch_nums=1,2,3,4 train_transformer.token_noise=0 sampling.top_p=0.95",
+        "tokenizer.patch_nums=1,2,3,4",
     ),
     "raster, 4x4 tokens": ("raster_4x4", ""),
 }
 RATES = (0.5, 1.0, 2.0)  # factors on a config's learning rate that are tried
 GUIDANCE = (0.0, 1.0, 2.0)  # scales that are tried
+OF_TOKENS = (  # fields that are tried in turn, of models that predict tokens
+    ("train_transformer.token_noise=0", "train_transformer.token_noise=0.2"),
+    ("sampling.top_p=0.95", "sampling.top_p=0.8", "sampling.top_p=0.6"),
+)
 FIGURES = ("FD", "KID", "precision", "recall", "class agreement", "near-copies")
+OF_TOKENIZER = ("rFD", "near-copies, real")  # of reconstructions: training set, validation set
 TERA = 1e12
 
 
@@ -115,8 +124,7 @@ def main(args: flags.FlagValues) -> None:
         rows = [study.row(point) for point in points]
         write_csv(out / "points.csv", rows)
         draw(out / "points.png", rows)
-        var = next(point.spec for point in points if point.model.startswith("var"))
-        text = table(rows, study.floor(var))
+        text = table(rows, study.floor())
     with replacing(out / "table.md") as beside:
         beside.write_text(text)
     print(text)
@@ -126,13 +134,21 @@ def models(study: "Study", budgets: Sequence[float], seeds: int, variant: str = 
     """All models at all budgets, each tuned at the middle one."""
     points, middle = [], budgets[len(budgets) // 2]
     for model in MODELS:
-        tried = [Point(model, f"versus:{model}{variant}", middle, rate=rate) for rate in RATES]
-        best = min(tried, key=study.loss)
-        tried = [best._replace(cfg=cfg) for cfg in GUIDANCE]
-        best = min(tried, key=lambda point: study.row(point)["FD"])
+        best = tuned(study, Point(model, f"versus:{model}{variant}", middle))
         several = itertools.product(budgets, range(seeds))
         points += [best._replace(budget=budget, seed=seed) for budget, seed in several]
     return points
+
+
+def tuned(study: "Study", point: Point) -> Point:
+    """The point with the best learning rate, then guidance, then fields."""
+    distance = lambda tried: study.row(tried)["FD"]
+    best = min((point._replace(rate=rate) for rate in RATES), key=study.loss)
+    best = min((best._replace(cfg=cfg) for cfg in GUIDANCE), key=distance)
+    for fields in OF_TOKENS if point.model != "dit" else ():
+        tried = [best._replace(fields=f"{best.fields} {field}".strip()) for field in fields]
+        best = min(tried, key=distance)
+    return best
 
 
 def ablation(study: "Study", budgets: Sequence[float], seeds: int) -> list[Point]:
@@ -206,10 +222,13 @@ class Study:
         images, (passes, flops) = training.steps * training.batch_size, cost(fixed)
         found = {
             "model": point.model, "budget": point.budget, "seed": point.seed,
-            "learning rate": training.learning_rate, "cfg": fixed.sampling.cfg, "images": images,
+            "learning rate": training.learning_rate, "cfg": fixed.sampling.cfg,
+            "token noise": training.token_noise, "top-p": " ".join(map(str, fixed.sampling.top_p)),
+            "images": images,
             "TFLOPs": images * transformer_flops(fixed.transformer) / TERA,
             "minutes": summary["minutes, this start"], "validation loss": self.loss(point),
-            "passes": passes, "sampling GFLOPs": flops / 1e9, "rFD": self.reconstruction(config),
+            "passes": passes, "sampling GFLOPs": flops / 1e9,
+            **self.reconstructions(config),
         }  # fmt: skip
         name = "-".join(f"{key}{value}" for key, value in how.items())
         path = self.out / "figures" / f"{name_of(config)}-{name}-{self.num}.json"
@@ -254,10 +273,9 @@ class Study:
         samples = NpzImages(path)
         images = next(samples.batches(self.num))
         agree = agreement(self.classifier, images, labels, "samples", ())
-        near = self.distance(images, str(self.tokenizer(config)))
         return self.quality(samples) | {
             "class agreement": agree["class agreement, samples"],
-            "near-copies": float((near < NEAR_COPY).mean()),
+            "near-copies": self.near_copies(images, self.tokenizer(config)),
         }
 
     def quality(self, images: ImageSet) -> dict[str, float]:
@@ -268,37 +286,37 @@ class Study:
         found = figures(self.network, extract(self.network, images, folder), reference)
         return dict(zip(FIGURES, found.values(), strict=False))
 
-    def reconstruction(self, config: ConfigDict) -> float:
-        """The Fréchet distance of as many images of the training set, through the tokenizer."""
+    def reconstructions(self, config: ConfigDict) -> dict[str, float]:
+        """What a tokenizer does to images of the training set, and of the validation set."""
         workdir = self.tokenizer(config)
 
         def measure() -> dict[str, float]:
             images = held_out_images(self.source, "validation", self.num, 32)
             assert images is not None
             tokenizer = load_tokenizer(workdir / "checkpoint")
-            return {"FD": self.quality(Reconstructions(tokenizer, images))["FD"]}
+            again = reconstruct_images(tokenizer, self.validation[0])
+            found = (
+                self.quality(Reconstructions(tokenizer, images))["FD"],
+                self.near_copies(again, workdir),
+            )
+            return dict(zip(OF_TOKENIZER, found, strict=True))
 
         path = self.out / "figures" / f"{workdir.name}-{self.num}.json"
-        return kept(path, self.tokenizers, measure)["FD"]
+        return kept(path, self.tokenizers, measure)
 
-    def floor(self, spec: str) -> dict[str, float]:
-        """Figures of as many images of the training set; of the validation set the last two.
-
-        Near-copies are those of reconstructions by the tokenizer of the config `spec`.
-        """
+    def floor(self) -> dict[str, float]:
+        """Figures of as many images of the training set; class agreement of the validation set."""
         held_out = held_out_images(self.source, "validation", self.num, 32)
         assert held_out is not None
+        agree = agreement(self.classifier, *self.validation, "validation", ())
+        return self.quality(held_out) | {"class agreement": agree["class agreement, validation"]}
+
+    @functools.cached_property
+    def validation(self) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels of the validation set, as many as are sampled."""
         images, labels = arrays(open_source(self.source, "validation", 32))
         chosen = np.linspace(0, len(images) - 1, self.num).astype(int)
-        images, labels = images[chosen], labels[chosen]
-        agree = agreement(self.classifier, images, labels, "validation", ())
-        tokenizer = self.tokenizer(load_config(spec))
-        again = reconstruct_images(load_tokenizer(tokenizer / "checkpoint"), images)
-        near = self.distance(again, str(tokenizer))
-        return self.quality(held_out) | {
-            "class agreement": agree["class agreement, validation"],
-            "near-copies": float((near < NEAR_COPY).mean()),
-        }
+        return images[chosen], labels[chosen]
 
     @functools.cached_property
     def classifier(self) -> Any:
@@ -311,10 +329,11 @@ class Study:
         images, _ = arrays(open_source(self.source, "train", 32), most=2**28)
         return reconstruct_images(load_tokenizer(epath.Path(tokenizer) / "checkpoint"), images)
 
-    def distance(self, images: np.ndarray, tokenizer: str) -> np.ndarray:
-        """To the nearest training image, of each image."""
-        parts = np.array_split(self.training_images(tokenizer), 6)
-        return np.min([nearest_distance(images, part) for part in parts], axis=0)
+    def near_copies(self, images: np.ndarray, tokenizer: epath.Path) -> float:
+        """The share of images that are near one of the training set."""
+        parts = np.array_split(self.training_images(str(tokenizer)), 6)
+        near = np.min([nearest_distance(images, part) for part in parts], axis=0)
+        return float((near < NEAR_COPY).mean())
 
 
 def write_csv(path: epath.Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -333,14 +352,17 @@ def grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float], list[dict
 
 def table(rows: Sequence[dict[str, Any]], floor: dict[str, float]) -> str:
     """Means of the seeds with their standard deviations, in Markdown."""
-    head = ("model", "TFLOPs", "images", "learning rate", "cfg", *FIGURES, "rFD")
-    real = ("real images", *("",) * 4, *map(shown, floor.values()), "")
+    tuned = ("learning rate", "cfg", "token noise", "top-p")
+    names = (*FIGURES, *OF_TOKENIZER)
+    head = ("model", "TFLOPs", "images", *tuned, *names)
+    real = "real images", *("",) * 6, *(shown(floor[n]) if n in floor else "" for n in names)
     lines = [head, ("---",) * len(head), real]
     for (model, budget), group in grouped(rows).items():
         first = group[0]
-        how = f"{first['images']:,}", f"{first['learning rate']:.3g}", f"{first['cfg']:g}"
-        cells = [spread([row[name] for row in group]) for name in (*FIGURES, "rFD")]
-        lines.append((model, f"{budget:g}", *how, *cells))
+        how = [first[name] for name in tuned]
+        how = [shown(value) if isinstance(value, float) else value for value in how]
+        cells = [spread([row[name] for row in group]) for name in names]
+        lines.append((model, f"{budget:g}", f"{first['images']:,}", *how, *cells))
     hours = sum({row["minutes"] for row in rows}) / 60
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return f"{text}\n{hours:.1f} hours of training.\n"

@@ -9,7 +9,7 @@ Width and depth are the same, and so are codes and networks of the tokenizers, w
 the paper: VAR has four scales (85 tokens; of 4x4 latents nine, 90 tokens), raster one (64; 16); the
 DiT has the continuous latents of VAR's tokenizer. An image of 8x8 latents costs them 218, 155 and
 146 MFLOPs of training. Learning rates are the centres of the search: half that of the ladder, and
-an eighth of it for the DiT. Of 4x4 latents VAR alone has token noise and a top-p for each scale.
+an eighth of it for the DiT.
 """
 
 from ml_collections import ConfigDict
@@ -32,11 +32,8 @@ def get_config(variant: str = "var") -> ConfigDict:
     kind, _, coarse = variant.partition("_")
     config.tokenizer.update(patch_nums=(1, 2, 4, 8), patch_size=4, latent_dim=48)
     if coarse:
-        fine = load_config("fashion")  # nine scales, and a top-p for each
-        config.tokenizer.update(patch_nums=fine.tokenizer.patch_nums, patch_size=8, latent_dim=96)
-        if kind == "var":
-            config.train_transformer.token_noise = fine.train_transformer.token_noise
-            config.sampling.top_p = fine.sampling.top_p
+        nine = load_config("fashion").tokenizer.patch_nums
+        config.tokenizer.update(patch_nums=nine, patch_size=8, latent_dim=96)
     config.train_transformer.learning_rate *= 0.125 if kind == "dit" else 0.5
     config.sampling.cfg = 1.0
     config.every.update(save=500, evaluate=0)

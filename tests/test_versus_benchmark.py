@@ -41,7 +41,7 @@ def test_figures_of_other_settings_are_not_taken(tmp_path, monkeypatch):
 
 
 class Study:
-    """The second learning rate and the third guidance scale are the best."""
+    """The second learning rate, the third guidance scale, noise and a top-p of 0.8 are the best."""
 
     def __init__(self):
         self.seen = []
@@ -52,18 +52,31 @@ class Study:
 
     def row(self, point):
         self.seen.append(point)
-        return {"FD": abs(point.cfg - 2)}
+        good = "noise=0.2" in point.fields, "top_p=0.8" in point.fields
+        return {"FD": abs(point.cfg - 2) + 2.0 - sum(good)}
 
 
-def test_every_model_has_the_same_budgets_and_tuning(script):
-    study = Study()
-    points = script.models(study, [1.0, 2.0, 4.0], 3)
+@pytest.mark.parametrize("study", ["models", "coarse"])
+def test_every_model_has_the_same_budgets_and_tuning(script, study):
+    seen, best = Study(), "train_transformer.token_noise=0.2 sampling.top_p=0.8"
+    points = script.STUDIES[study](seen, [1.0, 2.0, 4.0], 3)
     assert {(p.rate, p.cfg) for p in points} == {(1.0, 2.0)}
     for model in script.MODELS:
         mine = [(p.budget, p.seed) for p in points if p.model == model]
         assert mine == [(budget, seed) for budget in (1.0, 2.0, 4.0) for seed in range(3)]
-        tuned = [p for p in study.seen if p.model == model]
-        assert len({*tuned}) == 6 and {(p.budget, p.seed) for p in tuned} == {(2.0, 0)}
+        tuned = [p for p in seen.seen if p.model == model]
+        trials = 6 if model == "dit" else 11  # which has no tokens
+        assert len({*tuned}) == trials and {(p.budget, p.seed) for p in tuned} == {(2.0, 0)}
+        assert {p.fields for p in points if p.model == model} == {best if trials > 6 else ""}
+
+
+def test_coarse_tokens_are_4x4_and_nothing_else_differs(script):
+    study = Study()
+    for point in script.coarse(study, [3.6], 1):
+        config, fine = script.config_of(point), script.load_config(f"versus:{point.model}")
+        assert from_dict(Config, config).tokenizer.patch_nums[-1] == 4
+        assert config.transformer == fine.transformer
+        assert config.train_tokenizer == fine.train_tokenizer
 
 
 def test_equal_budgets_are_equal_operations(script):
@@ -114,12 +127,15 @@ def test_the_table_has_means_and_deviations(script, tmp_path):
         "images": 8256,
         "learning rate": 0.02,
         "cfg": 1.0,
+        "token noise": 0.2,
+        "top-p": "0.8",
         "rFD": 7,
+        "near-copies, real": 0.01,
     }
     rows = [row | figures | {"seed": s, "FD": 40.0 + s, "minutes": 3.0 + s} for s in (0, 1, 2)]
     lines = script.table(rows, figures | {"FD": 5.0}).splitlines()
-    assert lines[2].startswith("| real images |  |  |  |  | 5 | 0.5 |")
-    assert lines[3].startswith("| var | 1.8 | 8,256 | 0.02 | 1 | 41 ± 1 | 0.5 ± 0 |")
+    assert lines[2].startswith("| real images |  |  |  |  |  |  | 5 | 0.5 |")
+    assert lines[3].startswith("| var | 1.8 | 8,256 | 0.02 | 1 | 0.2 | 0.8 | 41 ± 1 | 0.5 ± 0 |")
     assert lines[-1] == "0.2 hours of training."
     script.draw(tmp_path / "points.png", rows)
     script.write_csv(tmp_path / "points.csv", rows)

@@ -174,7 +174,8 @@ class Model:
 
         Collaborative decoding (CoDe, arXiv 2411.17787). It shares this model's tokenizer.
 
-        Raises: BadInput if its checkpoint is of another tokenizer, other scales or classes.
+        Raises: BadInput if its checkpoint is of another tokenizer, other scales or classes; Failure
+            if a bucket cannot be reached.
         """
         check_buckets([str(user_path(checkpoint, "refiner"))])
         if self.mesh is not None:
