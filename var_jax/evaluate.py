@@ -204,7 +204,8 @@ def likelihood(args: flags.FlagValues, model: var_jax.Model) -> dict[str, float]
     source = validation_source(args, model.image_size)
     check_classes(args, source, model)
     run = likelihood_figures if args.likelihood else classification_figures
-    return run(model.models.tokenizer, model.models.transformer, source, args.batch_size)
+    found = run(model.models.tokenizer, model.models.transformer, source, args.batch_size)
+    return {"images": len(source)} | found
 
 
 def reconstruction(
@@ -222,7 +223,12 @@ def reconstruction(
     distances = {
         f"r{key}": x for key, x in figures(network, reconstructed, reference, True).items()
     }
-    return again.figures() | distances | {f"p{name}": distance(perturbed, reference)}
+    return (
+        {"images": images.shape[0]}
+        | again.figures()
+        | distances
+        | {f"p{name}": distance(perturbed, reference)}
+    )
 
 
 def perceptual(args: flags.FlagValues, size: Size) -> dict[str, Lpips]:
@@ -263,6 +269,9 @@ def quality(
     split = args.split or "train"
     if model is None:
         sets[""] = open_images(args.samples)
+        _, height, width, _ = sets[""].shape
+        size = args.size or size_of((height, width))
+        check_reference(args.reference, network, split, size)
     else:
         check_reference(args.reference, network, split, args.size or model.image_size)
         for name, settings in sweep(args, model).items():
@@ -281,6 +290,8 @@ def quality(
                     f"warning: {HELD_OUT} are {fewer}, samples {count:,}: the distance of fewer"
                     " images is larger, so it is no floor."
                 )
+        elif network.name != "inception":  # whose figures compare with published ones
+            note(f"warning: {args.reference} has no other split, so there is no floor of figures.")
     except BadInput as error:  # samples have figures without it
         note(f"warning: no figures of {HELD_OUT}: {error}")
     by_class = {name: in_order_of_classes(each) for name, each in sets.items()}
@@ -404,6 +415,9 @@ def about(
         found["features"] = {"network": network.name, "fingerprint": network.fingerprint}
     if model is not None:
         found["checkpoint"] = fingerprints(args, model)
+    if isinstance(model, var_jax.Model) and (args.reference or args.memorization):
+        points = sweep(args, model)
+        found["sampling"] = [settings.flags(model.kind) for settings in points.values()]
     return found | {"flags": {name: args[name].value for name in FLAGS}}
 
 

@@ -2,7 +2,10 @@
 
 import io
 import json
+import struct
+import tracemalloc
 import zipfile
+import zlib
 
 import numpy as np
 import PIL.Image
@@ -22,6 +25,7 @@ from var_jax.evaluation.statistics import Moments
 from var_jax.models.features.weights import in_package
 from var_jax.sampling.exports import load_parts, save_parts
 from var_jax.tools import cli
+from var_jax.tools.npz import load_npz
 
 
 @pytest.fixture
@@ -36,6 +40,11 @@ def mean_colours(monkeypatch):
     network = features.name_network("quarters", features.pool_of(quarters), np.float32(1))
     monkeypatch.setattr("var_jax.evaluate.load_network", lambda spec: network)
     return network
+
+
+def idx(array):
+    """An array of bytes as an IDX file."""
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
 def write_images(path, seed, count=40):
@@ -57,6 +66,7 @@ def test_samples_beside_a_reference(tmp_path, mean_colours):
     found = metrics(tmp_path / "out")
     assert found["images"] == 40 and found["features"]["network"] == "quarters"
     assert found["fd_quarters"] > 0 and f"{found['fd_quarters']:.4f}" in out
+    assert "has no other split, so there is no floor" in err
     saved = tmp_path / "out" / "features" / "reference.npz"
     again = (*flags[:3], tmp_path / "again", "--reference", saved)
     assert run("evaluate", *again)[0] == 0
@@ -195,6 +205,30 @@ def test_a_reference_is_found_again_and_is_of_its_images(tmp_path, mean_colours)
     assert times[0] == times[1] and len({*times}) == 4
 
 
+def test_a_reference_of_which_one_image_changed_is_not_found_again(tmp_path, mean_colours):
+    """Whatever image it is: of files by the names and sizes, of arrays by the values."""
+    write_images(tmp_path / "a.npz", 0)
+    images = np.random.default_rng(0).integers(0, 256, (200, 28, 28)).astype(np.uint8)
+    labels = np.arange(200, dtype=np.uint8) % 2
+    for split in ("train", "t10k"):
+        for kind, array in (("images", images), ("labels", labels)):
+            path = tmp_path / f"{split}-{kind}-idx{array.ndim}-ubyte"
+            path.write_bytes(idx(array))
+    write_source(tmp_path / "data", 0, 300)
+    for reference in (f"idx:{tmp_path}", tmp_path / "data"):
+        flags = ("--samples", tmp_path / "a.npz", "--reference", reference, "--size", 16)
+        found = []
+        for change in (False, True):
+            if change:
+                images[101] = 0
+                (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(images))
+                PIL.Image.new("RGB", (16, 16)).save(tmp_path / "data" / "b" / "151.png")
+            code, _, err = run("evaluate", *flags, "--out", tmp_path / "out")
+            assert code == 0, err
+            found.append(metrics(tmp_path / "out")["sets"]["samples"]["fd_quarters"])
+        assert found[0] != found[1]
+
+
 DAMAGES = {
     "cut": lambda whole: whole[:-60],
     "empty": lambda whole: b"",
@@ -248,6 +282,60 @@ def test_features_are_kept_and_belong_to_their_images(tmp_path, mean_colours, mo
     np.testing.assert_allclose(whole.covariance, np.cov(cells.T), rtol=1e-3, atol=1e-6)
 
 
+def test_means_and_covariances_need_one_file_in_memory(tmp_path):
+    paths = [epath.Path(tmp_path / f"{i}.npz") for i in range(12)]
+    for path in paths:
+        np.savez(path, pool=np.random.default_rng(0).normal(size=(5, 256)).astype(np.float32))
+    tracemalloc.start()
+    features.Features(tuple(paths), 60).moments("pool")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 6 * 8 * 256**2  # of twelve covariances
+
+
+@pytest.mark.slow
+def test_an_adm_batch_through_inception(tmp_path):
+    """Its own statistics count where it has some, and those that are saved give the same again."""
+    images = write_images(tmp_path / "a.npz", 0, 6)
+    flags = ("--samples", tmp_path / "a.npz", "--out", tmp_path / "out", "--batch_size", 8)
+    weights = weights_file(tmp_path, "evaluation", "inception")
+    flags = (*flags, "--features", weights, "--reference")
+    sizes = features.feature_sizes(features.load_network(str(weights)), 16)
+    given = write_images(tmp_path / "b.npz", 1, 6)
+    some = {"mu": np.ones(sizes["pool"]), "sigma": np.eye(sizes["pool"])}
+    more = {"mu_s": np.full(sizes["spatial"], 2.0), "sigma_s": 4 * np.eye(sizes["spatial"])}
+    for name, arrays in {"plain": {}, "some": some, "all": some | more}.items():
+        np.savez(tmp_path / f"{name}.npz", arr_0=given, **arrays)
+    scores = {}
+    for name in ("plain", "some", "all"):
+        code, _, err = run("evaluate", *flags, tmp_path / f"{name}.npz")
+        assert code == 0, err
+        saved = (tmp_path / "out" / "features" / "reference.npz").rename(tmp_path / "saved.npz")
+        scores[name] = metrics(tmp_path / "out")
+        assert run("evaluate", *flags, saved)[0] == 0
+        again = metrics(tmp_path / "out")
+        assert {n: again[n] for n in ("fid", "sfid", "kid")} == {
+            n: scores[name][n] for n in ("fid", "sfid", "kid")
+        }
+    cells = [
+        load_npz(path)
+        for path in (tmp_path / "out" / "features").glob("inception-*.npz")
+        if zlib.crc32(images.tobytes()) == int(path.stem[-8:], 16)
+    ]
+    for score, kind, mean, scale in (("fid", "pool", 1, 1), ("sfid", "spatial", 2, 4)):
+        rows = cells[0][kind].astype(np.float64)
+        covariance = np.cov(rows.T)
+        traces = covariance.trace() + scale * len(covariance)
+        traces -= 2 * np.sqrt(scale) * np.sqrt(np.linalg.eigvalsh(covariance).clip(0)).sum()
+        wanted = ((rows.mean(0) - mean) ** 2).sum() + traces
+        np.testing.assert_allclose(scores["all"][score], wanted, rtol=1e-5)
+    assert scores["some"]["fid"] == scores["all"]["fid"] != scores["plain"]["fid"]
+    assert scores["some"]["sfid"] == scores["plain"]["sfid"] != scores["all"]["sfid"]
+    np.savez(tmp_path / "of_others.npz", arr_0=given, mu=np.zeros(768), sigma=np.eye(768))
+    said = complaint("evaluate", *flags, tmp_path / "of_others.npz")
+    assert "mu has 768 numbers; expected 2048 of the network inception" in said
+
+
 @pytest.mark.slow
 def test_a_checkpoint_is_sampled_and_swept(tmp_path, untrained, mean_colours):
     flags = ("--checkpoint", untrained, "--reference", "emoji", "--num", 18, "--batch_size", 16)
@@ -257,6 +345,8 @@ def test_a_checkpoint_is_sampled_and_swept(tmp_path, untrained, mean_colours):
     assert {"cfg0", "cfg1.5", "held-out images"} == {*sets}
     assert (tmp_path / "out" / "curve.png").exists()
     assert sets["cfg0"]["fd_quarters"] != sets["cfg1.5"]["fd_quarters"]
+    settings = metrics(tmp_path / "out")["sampling"]
+    assert [each["cfg"] for each in settings] == [0, 1.5] and settings[0]["top_k"] is not None
     with np.load(tmp_path / "out" / "cfg0" / "samples.npz") as samples:
         assert np.bincount(samples["labels"]).tolist() == [2] * 9
     time = (tmp_path / "out" / "cfg0" / "samples.npz").stat().st_mtime_ns
@@ -292,13 +382,19 @@ def test_a_checkpoint_on_data(tmp_path, untrained, mean_colours):
     flags = ("--checkpoint", untrained, "--source", "emoji", "--out", tmp_path / "out")
     assert run("evaluate", *flags, "--likelihood")[0] == 0
     found = likelihood = metrics(tmp_path / "out")
+    assert found["images"] == 194
     by_scale = [found[f"bits_scale{k}"] for k in (1, 2, 3)]
     np.testing.assert_allclose(sum(by_scale), found["bits_per_image"])
     np.testing.assert_allclose(found["bits_per_image"] * np.log(2) / 21, found["loss"])
     assert 2 < found["loss"] < 20 and 0 <= found["accuracy"] < 0.2  # of 64 codes, untrained
     assert run("evaluate", *flags, "--tokenizer")[0] == 0
     found = metrics(tmp_path / "out")
-    assert found["psnr"] > 0 and found["rfd_quarters"] > 0 and 1 <= found["perplexity_scale3"] <= 64
+    assert (
+        found["images"] == 194
+        and found["psnr"] > 0
+        and found["rfd_quarters"] > 0
+        and 1 <= found["perplexity_scale3"] <= 64
+    )
     assert found["pfd_quarters"] > 0 and found["pfd_quarters"] != found["rfd_quarters"]
     code, _, err = run("evaluate", *flags, "--memorization", "--num", 30, "--batch_size", 16)
     assert code == 0, err
@@ -380,6 +476,10 @@ def test_hosts_measure_together(tmp_path, untrained):
         ),
         (("--samples", "x", "--reference", "emoji", "--size", "0"), "--size"),
         (("--samples", "x.npz", "--reference", "x.npz", "--features", "no.pth"), "no.pth"),
+        (
+            ("--samples", "x.npz", "--reference", "x.npz", "--features", __file__),
+            "expected InceptionV3 of FID, pt_inception-2015-12-05-6726825d.pth, from https://",
+        ),
     ],
 )
 def test_bad_input(tmp_path, flags, sentence):
@@ -446,7 +546,11 @@ SAVED = {"features": np.zeros((40, 12), np.float32), "mu": np.zeros(12), "sigma"
         ("--reference", {"features": SAVED["features"]}, "of another network"),
         ("--reference", SAVED | {"mu": None}, "expected 'mu' as well"),
         ("--reference", SAVED | {"sigma": np.ones(12)}, "expected (D,) and (D,D)"),
-        ("--reference", SAVED | {"mu": np.zeros(9), "sigma": np.eye(9)}, "of 12 and of 9 numbers"),
+        (
+            "--reference",
+            SAVED | {"mu": np.zeros(9), "sigma": np.eye(9)},
+            "mu has 9 numbers; expected 12 of the network",
+        ),
         ("--reference", SAVED | {"mu": np.full(12, np.nan)}, "values that are not finite"),
         ("--reference", SAVED | {"features": np.full((9, 12), np.nan)}, "not finite"),
         (

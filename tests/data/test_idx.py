@@ -56,7 +56,7 @@ def test_letters_are_turned_and_count_from_one(tmp_path):
     labels = np.array([2, 1, 3, 1, 2], np.uint8)
     spec = write(tmp_path, labels, prefix="emnist-letters-", test="test")
     source = open_source(spec, "validation", 32)
-    assert source.class_names == ("1", "2", "3") and source[0]["label"] == 1
+    assert source.class_names == ("A", "B", "C") and source[0]["label"] == 1
     assert np.array_equal(source[0]["image"][2:-2, 2:-2, 0], images(5)[0].T)
 
 
@@ -107,6 +107,14 @@ def test_bad_files_are_told(tmp_path, name, content, message):
     with pytest.raises(BadInput, match=message):
         for split in ("train", "validation"):
             open_source(spec, split, 32)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("byclass", "c"), ("balanced", "d"), ("digits", "38")])
+def test_characters_of_emnist(tmp_path, kind, name):
+    labels = np.array([0, 10, 38, 9], np.uint8)
+    source = open_source(write(tmp_path, labels, prefix=f"emnist-{kind}-"), "train", 32)
+    named = ("0", "9", "A", name) if kind != "digits" else ("0", "9", "10", "38")
+    assert source.class_names == named and source.class_names[source[2]["label"]] == name
 
 
 def test_other_labels_than_fashions_are_numbers(tmp_path):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import var_jax
-from var_jax.data.sources import open_source
+from var_jax.data.sources import ArraySource, open_source
+from var_jax.evaluation import likelihood
 from var_jax.evaluation.image_sets import spread
 from var_jax.evaluation.likelihood import (
     class_log_likelihoods,
@@ -72,6 +73,19 @@ def test_batches_and_meshes_change_nothing(models, sampled):
     with jax.set_mesh(make_mesh(4, 2, 1)):
         split = log_likelihood(there.tokenizer.quantizer, there.transformer, *sampled)
     np.testing.assert_allclose(split, alone, rtol=1e-4)
+
+
+def test_ranks_of_classes(models, monkeypatch):
+    """The label is first, fifth, sixth, as likely as all others, and NaN."""
+    each = np.arange(7.0) * np.ones((5, 1))
+    each[3], each[4] = 1.0, np.nan
+    labels = np.array([6, 2, 1, 0, 0], np.int32)
+    monkeypatch.setattr(likelihood, "in_batches", lambda *_: labels)
+    monkeypatch.setattr(likelihood, "class_log_likelihoods", lambda *_: each)
+    names = tuple("abcdefg")
+    source = ArraySource(np.zeros((5, 8, 8, 3), np.uint8), labels, names, 8)
+    found = likelihood.classification_figures(models.tokenizer, models.transformer, source)
+    assert found == {"zero_shot_accuracy": 0.2, "zero_shot_accuracy_top5": 0.4}
 
 
 @pytest.mark.slow

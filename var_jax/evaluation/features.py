@@ -20,10 +20,12 @@ from var_jax.evaluation.image_sets import ImageSet, spread
 from var_jax.evaluation.statistics import Moments
 from var_jax.models.features.dino import dinov2, load_dinov2
 from var_jax.models.features.efficientnet import efficientnet, load_efficientnet
-from var_jax.models.features.inception import inception, load_inception
+from var_jax.models.features.inception import WANTED, inception, load_inception
+from var_jax.models.features.weights import expecting
+from var_jax.schedule import Size, shape_of
 from var_jax.sharding.mesh import of_first
 from var_jax.sharding.ops import data_parallel
-from var_jax.sharding.rows import in_batches, replicate
+from var_jax.sharding.rows import in_batches, replicate, round_up
 from var_jax.tools.logs import progress
 from var_jax.tools.npz import is_whole, load_npz, save_npz
 
@@ -48,7 +50,8 @@ def load_network(spec: str) -> Network:
     """
     if spec == EFFICIENTNET:
         return name_network("efficientnet_lite0", pool_of(efficientnet), load_efficientnet())
-    names = {*open_tensors(spec)}
+    with expecting(spec, WANTED):
+        names = {*open_tensors(spec)}
     if "_conv_stem.weight" in names:
         return name_network("efficientnet_lite0", pool_of(efficientnet), load_efficientnet(spec))
     if "patch_embed.proj.weight" in names:
@@ -56,6 +59,13 @@ def load_network(spec: str) -> Network:
         return name_network(f"dinov2_{weights.position.shape[-1]}", pool_of(dinov2), weights)
     run = lambda weights, images: inception(weights, images)._asdict()
     return name_network("inception", run, load_inception(spec))
+
+
+def feature_sizes(network: Network, size: Size) -> dict[str, int]:
+    """How many numbers each kind of features has, of images of this size."""
+    images = jax.ShapeDtypeStruct((round_up(1), *shape_of(size), 3), np.uint8)
+    found = jax.eval_shape(network.run, network.weights, images)
+    return {name: array.shape[-1] for name, array in found.items()}
 
 
 def pool_of(run: Callable[..., Array]) -> Callable[..., dict[str, Array]]:
@@ -91,8 +101,8 @@ class Features:
 
     def moments(self, name: str) -> Moments:
         """Their mean and covariance, with one file in memory."""
-        first, *rest = (Moments.of(part) for part in self.parts(name))
-        return sum(rest, start=first)
+        moments = map(Moments.of, self.parts(name))
+        return sum(moments, start=next(moments))
 
 
 def check_count(count: int) -> None:

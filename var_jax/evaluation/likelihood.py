@@ -109,14 +109,18 @@ def likelihood_figures(
 def classification_figures(
     tokenizer: Tokenizer, transformer: Backbone, source: Source, batch_size: int = 64
 ) -> dict[str, float]:
-    """How often the class of an image is the likeliest one, or among the five likeliest."""
+    """How often the class of an image is the likeliest one, or among the five likeliest.
+
+    A class that is as likely as others comes after them.
+    """
     first = fifth = 0
     with progress(len(source), 0, "classifying") as bar:
         for batch in in_order(source, PART):
             tokens = in_batches(encode_images, tokenizer, batch["image"], batch_size)
             each = class_log_likelihoods(tokenizer.quantizer, transformer, tokens, batch_size)
-            better = (each > np.take_along_axis(each, batch["label"][:, None], 1)).sum(1)
-            first, fifth = first + (better == 0).sum(), fifth + (better < 5).sum()
+            less = each < np.take_along_axis(each, batch["label"][:, None], 1)
+            rank = (~less).sum(1)  # of NaN the last
+            first, fifth = first + (rank == 1).sum(), fifth + (rank <= 5).sum()
             bar.update(len(tokens))
     top = {"accuracy": first, "accuracy_top5": fifth}
     return {f"zero_shot_{name}": float(hits / len(source)) for name, hits in top.items()}

@@ -186,11 +186,16 @@ def iso_flop(
             continue
         N = np.array(sorted(inside))
         loss = np.array([np.interp(np.log(budget), np.log(inside[n][0]), inside[n][1]) for n in N])
-        parabola = np.polyfit(np.log(N), loss, 2)
-        vertex = -parabola[1] / (2 * parabola[0]) if parabola[0] > 0 else np.inf
-        within = np.log(N[0]) <= vertex <= np.log(N[-1])
-        found.append(IsoFlop(budget, N, loss, parabola, float(np.exp(vertex)) if within else None))
+        found.append(parabola(budget, N, loss))
     return found
+
+
+def parabola(budget: float, N: Float[np.ndarray, " n"], loss: Float[np.ndarray, " n"]) -> IsoFlop:
+    """The losses of rising sizes at one budget, with their parabola in log N."""
+    fit = np.polyfit(np.log(N), loss, 2)
+    vertex = -fit[1] / (2 * fit[0]) if fit[0] > 0 else np.inf
+    within = np.log(N[0]) <= vertex <= np.log(N[-1])
+    return IsoFlop(budget, N, loss, fit, float(np.exp(vertex)) if within else None)
 
 
 def fit_surface(

@@ -1,6 +1,5 @@
 """The figures of a set of images beside a reference, under the names that papers use."""
 
-import dataclasses
 import json
 import zlib
 from typing import NamedTuple
@@ -11,11 +10,11 @@ from etils import epath
 from jaxtyping import Float
 
 from var_jax import BadInput
-from var_jax.data.sources import SPLITS
-from var_jax.evaluation.features import Features, Network, check_count, extract
+from var_jax.data.inventory import describe_data
+from var_jax.data.sources import SPLITS, ArraySource
+from var_jax.evaluation.features import Features, Network, check_count, extract, feature_sizes
 from var_jax.evaluation.frechet import frechet
 from var_jax.evaluation.image_sets import ImageSet, SourceImages, flat_folder, open_images
-from var_jax.evaluation.reading import READ
 from var_jax.evaluation.scores import BLOCK, inception_score, kernel_distance, precision_recall
 from var_jax.schedule import Size
 from var_jax.sharding.mesh import of_first
@@ -71,11 +70,17 @@ def open_reference(
 def check_reference(spec: str, network: Network, split: str, size: Size) -> None:
     """Raises BadInput for what `open_reference` would refuse, ahead of all features and samples."""
     given = load_others(spec) if is_npz(spec) else {}
-    if "features" in given:
-        saved_by_us(spec, given, network)
-        return
-    published(given, spec)
-    check_count(open_images(spec, split, size).shape[0])
+    saved = saved_by_us(spec, given, network) if "features" in given else None
+    statistics = saved.statistics if saved else published(given, spec)
+    sizes = feature_sizes(network, size)
+    for kind, (mean, _) in statistics.items() if saved or network.name == "inception" else ():
+        if len(mean) != sizes[kind]:
+            raise BadInput(
+                f"{spec}: {STATISTICS[kind][0]} has {len(mean)} numbers; expected {sizes[kind]} of"
+                f" the network {network.name}."
+            )
+    if not saved:
+        check_count(open_images(spec, split, size).shape[0])
 
 
 def saved_by_us(spec: str, given: dict[str, np.ndarray], network: Network) -> Reference:
@@ -99,9 +104,15 @@ def saved_by_us(spec: str, given: dict[str, np.ndarray], network: Network) -> Re
 
 
 def identity(network: Network, spec: str, split: str, images: SourceImages) -> str:
-    """What tells the statistics of a data source from others: its name, and some of its images."""
-    some = next(dataclasses.replace(images, count=READ).batches(READ))
-    about = network.fingerprint, spec, split, *images.shape, zlib.crc32(some.tobytes())
+    """What tells the statistics of a data source from others: how it is opened, and its images.
+
+    Of images in memory the checksum of all, of others that of some, with all names and sizes that
+    are known.
+    """
+    source, checksum = images.source, 0
+    for part in source.images if isinstance(source, ArraySource) else ():
+        checksum = zlib.crc32(part.tobytes(), checksum)
+    about = network.fingerprint, spec, split, *images.shape, describe_data(source), checksum
     return json.dumps(about)
 
 

@@ -22,6 +22,7 @@ from var_jax.evaluation.power_laws import (
     frontier,
     interval,
     iso_flop,
+    parabola,
     resample,
 )
 from var_jax.tools.images import charts, save_charts
@@ -195,7 +196,13 @@ def surface_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def budgets_of(rows: Sequence[dict[str, Any]]) -> list[IsoFlop]:
-    """isoFLOP curves of the loss over all scales, between the budgets that sizes share."""
+    """isoFLOP curves of the loss over all scales.
+
+    At the budgets with which three sizes ended; if there are none, between validations of the runs,
+    whose learning rate had not fallen yet.
+    """
+    if ended := equal_compute(rows):
+        return ended
     found: dict[float, tuple] = {}
     for size in {row["parameters"] for row in rows}:
         of_size = [row for row in rows if row["parameters"] == size]
@@ -204,6 +211,24 @@ def budgets_of(rows: Sequence[dict[str, Any]]) -> list[IsoFlop]:
         found[float(size)] = C, np.array(loss)
     C = column(rows, "compute")
     return iso_flop(found, np.geomspace(C.min(), C.max(), BUDGETS))
+
+
+def equal_compute(rows: Sequence[dict[str, Any]]) -> list[IsoFlop]:
+    """The curve of each budget with which runs of three sizes ended, give or take 2 %."""
+    final = [row for row in rows if row["step"] == row["steps"]]
+    groups: list[list[dict[str, Any]]] = []
+    for row in sorted(final, key=lambda row: row["compute"]):
+        if groups and row["compute"] < 1.02 * groups[-1][0]["compute"]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    found = []
+    for group in groups:
+        sizes = np.unique(column(group, "parameters"))
+        of_size = [[row["loss_all"] for row in group if row["parameters"] == n] for n in sizes]
+        if len(sizes) >= FEWEST:
+            found.append(parabola(group[0]["compute"], sizes, np.array([*map(np.mean, of_size)])))
+    return found
 
 
 def curves_of(

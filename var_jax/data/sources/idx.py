@@ -4,6 +4,7 @@ import gzip
 import math
 import os
 import re
+import string
 import struct
 import zlib
 
@@ -27,13 +28,22 @@ NAMES: dict[tuple[int, ...], tuple[str, ...]] = {
         "Ankle boot",
     ),
 }  # fmt: skip
+# The characters of EMNIST's classes, by a word of the file names: "letters" is of both cases, and
+# "balanced" and "bymerge" tell only some small letters from capitals.
+CHARACTERS = string.digits + string.ascii_uppercase
+EMNIST = {
+    "letters": " " + string.ascii_uppercase,  # numbered from 1
+    "byclass": CHARACTERS + string.ascii_lowercase,
+    "balanced": CHARACTERS + "abdefghnqrt",
+    "bymerge": CHARACTERS + "abdefghnqrt",
+}
 
 
 def open_idx(directory: str, split: str, size: Size, resize: float) -> ArraySource:
     """One split of MNIST, Fashion-MNIST, KMNIST or EMNIST in `directory`, compressed or not.
 
-    28×28 grey images become 32×32 RGB by a black border. Other classes than Fashion-MNIST's are
-    called by their numbers.
+    28×28 grey images become 32×32 RGB by a black border. Fashion-MNIST's classes have their names,
+    EMNIST's their characters; others are called by their numbers.
 
     Raises: BadInput if the files are missing, damaged or do not fit each other.
     """
@@ -55,7 +65,7 @@ def read_split(
     train = read_idx(label_file := find_file(folder, "train", "labels"))
     if train.ndim != 1:
         raise BadInput(f"{label_file} is of shape {train.shape}; expected labels (N,).")
-    names = class_names(train)
+    names = class_names(train, label_file.name)
     images = read_idx(image_file := find_file(folder, split, "images"))
     labels = read_idx(find_file(folder, split, "labels"))
     if images.ndim != 3 or labels.shape != images.shape[:1] or not images.size:
@@ -70,9 +80,10 @@ def read_split(
     return images, np.searchsorted([*names], labels).astype(np.int32), tuple(names.values())
 
 
-def class_names(labels: UInt8[np.ndarray, " N"]) -> dict[int, str]:
-    """The name of each label that occurs; EMNIST's letters start at 1."""
-    known = NAMES.get(tuple(map(int, labels[:10])))
+def class_names(labels: UInt8[np.ndarray, " N"], file: str) -> dict[int, str]:
+    """The name of each label that occurs."""
+    characters = (EMNIST[word] for word in EMNIST if f"emnist-{word}-" in file)
+    known = NAMES.get(tuple(map(int, labels[:10]))) or next(characters, None)
     names = known if known and labels.max() < len(known) else [*map(str, range(256))]
     return {int(i): names[i] for i in np.unique(labels)}
 

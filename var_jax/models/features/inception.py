@@ -32,6 +32,7 @@ from var_jax.models.features.weights import (
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
+WANTED = f"InceptionV3 of FID, {FILE}, from {URL}, as --features"
 SIZE = 299
 NUM_SPATIAL = 7  # channels that sFID takes
 
@@ -144,7 +145,7 @@ def load_inception(path: str | Path) -> Inception:
 
     Raises: BadInput if there is no such file, or it holds another network.
     """
-    with expecting(path, f"InceptionV3 of FID, {FILE}, from {URL}, as --features"):
+    with expecting(path, WANTED):
         tensors = open_tensors(path)
         convs = {
             name: take_conv_norm(tensors, f"{name}.conv", f"{name}.bn", shape, eps=1e-3)
