@@ -1,13 +1,17 @@
 r"""Trains the ladder of configs/ladder.py: a tokenizer for all, its tokens, and every size.
 
     python benchmarks/ladder.py --out runs/ladder
+    python benchmarks/ladder.py --out runs/ladder --two_seeds= --budgets 2,4,8
     python benchmarks/ladder.py --out runs/rates --depths 2,4,8 --two_seeds= --factors 0.5,1,2 \
         --steps 600
 
-A stopped command continues. The second tries learning rates beside the transferred one; of runs
-that differ in the rate alone, var_jax.scaling keeps the best.
+A stopped command continues. The second adds, for isoFLOP curves, each size with as many steps as a
+budget of TFLOPs allows, if that is at least 100 and at most two epochs. The third tries learning
+rates beside the transferred one; of runs that differ in the rate alone, var_jax.scaling keeps the
+best.
 """
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -20,7 +24,10 @@ from var_jax.config import Config, from_dict
 from var_jax.tools import cli
 from var_jax.tools.configs import load_config
 from var_jax.tools.files import output_path, read_json
+from var_jax.tools.flops import transformer_flops
 from var_jax.training.run import train
+
+FEWEST_STEPS, EPOCH = 100, 60_000  # steps, images
 
 
 def define_flags() -> None:
@@ -30,16 +37,23 @@ def define_flags() -> None:
     flags.DEFINE_list("two_seeds", ["2", "3", "4"], "Sizes that are trained with a second seed.")
     flags.DEFINE_list("factors", ["1"], "On the learning rate of each size.")
     flags.DEFINE_integer("steps", 0, "Of each size; 0: the config's.", 0)
+    flags.DEFINE_list("budgets", None, "TFLOPs of training of each size, in place of --steps.")
 
 
 def main(args: flags.FlagValues) -> None:
     """Trains what is missing, a line for each run."""
     out, configs = output_path(args.out), {}
     factors = cli.numbers("--factors", args.factors) or ()
-    for depth, factor in itertools.product(args.depths, factors):
+    budgets = cli.numbers("--budgets", args.budgets or ["0"]) or ()
+    for depth, factor, budget in itertools.product(args.depths, factors, budgets):
         for seed in range(2 if depth in args.two_seeds else 1):
             name = f"d{depth}-seed{seed}" + (f"-rate{factor:g}" if factor != 1 else "")
-            configs[name] = config_of(out, depth, seed, factor, args.steps)
+            config = config_of(out, depth, seed, factor, args.steps)
+            if budget:
+                name, config = f"{name}-{budget:g}T", with_budget(config, budget)
+            training = config.train_transformer
+            if not budget or FEWEST_STEPS <= training.steps <= 2 * EPOCH // training.batch_size:
+                configs[name] = config
     prepare(out, 2 if args.two_seeds else 1)
     for name, config in configs.items():
         started = time.monotonic()
@@ -71,6 +85,19 @@ def config_of(out: epath.Path, depth: str, seed: int, factor: float, steps: int)
         config.train_transformer.steps = steps
         config.every.update(evaluate=max(1, steps // 5), save=steps)
     return from_dict(Config, config)
+
+
+def with_budget(config: Config, budget: float) -> Config:
+    """As many steps as `budget` TFLOPs allow, with one validation, at the end."""
+    training = config.train_transformer
+    flops = transformer_flops(config.transformer) * training.batch_size
+    steps = round(budget * 1e12 / flops)
+    replace = dataclasses.replace
+    return replace(
+        config,
+        train_transformer=replace(training, steps=steps, warmup_steps=steps // 24),
+        every=replace(config.every, evaluate=steps, save=steps),
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Laws from what runs leave: constants come back, and what is no ladder is refused."""
 
 import json
+import runpy
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,11 +14,11 @@ from running import complaint, run
 
 from var_jax import scaling
 from var_jax.config import Config, TransformerConfig, from_dict, settings
-from var_jax.evaluation.scaling_report import best_rates
+from var_jax.evaluation.scaling_report import best_rates, budgets_of
 from var_jax.sampling.exports import build
 from var_jax.tools import cli
 from var_jax.tools.configs import load_config
-from var_jax.tools.flops import flops_by_part, matmul_flops
+from var_jax.tools.flops import flops_by_part, matmul_flops, transformer_flops
 from var_jax.training.results import parameters, read_rows
 
 DEPTHS = (2, 3, 4, 5, 6, 8)
@@ -97,6 +99,34 @@ def test_the_command_fits_draws_and_prints(laws):
     assert fit["isoFLOP"]["budgets"]
     with Image.open(out / "laws.png") as image:
         assert image.size[0] > 1000
+
+
+def test_iso_flop_curves_are_of_whole_runs_where_three_sizes_ended_alike():
+    """Two budgets that three sizes reach within 1 %, one that two do; validations on the way."""
+    rows, E, A, alpha, B, beta = [], *SURFACE
+    for budget, sizes in ((1e13, (1e5, 3e5, 1e6)), (4e13, (3e5, 1e6, 3e6)), (2e14, (1e6, 3e6))):
+        for i, N in enumerate(sizes):
+            D = budget / (6 * N)
+            loss = E + A * N**-alpha + B * D**-beta
+            common = {"run": f"{N}-{budget}", "parameters": int(N), "steps": 100}
+            done = {"step": 100, "compute": budget * (1 + 0.005 * i), "loss_all": loss}
+            rows += [common | done, common | done | {"step": 50, "compute": 1e12, "loss_all": 9.0}]
+    found = budgets_of(rows)
+    assert [each.budget for each in found] == [1e13, 4e13]
+    assert [each.N.tolist() for each in found] == [[1e5, 3e5, 1e6], [3e5, 1e6, 3e6]]
+    assert all((each.loss < 9).all() for each in found)
+
+
+def test_sizes_of_a_budget_spend_it_all():
+    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/ladder.py"))
+    for depth in (2, 4, 8):
+        config = from_dict(Config, load_config(f"ladder:{depth}"))
+        changed = script["with_budget"](config, 2.0)
+        training = changed.train_transformer
+        spent = training.steps * training.batch_size * transformer_flops(changed.transformer)
+        assert spent == pytest.approx(2e12, rel=0.01)
+        assert training.learning_rate == config.train_transformer.learning_rate
+        assert changed.every.evaluate == training.steps > training.warmup_steps > 0
 
 
 @pytest.mark.slow
