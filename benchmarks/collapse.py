@@ -48,7 +48,7 @@ OPTIONS = {
     "restart_by_scale": "train_tokenizer.restart_by_scale=true",
     "gradient": "train_tokenizer.codebook_decay=0",
     "gradient_no_restart": "train_tokenizer.codebook_decay=0 train_tokenizer.codebook_restart=0",
-    "entropy": "train_tokenizer.entropy_weight=0.05",
+    "entropy": "train_tokenizer.entropy_weight=0.05 train_tokenizer.codebook_decay=0",
     "kmeans": "train_tokenizer.kmeans_steps=20",
     "scale_dropout": "train_tokenizer.scale_dropout=0.1",
     "perturbation": "train_tokenizer.perturbation=0.1",

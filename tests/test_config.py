@@ -152,6 +152,8 @@ def test_bad_training(fields, sentence):
         ({"kmeans_steps": 9}, r"kmeans_steps=9 leaves nothing of steps=9"),
         ({"decoder_only": True, "kmeans_steps": 1}, r"kmeans_steps=1 is of the .* decoder_only"),
         ({"decoder_only": True, "entropy_weight": 1}, r"entropy_weight=1\.0 is of the encoder"),
+        ({"restart_by_scale": True, "codebook_restart": 0}, r"codebook_restart=0 restarts none"),
+        ({"lpips_file": "vgg16.ckpt"}, r"lpips_file=vgg16\.ckpt is of lpips_weight, which is 0"),
         ({"dtype": "float16"}, r"dtype='float16' is not one of auto, float32, bfloat16"),
         ({"l2_weight": 0}, r"l2_weight=l1_weight=lpips_weight=0 leaves nothing"),
         ({"perturbation": 2}, r"perturbation=2\.0; expected 0 to 1"),

@@ -22,6 +22,7 @@ from var_jax.models.discriminator import (
 )
 from var_jax.models.quantizer import Quantizer, neighbours, rotation
 from var_jax.tools.trees import path_name
+from var_jax.training.adversarial import logits
 from var_jax.training.loss_networks import abstract_loss_networks, loss_networks
 from var_jax.training.losses import (
     adaptive_weight,
@@ -30,7 +31,15 @@ from var_jax.training.losses import (
     generator_loss,
     lecam,
 )
-from var_jax.training.tokenizer import regularization, tokenizer_task, with_codebook
+from var_jax.training.tokenizer import (
+    differentiate,
+    distances,
+    reconstruct,
+    regularization,
+    tokenizer_task,
+    weighted_sum,
+    with_codebook,
+)
 
 GAN = GanConfig(weight=0.5, layers=2, channels=8, start=2, ramp=2, lecam=0.01, augment=True)
 CONFIG = dataclasses.replace(
@@ -58,6 +67,38 @@ def task_of(config):
 )
 def test_losses(loss, expected):
     assert loss() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_gradient_is_of_the_weighted_sum():
+    """Of all losses, the adversarial one by the ratio of gradients at the decoder's last kernel."""
+    gan = GanConfig(weight=0.5, layers=2, channels=8)
+    config = dataclasses.replace(TRAIN_TOKENIZER, gan=gan, l1_weight=0.2)
+    state = task_of(config).init(jax.random.key(0))
+    side = TOKENIZER.image_size
+    image = jax.random.randint(jax.random.key(1), (2, side, side, 3), 0, 256).astype(jnp.uint8)
+    found, _, _, metrics = differentiate(config, TOKENIZER, state, image, {}, jax.random.key(2))
+    weights, keys = (
+        (state.adversary.discriminator.params, None),
+        jax.random.split(jax.random.key(3)),
+    )
+
+    def reconstruction(tokenizer):
+        output, code, _ = reconstruct(config, jnp.float32, tokenizer, image, None, None)
+        terms = distances(config, jnp.float32, {}, output, image)
+        return jnp.mean(weighted_sum(config, terms) + code.loss)
+
+    def adversarial(tokenizer):
+        output, _, _ = reconstruct(config, jnp.float32, tokenizer, image, None, None)
+        return generator_loss(logits(gan, jnp.float32, weights, image, output, keys)[1])
+
+    ours, theirs = (jax.grad(f)(state.autoencoder.params) for f in (reconstruction, adversarial))
+    norm = lambda gradient: jnp.linalg.norm(gradient.decoder.conv_out.kernel[...])
+    factor = gan.weight * norm(ours) / norm(theirs)
+    np.testing.assert_allclose(metrics["adversarial_weight"], factor, rtol=1e-3)
+    wanted = jax.tree.map(lambda a, b: a + factor * b, ours, theirs)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted))
+    chex.assert_trees_all_close(found, wanted, rtol=1e-3, atol=1e-4 * largest)
 
 
 @pytest.mark.parametrize(

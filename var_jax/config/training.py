@@ -132,6 +132,15 @@ class TrainTokenizerConfig(TrainConfig):
                     f"{name}={value} is of the encoder and the codes, which decoder_only=True keeps"
                     " as they are; set one of them."
                 )
+        if self.restart_by_scale and not self.codebook_restart:
+            raise BadInput(
+                "restart_by_scale=True says where codes restart, but codebook_restart=0 restarts"
+                " none; set one of them."
+            )
+        if self.lpips_file and not self.lpips_weight:
+            raise BadInput(
+                f"lpips_file={self.lpips_file} is of lpips_weight, which is 0; set one of them."
+            )
         if not self.l2_weight + self.l1_weight + self.lpips_weight:
             raise BadInput(
                 "l2_weight=l1_weight=lpips_weight=0 leaves nothing that tells reconstructions from"

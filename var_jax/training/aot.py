@@ -10,7 +10,6 @@ import math
 import os
 import re
 import time
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from var_jax import BadInput
-from var_jax.config import Config, TrainTokenizerConfig
+from var_jax.config import Config
 from var_jax.models import backend
 from var_jax.models.attention_tpu import cached_flops, padded_flops
 from var_jax.models.features.inception import abstract_inception, inception
@@ -32,10 +31,10 @@ from var_jax.sharding.mesh import BATCH, check_batch, check_hosts, check_model, 
 from var_jax.sharding.ops import data_parallel
 from var_jax.tools import tpu_cost
 from var_jax.tools.flops import matmul_flops, transformer_flops
-from var_jax.training.loss_networks import abstract_loss_networks, loss_flops
+from var_jax.training.loss_networks import abstract_loss_networks
 from var_jax.training.state import Learner
 from var_jax.training.tasks import task_of
-from var_jax.training.tokenizer import reconstruct
+from var_jax.training.tokenizer import step_flops
 
 PROGRAMS = ("transformer", "pixels", "tokenizer", "sampler", "features")
 OPERATIONS = 2 * 8192**3  # of the yardstick
@@ -233,15 +232,12 @@ def model_flops(config: Config, program: str) -> float:
     transformer = config.train_transformer.passes * transformer_flops(config.transformer)
     if program == "transformer":
         return transformer
-    tokenizer, size = build(config.tokenizer), config.data.size
-    image = jax.ShapeDtypeStruct((1, *shape_of(size), 3), jnp.float32)
+    if program == "tokenizer":
+        return step_flops(config.tokenizer, config.train_tokenizer)
+    tokenizer = build(config.tokenizer)
+    image = jax.ShapeDtypeStruct((1, *shape_of(config.data.size), 3), jnp.float32)
     codes = jax.ShapeDtypeStruct((1, config.transformer.num_tokens), jnp.int32)
     with backend.assume("tpu"):
-        if program == "tokenizer":
-            losses = loss_flops(config.train_tokenizer, size)
-            forward = partial(reconstruct, TrainTokenizerConfig(), jnp.float32)
-            pixels = jax.ShapeDtypeStruct(image.shape, jnp.uint8)
-            return 3 * matmul_flops(forward, tokenizer, pixels, None, None) + losses
         if program == "pixels":
             return transformer + matmul_flops(type(tokenizer).encode, tokenizer, image)
         guided = 2 if config.sampling.cfg else 1

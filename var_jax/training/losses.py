@@ -28,7 +28,10 @@ def discriminator_hinge(real: Float[Array, "B N"], fake: Float[Array, "B N"]) ->
 
 
 def generator_loss(fake: Float[Array, "B N"]) -> Float[Array, ""]:
-    """The generator's loss beside the hinge: minus the mean logit of what it made."""
+    """The generator's loss beside the hinge: minus the mean logit of what it made.
+
+    Lim and Ye, "Geometric GAN", arXiv 1705.02894.
+    """
     return -fake.mean()
 
 

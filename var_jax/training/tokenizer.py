@@ -1,6 +1,7 @@
 """Training of the tokenizer: it learns to reconstruct images (VAR eq. 5)."""
 
 import dataclasses
+import functools
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,9 +18,10 @@ from var_jax.models.features.lpips import Lpips, lpips
 from var_jax.models.patch_codec import make_tokenizer
 from var_jax.models.quantizer import Quantized, SoftCodes, neighbours
 from var_jax.models.tokenizer import Tokenizer, to_float
-from var_jax.schedule import num_tokens
+from var_jax.schedule import num_tokens, shape_of
 from var_jax.sharding.mesh import BATCH, replicated
 from var_jax.sharding.ops import data_parallel, reshard
+from var_jax.tools.flops import matmul_flops
 from var_jax.tools.trees import path_name
 from var_jax.training.adversarial import (
     Adversary,
@@ -28,6 +30,7 @@ from var_jax.training.adversarial import (
     start_adversary,
 )
 from var_jax.training.codebook import CodebookStats, codes_by_scale, init_stats, update_codebook
+from var_jax.training.loss_networks import loss_flops
 from var_jax.training.losses import (
     absolute_error,
     codebook_entropy,
@@ -92,7 +95,20 @@ def tokenizer_task(model_config: TokenizerConfig, config: TrainTokenizerConfig) 
         weights = state.autoencoder.best, frozen.get("lpips")
         return data_parallel(similarity)(weights, batch["image"])
 
-    return Task("tokenizer", config, init, train_step, eval_step, replicated)
+    flops = functools.cache(lambda: step_flops(model_config, config))
+    image_flops = lambda step: flops()
+    return Task("tokenizer", config, init, train_step, eval_step, replicated, image_flops)
+
+
+def step_flops(model_config: TokenizerConfig, config: TrainTokenizerConfig) -> float:
+    """Operations of one image in a training step that are the networks', losses' included."""
+    height, width = shape_of(model_config.image_size)
+    pixels = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
+    tokenizer = jax.eval_shape(lambda: make_tokenizer(model_config, rngs=nnx.Rngs(0)))
+    forward = partial(reconstruct, TrainTokenizerConfig(), jnp.float32)
+    with backend.assume("tpu"):
+        losses = loss_flops(config, model_config.image_size)
+        return 3 * matmul_flops(forward, tokenizer, pixels, None, None) + losses
 
 
 def differentiate(
@@ -180,7 +196,7 @@ def reconstruct(
     scales: Int32[Array, " B"] | None,
     ranks: Int32[Array, "B L"] | None,
 ) -> tuple[Float[Array, "B H W 3"], Quantized, SoftCodes | None]:
-    """The reconstructions, not clipped, their quantization, soft codes if the loss has them."""
+    """The reconstructions, their quantization, soft codes if the loss has them."""
     encoder = jax.lax.stop_gradient(tokenizer) if config.decoder_only else tokenizer
     latent, quantizer = encoder.latent(to_float(image), dtype), encoder.quantizer
     code = quantizer(latent, scales, ranks, config.rotation)
