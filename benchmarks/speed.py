@@ -2,8 +2,9 @@
 
     python benchmarks/speed.py [--size small|d16] [--rounds 5] [--reference PATH] [--products]
 
-PATH is a clone of github.com/FoundationVision/VAR (needs torch). Both run in this process on the
-same threads in float32, in turn, with random weights. Times are medians, compiling is apart.
+PATH is a clone of github.com/FoundationVision/VAR (needs torch and huggingface_hub). Both run in
+this process on the same threads in float32, in turn, with random weights. Times are medians,
+compiling is apart.
 --products also times the matrix products and convolutions of each task, each shape by itself.
 """
 

@@ -394,15 +394,16 @@ def draw(path: epath.Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def small_configs() -> dict[str, ConfigDict]:
-    """The models of the comparison."""
-    return {model: load_config(f"versus:{model}") for model in MODELS}
+    """The models of the comparison, with guidance; raster scan also without, as it was best."""
+    found = {model: load_config(f"versus:{model}") for model in MODELS}
+    return found | {"raster, no guidance": load_config("versus:raster", ["sampling.cfg=0"])}
 
 
 def large_configs() -> dict[str, ConfigDict]:
     """At 256 px: the paper's schedule and 16x16 tokens, eight layers, a small tokenizer."""
     found = {}
     for model, config in small_configs().items():
-        sides = PATCH_NUMS_256 if model != "raster" else (16,)
+        sides = (16,) if model.startswith("raster") else PATCH_NUMS_256
         config.data.size = 256
         config.tokenizer.update(
             patch_nums=sides, patch_size=1, channel_mults=(1, 1, 1, 1, 1), num_res_blocks=1,
@@ -414,7 +415,7 @@ def large_configs() -> dict[str, ConfigDict]:
 
 
 def speeds(configs: dict[str, ConfigDict], batches: Sequence[str]) -> str:
-    """A table of what sampling costs, random weights, with guidance."""
+    """A table of what sampling costs with random weights."""
     head = ("model", "pixels", "passes", "GFLOPs an image", "batch", "s", "times VAR")
     lines = [head, ("---",) * len(head)]
     for batch in map(int, batches):

@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,20 @@ def test_the_table_says_what_is_missing():
     assert "| encode | 30 | 0.5 |  | 10 | — | 3 |" in lines
     assert "| train d30 | not measured (stopped after 60 s) | | | | | |" in lines
     assert "| sample d16 | not measured | | | | | |" in lines
+
+
+def test_what_does_not_run_is_a_dash_and_costs_no_other_figure(capsys):
+    script = runpy.run_path(str(SCRIPT))
+
+    def fails():
+        raise RuntimeError("out of memory\nand more")
+
+    row = script["compare"](8, fails, {"eager": lambda: None, "compiled": fails})
+    assert row["ours"] == row["compiled"] == "—" and row["eager"] > 0
+    assert "ours: out of memory\n" in capsys.readouterr().err
+    assert "| a | — |" in script["table"]({"codec": {"rows": {"a": row}}})
+    assert script["theirs_of"](SimpleNamespace(codec=fails), "codec") == {}
+    assert script["theirs_of"](None, "codec") == {}
 
 
 @pytest.mark.slow
