@@ -94,8 +94,15 @@ def test_a_closed_image_is_refused(model):
 def test_a_mesh_changes_nothing(model):
     labels = ["Flags"] * 3
     mesh = make_mesh(4, 2, 1)
-    there = var_jax.load("emoji", mesh=mesh).sample(labels, seed=1)
-    np.testing.assert_array_equal(there, model.sample(labels, seed=1))
+    there, images = var_jax.load("emoji", mesh=mesh), model.sample(labels, seed=1)
+    np.testing.assert_array_equal(there.sample(labels, seed=1), images)
+    tokens = model.encode(images)
+    np.testing.assert_array_equal(there.encode(images), tokens)
+    np.testing.assert_array_equal(there.coarse_to_fine(tokens), model.coarse_to_fine(tokens))
+    edit = lambda model: model.edit(images[0], (0, 0, 0.5, 1), label="Flags", seed=2)
+    np.testing.assert_array_equal(edit(there), edit(model))
+    likelihood = lambda model: model.log_likelihood(images, labels)
+    np.testing.assert_allclose(likelihood(there), likelihood(model), rtol=1e-4)
     with jax.set_mesh(mesh):  # that which is set
         assert var_jax.load("emoji").mesh == mesh
 

@@ -93,7 +93,7 @@ def test_a_link_with_something_out_of_range(model, query, sentence):
         ("a.png", b"not an image", "a.png cannot be read: no image in a known format"),
         ("a.png", b"", "a.png cannot be read"),
         ("b.jpg", b"\xff\xd8\xff\xe0" + bytes(99), "b.jpg cannot be read"),
-        ("c.png", bytes(page.MAX_BYTES + 1), "c.png has 10 MB; expected at most 10 MB"),
+        ("c.png", bytes(page.MAX_BYTES + 1), "has 10,485,761 bytes; expected at most 10,485,760"),
     ],
 )
 def test_bad_uploads(model, tmp_path, name, content, sentence):

@@ -8,6 +8,7 @@ import io
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 import textwrap
 
@@ -129,7 +130,7 @@ def test_a_command_has_these_flags(command):
 # hours, pip, torch, figures of their own tests, Fashion-MNIST, a ladder (test_scaling.py).
 NOT_HERE = (
     r"VIRTUAL|aot|demo|hub:|memorization|imagenet:|tokenizer:|emoji:(large|64)|fashion|baselines:"
-    r"|ladder|versus|^pip |benchmarks/speed"
+    r"|ladder|versus|^pip |benchmarks/(decoding|photographs|speed)"
 )
 FEW_STEPS = ["--config.train_transformer.steps=2", "--config.report="]
 FEW_STEPS_OF_BOTH = ["--config.train_tokenizer.steps=2", *FEW_STEPS]
@@ -168,6 +169,10 @@ def test_commands_for_users_run(workplace):
     commands.sort(key=lambda c: [bool(re.search(start, c)) for start in first], reverse=True)
     for command in commands:
         words = shlex.split(command)
+        if words[1] != "-m":
+            done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True)
+            assert done.returncode == 0, (command, done.stderr)
+            continue
         devices = int(words.pop(0).partition("=")[2]) if "=" in words[0] else 1
         name, flags = words[2].removeprefix("var_jax."), words[3:]
         if name == "train":

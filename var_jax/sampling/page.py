@@ -125,8 +125,7 @@ def read_upload(path: str, model: "Model") -> UInt8[np.ndarray, "H W 3"]:
     """An uploaded image as the model takes it. Raises: BadInput if it is none, or too large."""
     name, size = Path(path).name[:60], Path(path).stat().st_size
     if size > MAX_BYTES:
-        most = f"at most {MAX_BYTES / 1e6:.0f} MB"
-        raise BadInput(f"{name} has {size / 1e6:.0f} MB; expected {most}.")
+        raise BadInput(f"{name} has {size:,} bytes; expected at most {MAX_BYTES:,}.")
     short = max(shape_of(model.image_size))
     try:
         return np.asarray(model.crop(decode(Path(path).read_bytes(), short)))
