@@ -290,8 +290,6 @@ def quality(
                     f"warning: {HELD_OUT} are {fewer}, samples {count:,}: the distance of fewer"
                     " images is larger, so it is no floor."
                 )
-        elif network.name != "inception":  # whose figures compare with published ones
-            note(f"warning: {args.reference} has no other split, so there is no floor of figures.")
     except BadInput as error:  # samples have figures without it
         note(f"warning: no figures of {HELD_OUT}: {error}")
     by_class = {name: in_order_of_classes(each) for name, each in sets.items()}
@@ -304,10 +302,13 @@ def quality(
     found = {name: extract(network, each, folder, args.batch_size) for name, each in sets.items()}
     if reference is None or jax.process_index() > 0:
         return {}
-    return {
+    scores = {
         name: {"images": features.count} | figures(network, features, reference, by_class[name])
         for name, features in found.items()
     }
+    if network.name != "inception" and HELD_OUT not in sets:  # nor are there published figures
+        note(f"{args.reference} has no other split, so there are no figures of {HELD_OUT}.")
+    return scores
 
 
 def memorized(

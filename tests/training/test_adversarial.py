@@ -77,7 +77,8 @@ def test_the_gradient_is_of_the_weighted_sum():
     state = task_of(config).init(jax.random.key(0))
     side = TOKENIZER.image_size
     image = jax.random.randint(jax.random.key(1), (2, side, side, 3), 0, 256).astype(jnp.uint8)
-    found, _, _, metrics = differentiate(config, TOKENIZER, state, image, {}, jax.random.key(2))
+    step = jax.jit(functools.partial(differentiate, config, TOKENIZER))
+    found, _, _, metrics = step(state, image, {}, jax.random.key(2))
     weights, keys = (
         (state.adversary.discriminator.params, None),
         jax.random.split(jax.random.key(3)),
@@ -92,7 +93,8 @@ def test_the_gradient_is_of_the_weighted_sum():
         output, _, _ = reconstruct(config, jnp.float32, tokenizer, image, None, None)
         return generator_loss(logits(gan, jnp.float32, weights, image, output, keys)[1])
 
-    ours, theirs = (jax.grad(f)(state.autoencoder.params) for f in (reconstruction, adversarial))
+    params = state.autoencoder.params
+    ours, theirs = (jax.jit(jax.grad(f))(params) for f in (reconstruction, adversarial))
     norm = lambda gradient: jnp.linalg.norm(gradient.decoder.conv_out.kernel[...])
     factor = gan.weight * norm(ours) / norm(theirs)
     np.testing.assert_allclose(metrics["adversarial_weight"], factor, rtol=1e-3)
