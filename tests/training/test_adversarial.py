@@ -270,6 +270,21 @@ def test_a_step_with_all_losses_keeps_types():
 
 
 @pytest.mark.slow
+def test_heads_on_dino_learn_on_a_mesh():
+    gan = GanConfig(weight=0.4, discriminator="dino")
+    task = tokenizer_task(TOKENIZER, dataclasses.replace(TRAIN_TOKENIZER, gan=gan))
+    rng, networks = np.random.default_rng(0), abstract_loss_networks(task.config)
+    dino = jax.tree.map(lambda x: rng.normal(0, 0.05, x.shape).astype(x.dtype), networks["dino"])
+    seen, state = train((8, 1, 1), task, steps=1, images=8, dino=dino)
+    assert np.isfinite(seen).all()
+    before = task.init(jax.random.key(0)).adversary.discriminator.params
+    after = state.adversary.discriminator.params
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    moved = [np.isfinite(new).all() and (new != old).any() for old, new in pairs]
+    assert np.mean(moved) > 0.9
+
+
+@pytest.mark.slow
 def test_before_its_start_the_discriminator_changes_nothing():
     plain = dataclasses.replace(CONFIG, gan=GanConfig())
     (_, without), (_, waiting) = (

@@ -48,19 +48,21 @@ def data():
     return {"image": image, "label": rng.integers(0, 9, 16).astype(np.int32)}
 
 
-def train(mesh_shape, task, tokenizer=None, steps=5):
+def train(mesh_shape, task, tokenizer=None, steps=5, images=16, **frozen):
     """Loss and norm of the gradients of each step, and the last state, as NumPy."""
     mesh = make_mesh(*mesh_shape) if mesh_shape else None
+    here = jax.tree.map(lambda x: x[:images], data())
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         key = jax.random.key(0)
         if mesh:
             abstract = shard(jax.eval_shape(task.init, key), mesh, task.layout)
             places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
             state = jax.jit(task.init, out_shardings=places)(key)
-            batch = put_batch(data(), mesh)
+            batch = put_batch(here, mesh)
         else:
-            state, batch = jax.jit(task.init)(key), data()
-        frozen = {} if tokenizer is None else {"tokenizer": jax.tree.map(jnp.asarray, tokenizer)}
+            state, batch = jax.jit(task.init)(key), here
+        frozen |= {} if tokenizer is None else {"tokenizer": tokenizer}
+        frozen = jax.tree.map(jnp.asarray, frozen)
         step, seen = jax.jit(task.train_step), []
         for _ in range(steps):
             state, metrics = step(state, batch, frozen, key)
