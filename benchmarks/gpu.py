@@ -146,17 +146,20 @@ def compare(images: int, ours: Run, theirs: dict[str, Run], flops: float = 0.0) 
         except Exception as error:  # out of memory, or what torch.compile cannot take
             row[name] = "—"
             tell(name, error)
-        if name == "ours" and (bytes_ := peak_bytes()) > before:  # the process's, never reset
-            row["memory"] = bytes_ / 1e9
+        if name in ready and name == "ours" and (most := peak_bytes()) > before:
+            row["memory"] = most / 1e9  # the process's, never reset
     times: dict[str, list[float]] = {name: [] for name in ready}
-    for _ in range(ROUNDS):
-        for name, run in ready.items():
-            began = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - began)
-    row |= {name: images / statistics.median(times[name]) for name in ready}
+    try:
+        for _ in range(ROUNDS):
+            for name, run in ready.items():
+                began = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - began)
+    except Exception as error:
+        tell("a later round", error)
+    row |= {name: images / statistics.median(taken) for name, taken in times.items() if taken}
     peak = peak_flops(jax.devices()[0].device_kind)
-    if flops and peak and "ours" in ready:
+    if flops and peak and times.get("ours"):
         row["mfu"] = row["ours"] * flops / peak
     return row
 

@@ -48,12 +48,11 @@ def main(args: flags.FlagValues) -> None:
     for depth, factor, budget in itertools.product(args.depths, factors, budgets):
         for seed in range(2 if depth in args.two_seeds else 1):
             name = f"d{depth}-seed{seed}" + (f"-rate{factor:g}" if factor != 1 else "")
-            config = config_of(out, depth, seed, factor, args.steps)
-            if budget:
-                name, config = f"{name}-{budget:g}T", with_budget(config, budget)
-            training = config.train_transformer
-            if not budget or FEWEST_STEPS <= training.steps <= 2 * EPOCH // training.batch_size:
-                configs[name] = config
+            configs[name] = config_of(out, depth, seed, factor, args.steps)
+            if budget and (config := with_budget(configs.pop(name), budget)):
+                configs[f"{name}-{budget:g}T"] = config
+            elif budget:
+                print(f"{name}: left out, {budget:g} TFLOPs are too few steps or too many epochs")
     prepare(out, 2 if args.two_seeds else 1)
     for name, config in configs.items():
         started = time.monotonic()
@@ -87,11 +86,13 @@ def config_of(out: epath.Path, depth: str, seed: int, factor: float, steps: int)
     return from_dict(Config, config)
 
 
-def with_budget(config: Config, budget: float) -> Config:
-    """As many steps as `budget` TFLOPs allow, with one validation, at the end."""
+def with_budget(config: Config, budget: float) -> Config | None:
+    """As many steps as `budget` TFLOPs allow, with one validation, at the end; None if too few."""
     training = config.train_transformer
     flops = transformer_flops(config.transformer) * training.batch_size
     steps = round(budget * 1e12 / flops)
+    if not FEWEST_STEPS <= steps <= 2 * EPOCH // training.batch_size:
+        return None
     replace = dataclasses.replace
     return replace(
         config,

@@ -301,7 +301,7 @@ class Study:
             )
             return dict(zip(OF_TOKENIZER, found, strict=True))
 
-        path = self.out / "figures" / f"{workdir.name}-{self.num}.json"
+        path = self.out / "figures" / f"{workdir.name}-reconstructions-{self.num}.json"
         return kept(path, self.tokenizers, measure)
 
     def floor(self) -> dict[str, float]:

@@ -70,13 +70,26 @@ def test_every_model_has_the_same_budgets_and_tuning(script, study):
         assert {p.fields for p in points if p.model == model} == {best if trials > 6 else ""}
 
 
-def test_coarse_tokens_are_4x4_and_nothing_else_differs(script):
-    study = Study()
-    for point in script.coarse(study, [3.6], 1):
-        config, fine = script.config_of(point), script.load_config(f"versus:{point.model}")
-        assert from_dict(Config, config).tokenizer.patch_nums[-1] == 4
-        assert config.transformer == fine.transformer
-        assert config.train_tokenizer == fine.train_tokenizer
+@pytest.mark.parametrize("kind", ["var", "raster", "dit"])
+def test_coarse_tokens_are_4x4_and_nothing_else_differs(script, kind):
+    fine, coarse = (
+        settings(from_dict(Config, script.load_config(f"versus:{kind}{variant}")))
+        for variant in ("", "_4x4")
+    )
+    assert fine["tokenizer"]["patch_nums"][-1] == 8 and coarse["tokenizer"]["patch_nums"][-1] == 4
+    changed = {"tokenizer", "transformer"}  # which has the tokenizer's schedule
+    assert {name for name in fine if fine[name] != coarse[name]} == changed
+    of_transformer = {
+        name for name, value in fine["transformer"].items() if value != coarse["transformer"][name]
+    }
+    assert of_transformer <= {"patch_nums", "latent_dim"}
+
+
+def test_models_of_tokens_are_tuned_from_the_same_start(script):
+    fields = lambda kind: script.load_config(f"versus:{kind}")
+    for variant in ("", "_4x4"):
+        var, raster = fields(f"var{variant}"), fields(f"raster{variant}")
+        assert var.train_transformer == raster.train_transformer and var.sampling == raster.sampling
 
 
 def test_equal_budgets_are_equal_operations(script):

@@ -282,8 +282,11 @@ def quality(
     folder = out / "features"
     where = {"size": args.size or size_of((height, width)), "split": split}
     reference = open_reference(args.reference, network, folder, **where, batch_size=args.batch_size)
+    no_other_split = False
     try:
-        if held_out := held_out_images(args.reference, split, count, where["size"]):
+        held_out = held_out_images(args.reference, split, count, where["size"])
+        no_other_split = held_out is None
+        if held_out:
             sets[HELD_OUT] = held_out
             if (fewer := held_out.shape[0]) < count:
                 note(
@@ -306,7 +309,7 @@ def quality(
         name: {"images": features.count} | figures(network, features, reference, by_class[name])
         for name, features in found.items()
     }
-    if network.name != "inception" and HELD_OUT not in sets:  # nor are there published figures
+    if network.name != "inception" and no_other_split:  # nor are there published figures
         note(f"{args.reference} has no other split, so there are no figures of {HELD_OUT}.")
     return scores
 

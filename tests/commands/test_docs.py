@@ -169,11 +169,11 @@ def test_commands_for_users_run(workplace):
     commands.sort(key=lambda c: [bool(re.search(start, c)) for start in first], reverse=True)
     for command in commands:
         words = shlex.split(command)
+        devices = int(words.pop(0).partition("=")[2]) if "=" in words[0] else 1
         if words[1] != "-m":
             done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True)
             assert done.returncode == 0, (command, done.stderr)
             continue
-        devices = int(words.pop(0).partition("=")[2]) if "=" in words[0] else 1
         name, flags = words[2].removeprefix("var_jax."), words[3:]
         if name == "train":
             kept = re.search(r"finetune:|data\.tokens", command)  # the tokenizer

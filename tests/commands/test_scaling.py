@@ -119,12 +119,14 @@ def test_iso_flop_curves_are_of_whole_runs_where_three_sizes_ended_alike():
 
 def test_sizes_of_a_budget_spend_it_all():
     script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/ladder.py"))
-    for depth in (2, 4, 8):
+    for depth, budget in ((2, 2.0), (4, 2.0), (8, 8.0)):
         config = from_dict(Config, load_config(f"ladder:{depth}"))
-        changed = script["with_budget"](config, 2.0)
+        changed = script["with_budget"](config, budget)
         training = changed.train_transformer
         spent = training.steps * training.batch_size * transformer_flops(changed.transformer)
-        assert spent == pytest.approx(2e12, rel=0.01)
+        assert spent == pytest.approx(budget * 1e12, rel=0.01)
+        for other in (0.001, 1000.0):  # no whole step, many epochs
+            assert script["with_budget"](config, other) is None
         assert training.learning_rate == config.train_transformer.learning_rate
         assert changed.every.evaluate == training.steps > training.warmup_steps > 0
 

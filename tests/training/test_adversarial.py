@@ -284,6 +284,15 @@ def test_heads_on_dino_learn_on_a_mesh():
     assert np.mean(moved) > 0.9
 
 
+def test_operations_of_a_step_are_those_of_the_networks_that_learn():
+    """The discriminator's from its start on, the encoder's backward unless the decoder is alone."""
+    plain = dataclasses.replace(TRAIN_TOKENIZER, gan=GanConfig())
+    of_step = lambda config, step=1: task_of(config).image_flops(step)
+    assert of_step(CONFIG, GAN.start) == of_step(plain) < of_step(CONFIG, GAN.start + 1)
+    alone = of_step(dataclasses.replace(plain, decoder_only=True))
+    assert of_step(plain) / 3 < alone < of_step(plain)
+
+
 @pytest.mark.slow
 def test_before_its_start_the_discriminator_changes_nothing():
     plain = dataclasses.replace(CONFIG, gan=GanConfig())

@@ -50,7 +50,7 @@ def load_network(spec: str) -> Network:
     """
     if spec == EFFICIENTNET:
         return name_network("efficientnet_lite0", pool_of(efficientnet), load_efficientnet())
-    with expecting(spec, WANTED):
+    with expecting(spec, f"{WANTED}, or DINOv2 or EfficientNet-Lite0"):
         names = {*open_tensors(spec)}
     if "_conv_stem.weight" in names:
         return name_network("efficientnet_lite0", pool_of(efficientnet), load_efficientnet(spec))

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32, Key, UInt8
 
-from var_jax.config import LEAST_SCALES, TokenizerConfig, TrainTokenizerConfig
+from var_jax.config import LEAST_SCALES, GanConfig, TokenizerConfig, TrainTokenizerConfig
 from var_jax.models import backend
 from var_jax.models.features.lpips import Lpips, lpips
 from var_jax.models.patch_codec import make_tokenizer
@@ -95,8 +95,9 @@ def tokenizer_task(model_config: TokenizerConfig, config: TrainTokenizerConfig) 
         weights = state.autoencoder.best, frozen.get("lpips")
         return data_parallel(similarity)(weights, batch["image"])
 
-    flops = functools.cache(lambda: step_flops(model_config, config))
-    image_flops = lambda step: flops()
+    flops = functools.cache(functools.partial(step_flops, model_config))
+    without = dataclasses.replace(config, gan=GanConfig())
+    image_flops = lambda step: flops(config if step > config.gan.start else without)
     return Task("tokenizer", config, init, train_step, eval_step, replicated, image_flops)
 
 
@@ -108,7 +109,10 @@ def step_flops(model_config: TokenizerConfig, config: TrainTokenizerConfig) -> f
     forward = partial(reconstruct, TrainTokenizerConfig(), jnp.float32)
     with backend.assume("tpu"):
         losses = loss_flops(config, model_config.image_size)
-        return 3 * matmul_flops(forward, tokenizer, pixels, None, None) + losses
+        products = matmul_flops(forward, tokenizer, pixels, None, None)
+        image = jax.ShapeDtypeStruct(pixels.shape, jnp.float32)
+        encode = matmul_flops(type(tokenizer).encode, tokenizer, image)
+        return 3 * products - (2 * encode if config.decoder_only else 0) + losses
 
 
 def differentiate(
