@@ -1,7 +1,8 @@
 r"""Trains the ladder of configs/ladder.py: a tokenizer for all, its tokens, and every size.
 
     python benchmarks/ladder.py --out runs/ladder
-    python benchmarks/ladder.py --out runs/ladder --two_seeds= --budgets 2,4,8
+    python benchmarks/ladder.py --out runs/ladder --two_seeds= --depths 1,2,3,4,5,6,8 \
+        --budgets 0.25,0.35,0.5,0.8,0.9,2,4,8
     python benchmarks/ladder.py --out runs/rates --depths 2,4,8 --two_seeds= --factors 0.5,1,2 \
         --steps 600
 

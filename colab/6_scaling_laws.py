@@ -156,9 +156,9 @@ print(
 # ## 5. The best size for a budget
 #
 # With compute fixed, a small model sees many images and a large one few. Each curve is one budget
-# (isoFLOP); loss between two validations is interpolated. Where a parabola has its minimum inside the
-# sizes, that is the best size; where curves only fall or rise, the best size lies outside of them. Most
-# points are of runs whose learning rate had not fallen yet, which is worst for large sizes.
+# (isoFLOP): of runs that were trained with it from the start, or, where there are none, of runs on
+# their way. Where a parabola has its minimum inside the sizes, that is the best size; where curves only
+# fall or rise, the best size lies outside of them.
 
 # %%
 figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
