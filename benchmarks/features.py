@@ -2,10 +2,12 @@
 
     python benchmarks/features.py [--batch 8] [--size 256] [--rounds 7]
     python benchmarks/features.py --neighbours
+    python benchmarks/features.py --dinov2
 
 Both run in this process on the same threads in float32, in turn, with the same random weights;
 torch-fidelity is left out where it is not installed. Compiling is apart. The second command tells
-time and memory of precision and recall of 50,000 samples and 10,000 reference images.
+time and memory of precision and recall of 50,000 samples and 10,000 reference images, the third how
+far DINOv2 is from that of timm, with the same random weights.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from speed import interleaved
 
 from var_jax.checkpoints.torch.pth import write_pth
 from var_jax.evaluation.scores import precision_recall
+from var_jax.models.features.dino import MEAN, STD, dinov2, load_dinov2
 from var_jax.models.features.inception import inception, load_inception, shapes
 
 
@@ -36,9 +39,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256, help="of the images")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--neighbours", action="store_true", help="precision and recall instead")
+    parser.add_argument("--dinov2", action="store_true", help="beside timm instead")
     args = parser.parse_args()
     if args.neighbours:
         neighbours()
+        return
+    if args.dinov2:
+        agreement()
         return
     shape = (args.batch, args.size, args.size, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
@@ -69,6 +76,29 @@ def neighbours() -> None:
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         name = "precision and recall" + ", ADM's" * adm
         print(f"| {name} | {taken:.0f} s | {most:.1f} GB |", flush=True)
+
+
+def agreement() -> None:
+    """Prints a row for each size: the largest difference, over the deviation of the features."""
+    import timm
+    import torch
+
+    images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8)
+    mean, std = (torch.tensor(c)[:, None, None] for c in (MEAN, STD))
+    pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()) / 255
+    for name in ("vit_base_patch14_dinov2", "vit_large_patch14_dinov2"):
+        network = timm.create_model(name, num_classes=0, img_size=224).eval()
+        with torch.no_grad():
+            for part, parameter in network.named_parameters():
+                if parameter.ndim == 1 or part in ("pos_embed", "cls_token"):
+                    centre = float(part.endswith(("weight", "gamma")))
+                    parameter.copy_(centre + 0.1 * torch.randn_like(parameter))
+            wanted = network((pixels - mean) / std).numpy()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "dinov2.pth"
+            write_pth(path, {key: value.numpy() for key, value in network.state_dict().items()})
+            found = np.asarray(jax.jit(dinov2)(load_dinov2(path), images))
+        print(f"| {name} | {np.abs(found - wanted).max() / wanted.std():.1g} |")
 
 
 def random_weights() -> dict[str, np.ndarray]:
