@@ -1,4 +1,4 @@
-"""What is told of figures: the curve of a sweep, and the use of codes by scale."""
+"""The curve that `evaluate` draws over several settings, and codebook usage by scale."""
 
 import json
 
