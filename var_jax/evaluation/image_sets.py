@@ -103,7 +103,7 @@ def open_images(
     if names := flat_folder(spec):
         return FolderImages(user_path(spec), names)
     if size is None:
-        raise BadInput(f"{spec!r} is no .npz and no folder of images.")
+        raise BadInput(f"{spec!r} is no .npz and no folder of images (without folders in it).")
     return SourceImages(open_source(spec, split, size, resize=1.0), count)
 
 

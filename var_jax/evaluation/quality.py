@@ -1,8 +1,9 @@
 """The figures of a set of images beside a reference, under the names that papers use."""
 
+import hashlib
 import json
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from var_jax.evaluation.features import Features, Network, check_count, extract,
 from var_jax.evaluation.frechet import frechet
 from var_jax.evaluation.image_sets import ImageSet, SourceImages, flat_folder, open_images
 from var_jax.evaluation.scores import BLOCK, inception_score, kernel_distance, precision_recall
-from var_jax.schedule import Size
+from var_jax.schedule import Size, shape_of
 from var_jax.sharding.mesh import of_first
 from var_jax.tools.npz import is_npz, is_whole, load_npz, load_others, save_npz
 
@@ -30,6 +31,15 @@ class Reference(NamedTuple):
 
     statistics: dict[str, tuple[np.ndarray, np.ndarray]]
     pool: Float[np.ndarray, "M D"]
+    count: int  # of images
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells its statistics from any others."""
+        digest = hashlib.sha256()
+        for array in jax.tree.leaves(self.statistics):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
 
 def open_reference(
@@ -37,17 +47,18 @@ def open_reference(
 ) -> Reference | None:
     """The reference that `spec` names: statistics saved before, an ADM batch, or any images.
 
-    Statistics of images are saved as reference.npz in `folder`, where those of the same data source
-    are found again. None on processes above 0.
+    Statistics of images are saved in `folder`, in a file for each reference; those of the same data
+    source are found again. None on processes above 0.
 
     Raises: BadInput if it holds neither, or features of another network.
     """
     given = load_others(spec) if is_npz(spec) else {}
     if "features" in given:
         return saved_by_us(spec, given, network)
-    images, path, of = open_images(spec, split, size), folder / "reference.npz", ""
+    images = open_images(spec, split, size)
+    of = identity(network, spec, split, images)
+    path = folder / f"reference-{zlib.crc32(of.encode()):08x}.npz"
     if isinstance(images, SourceImages):
-        of = identity(network, spec, split, images)
         saved = saved_reference(path, of) if jax.process_index() == 0 else None
         if of_first(lambda: np.array(saved is not None), (), bool):
             return saved
@@ -63,6 +74,7 @@ def open_reference(
         for name, array in zip(STATISTICS[kind], arrays, strict=True)
     }
     about = {"network": np.array(network.fingerprint), "of": np.array(of)}
+    about |= {"count": np.array(reference.count), "size": np.array(images.shape[1:3])}
     save_npz(path, **named, **about, features=reference.pool)
     return reference
 
@@ -81,8 +93,16 @@ def check_reference(spec: str, network: Network, split: str, size: Size) -> None
                 f"{spec}: {STATISTICS[kind][0]} has {len(mean)} numbers; expected {sizes[kind]} of"
                 f" the network {network.name}."
             )
+    shape = given.get("size", shape_of(size))
     if not saved:
-        check_count(open_images(spec, split, size).shape[0])
+        count, *shape, _ = open_images(spec, split, size).shape
+        check_count(count)
+    if (*shape,) != shape_of(size):
+        (height, width), (h, w) = shape, shape_of(size)
+        raise BadInput(
+            f"{spec} is of images of {height} by {width} pixels, not {h} by {w} as the samples;"
+            f" --size={height} compares them nevertheless."
+        )
 
 
 def saved_by_us(spec: str, given: dict[str, np.ndarray], network: Network) -> Reference:
@@ -102,19 +122,21 @@ def saved_by_us(spec: str, given: dict[str, np.ndarray], network: Network) -> Re
             f"{spec}: features is {features.dtype} of shape {features.shape}; expected (N,D)."
         )
     check_count(len(features))
-    return Reference(published(given, spec), features)
+    return Reference(published(given, spec), features, int(given.get("count", len(features))))
 
 
-def identity(network: Network, spec: str, split: str, images: SourceImages) -> str:
-    """What tells the statistics of a data source from others: how it is opened, and its images.
+def identity(network: Network, spec: str, split: str, images: ImageSet) -> str:
+    """What tells statistics from others: how the images are opened, and of a data source which.
 
     Of images in memory the checksum of all, of others that of some, with all names and sizes that
     are known.
     """
-    source, checksum = images.source, 0
-    for part in source.images if isinstance(source, ArraySource) else ():
-        checksum = zlib.crc32(part.tobytes(), checksum)
-    about = network.fingerprint, spec, split, *images.shape, describe_data(source), checksum
+    about: list[Any] = [network.fingerprint, spec, split, *images.shape]
+    if isinstance(images, SourceImages):
+        source, checksum = images.source, 0
+        for part in source.images if isinstance(source, ArraySource) else ():
+            checksum = zlib.crc32(part.tobytes(), checksum)
+        about += [describe_data(source), checksum]
     return json.dumps(about)
 
 
@@ -123,7 +145,7 @@ def saved_reference(path: epath.Path, of: str) -> Reference | None:
     saved = load_npz(path) if is_whole(path) else {}
     if str(saved.get("of")) != of:
         return None
-    return Reference(published(saved, str(path)), saved["features"])
+    return Reference(published(saved, str(path)), saved["features"], int(saved["count"]))
 
 
 def reference_of(found: Features) -> Reference:
@@ -132,7 +154,7 @@ def reference_of(found: Features) -> Reference:
     for kind in STATISTICS.keys() & load_npz(found.paths[0]).keys():
         moments = found.moments(kind)
         statistics[kind] = moments.mean, moments.covariance
-    return Reference(statistics, found.rows("pool", MOST_NEIGHBOURS))
+    return Reference(statistics, found.rows("pool", MOST_NEIGHBOURS), found.count)
 
 
 def held_out_images(spec: str, split: str, count: int, size: Size) -> ImageSet | None:
