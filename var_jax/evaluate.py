@@ -52,7 +52,7 @@ from var_jax.evaluation.features import (
 from var_jax.evaluation.image_sets import (
     ImageSet,
     SourceImages,
-    in_order_of_classes,
+    is_source,
     open_images,
 )
 from var_jax.evaluation.likelihood import classification_figures, likelihood_figures
@@ -72,7 +72,6 @@ from var_jax.evaluation.quality import (
     reference_of,
 )
 from var_jax.evaluation.results import HELD_OUT, write
-from var_jax.evaluation.scores import BLOCK
 from var_jax.evaluation.tokenizer import Perturbed, Reconstructions, similarities
 from var_jax.models.features.lpips import NETS, SMALLEST, Lpips, load_lpips
 from var_jax.models.tokenizer import Tokenizer
@@ -84,7 +83,7 @@ from var_jax.sharding.mesh import data_mesh, using
 from var_jax.tools import cli, sampling_flags
 from var_jax.tools.files import output_folder
 from var_jax.tools.images import going_on_without, save_png
-from var_jax.tools.npz import NpzImages, is_npz
+from var_jax.tools.npz import NpzImages
 
 MODES = ("likelihood", "classify", "tokenizer", "memorization")
 OF_SAMPLING = (*sampling_flags.SWEPT, "guidance", "solver", "patch_nums", "num", "seed")
@@ -142,6 +141,8 @@ def main(args: flags.FlagValues) -> None:
         raise BadInput(f"--source goes with --{', --'.join(MODES)}, not with --reference.")
     if modes and not args.source:
         raise BadInput(f"--{modes[0]} needs --source, a data source.")
+    if args.split and args.reference and not is_source(args.reference):
+        raise BadInput(f"--split is of a data source; {args.reference} has no splits.")
     if args.memorization and args.split:
         raise BadInput("--memorization compares both splits; --split does not go with it.")
     hosts.join(args)
@@ -164,8 +165,8 @@ def main(args: flags.FlagValues) -> None:
             found = memorized(args, network, model, out)
     settings = about(args, network, model)  # on all hosts: a fingerprint may gather weights
     if reference:
-        prints = {"images": reference.count, "fingerprint": reference.fingerprint}
-        settings["reference"] = prints
+        of = {"images": reference.count, "fingerprint": reference.fingerprint}
+        settings["reference"] = of
     if jax.process_index() == 0:
         write(out, found, settings)
     sync_global_devices("figures are written")  # hosts that end earlier would take others along
@@ -227,10 +228,9 @@ def reconstruction(
     perturbed = extract(network, Perturbed(again), folder, count)
     if jax.process_index() > 0:
         return {}
+    tell_of_few(network, size, validation=originals.count)
     reference, name = reference_of(originals), distance_name(network)
-    distances = {
-        f"r{key}": x for key, x in figures(network, reconstructed, reference, True).items()
-    }
+    distances = {f"r{key}": x for key, x in figures(network, reconstructed, reference).items()}
     return (
         {"images": images.shape[0]}
         | again.figures()
@@ -269,9 +269,9 @@ def note(text: str) -> None:
 def quality(
     args: flags.FlagValues, network: Network, model: var_jax.Model | None, out: epath.Path
 ) -> tuple[dict[str, dict[str, float]], Reference | None]:
-    """The figures of samples, of each setting of a sweep; with those of held-out images.
+    """The figures of samples, of each setting of a sweep, and of held-out images; the reference.
 
-    And the reference. Process 0 has them.
+    Nothing and None on processes above 0.
     """
     split, folder = args.split or "train", out / "features"
     sets: dict[str, ImageSet] = {}
@@ -286,38 +286,45 @@ def quality(
         for name, settings in sweep(args, model).items():
             num, place = args.num or 50_000, out / (name or "samples")
             sets[name] = NpzImages(draw(args, model, settings, num, place))
-    count, adm = next(iter(sets.values())).shape[0], network.name == "inception"
+    count = next(iter(sets.values())).shape[0]
     check_count(count)  # ahead of the features of the reference
-    if count <= (most := feature_sizes(network, size)["pool"]):
-        note(
-            f"warning: {count:,} samples are few for {most:,} features: the distance is larger than"
-            " that of more samples, and compares with distances of as many alone."
-        )
     reference = open_reference(args.reference, network, folder, split, size, args.batch_size)
-    held_out, reservation = floor_of(args.reference, split, count, size)
+    held_out, missing = floor_of(args.reference, split, count, size)
     if held_out:
         sets[HELD_OUT] = held_out
-    by_class = {name: in_order_of_classes(each) for name, each in sets.items()}
-    if adm and count > BLOCK and isinstance(sets.get(""), NpzImages) and by_class[""]:
-        note(
-            f"warning: {args.samples} is sorted by class: inception_score takes its images in"
-            " another order, inception_score_adm in blocks of the file."
-        )
     found = {name: extract(network, each, folder, args.batch_size) for name, each in sets.items()}
     if reference is None or jax.process_index() > 0:
         return {}, None
     scores = {
-        name: {"images": each.count} | figures(network, each, reference, by_class[name])
+        name: {"images": each.count} | figures(network, each, reference)
         for name, each in found.items()
     }
-    if reservation and not (adm and is_npz(args.reference)):  # ADM's has published figures beside
-        note(reservation)
+    tell_of_few(network, size, samples=count, reference=reference.count)
+    if missing and network.name != "inception":  # whose figures compare with published ones
+        note(missing)
+    if any("inception_score_adm" in each for each in scores.values()):
+        note(
+            "warning: images lie in the order of their classes: inception_score takes them in"
+            " another order, inception_score_adm in blocks of the file."
+        )
     return scores, reference
 
 
+def tell_of_few(network: Network, size: Size, **counts: int) -> None:
+    """Warns where the covariance of a set's features cannot be of full rank."""
+    most = feature_sizes(network, size)["pool"]
+    for name, count in counts.items():
+        if count <= most:
+            note(
+                f"warning: {count:,} {name} images are few for {most:,} features: the distance is"
+                " larger than that of more images, and compares with distances of as many alone."
+            )
+
+
 def floor_of(spec: str, split: str, count: int, size: Size) -> tuple[ImageSet | None, str]:
-    """Held-out images of a reference, with whose figures those of samples compare, if it has some;
-    and what is to be said where it has none, or fewer than samples.
+    """Held-out images of a reference, whose figures are a lower bound, if there are some.
+
+    With them a sentence for where there are none, or fewer than samples.
     """
     try:
         held_out = held_out_images(spec, split, count, size)
@@ -432,7 +439,7 @@ def about(
     )
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or not of this file
         git("ls-files", "--error-unmatch", Path(__file__).name)
-        commit = git("rev-parse", "HEAD").strip()
+        commit = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip()
     found: dict[str, Any] = {"version": var_jax.__version__, "commit": commit}
     if network is not None:
         found["features"] = {"network": network.name, "fingerprint": network.fingerprint}

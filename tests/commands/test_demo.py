@@ -1,10 +1,13 @@
 """The demo: what its controls and links mean, who may visit, and the page in a real browser."""
 
 import io
+import json
 import re
 import shutil
 import socket
 import struct
+import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -22,6 +25,7 @@ from var_jax.config import Config, from_dict
 from var_jax.sampling import page
 from var_jax.sampling.exports import Models, build
 from var_jax.sampling.page import Settings
+from var_jax.schedule import shape_of
 
 NAMES = (*"abcdefg", "Symbols", "Flags")
 
@@ -210,6 +214,69 @@ def address(untrained):
     process, address = serve(untrained)
     yield address
     stop(process)
+
+
+@pytest.fixture
+def queue(model, monkeypatch):
+    """A served page whose images wait for an event: how to press its button in a session of a name,
+    how many images are being made, and the event.
+    """
+    import uvicorn
+
+    goes_on, making = threading.Event(), []
+
+    def stream(self, *args, **kwargs):
+        making.append(1)
+        assert goes_on.wait(60)
+        yield np.zeros((*shape_of(self.image_size), 3), np.uint8)
+        making.pop()
+
+    def press(session):
+        data = [*vars(Settings.default(model)).values()]
+        sent = {"data": data, "fn_index": handler["id"], "session_hash": session}
+        body, kind = json.dumps(sent).encode(), {"Content-Type": "application/json"}
+        urllib.request.urlopen(urllib.request.Request(address + "join", body, kind)).close()
+        return urllib.request.urlopen(f"{address}data?session_hash={session}", timeout=60)
+
+    def generator(f):
+        def handler(*args):
+            yield from f(*args)
+
+        return handler
+
+    monkeypatch.setattr(var_jax.Model, "stream", stream)
+    monkeypatch.setattr(page, "with_messages", generator)  # type checks hide from gradio what it is
+    app, listening = page.web_app(model, "tiny", None), socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    address = f"http://127.0.0.1:{listening.getsockname()[1]}/"
+    config = json.load(urllib.request.urlopen(address + "config"))
+    button = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == "sample")
+    handler = next(d for d in config["dependencies"] if [button, "click"] in d["targets"])
+    address += "gradio_api/queue/"
+    yield press, making, goes_on
+    goes_on.set()
+    server.should_exit = True
+    thread.join(60)
+
+
+def test_images_are_made_one_after_the_other_and_few_wait(queue, monkeypatch):
+    press, making, goes_on = queue
+    answers, most = [], page.MAX_WAITING
+    with pytest.raises(urllib.error.HTTPError, match="503"):  # as many wait as may
+        for number in range(most + 2):
+            answers.append(press(f"visitor {number}".replace(" ", "")))
+            for _ in range(6000):
+                if making:
+                    break
+                time.sleep(0.01)
+    assert len(answers) == most + 1 and len(making) == 1
+    goes_on.set()
+    for answer in answers:
+        text = answer.read().decode()
+        assert '"msg":"process_completed"' in text and '"success":true' in text
+    assert not making
 
 
 @pytest.fixture(scope="module")

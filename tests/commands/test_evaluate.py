@@ -66,7 +66,7 @@ def test_samples_beside_a_reference(tmp_path, mean_colours):
     assert code == 0, err
     found = metrics(tmp_path / "out")
     assert found["images"] == 40 and found["features"]["network"] == "quarters"
-    assert found["fd_quarters"] > 0 and f"{found['fd_quarters']:.4f}" in out
+    assert found["fd_quarters"] > 0 and f"{found['fd_quarters']:.6g}" in out
     assert "has no other split, so there are no figures of held-out images" in err
     (saved,) = (tmp_path / "out" / "features").glob("reference-*.npz")
     again = (*flags[:3], tmp_path / "again", "--reference", saved)
@@ -84,12 +84,15 @@ def test_samples_beside_a_reference(tmp_path, mean_colours):
 def test_few_samples_are_told(tmp_path, mean_colours):
     write_images(tmp_path / "a.npz", 0, 13)
     write_images(tmp_path / "few.npz", 1, 12)
-    for few in (True, False):
-        pair = ("few.npz", "a.npz") if few else ("a.npz", "few.npz")
-        flags = ("--samples", tmp_path / pair[0], "--reference", tmp_path / pair[1])
-        code, _, err = run("evaluate", *flags, "--out", tmp_path / "out")
+    names = {"samples": "few.npz", "reference": "few.npz"}
+    for few in (["samples"], ["reference"], []):
+        flags = [
+            (f"--{name}", tmp_path / (names[name] if name in few else "a.npz")) for name in names
+        ]
+        code, _, err = run("evaluate", *flags[0], *flags[1], "--out", tmp_path / "out")
         assert code == 0, err
-        assert ("warning: 12 samples are few for 12 features" in err) == few
+        for name in names:
+            assert (f"warning: 12 {name} images are few for 12 features" in err) == (name in few)
 
 
 def test_images_of_another_size_than_the_reference(tmp_path, mean_colours):
@@ -104,7 +107,7 @@ def test_images_of_another_size_than_the_reference(tmp_path, mean_colours):
     flags = ("--samples", tmp_path / "a.npz", "--out", tmp_path / "out", "--reference")
     for reference in (tmp_path / "large.npz", tmp_path / "large", saved):
         error = complaint("evaluate", *flags, reference)
-        assert "images of 32 by 32 pixels, not 16 by 16 as the samples; --size=32" in error
+        assert "images of 32 by 32 pixels; expected 16 by 16, the size of the samples or" in error
         code, _, err = run("evaluate", *flags, reference, "--size", 32)
         assert code == 0, err
         assert abs(metrics(tmp_path / "out")["fd_quarters"]) < 1e-6
@@ -173,7 +176,7 @@ def test_samples_in_order_of_classes_are_mixed_for_the_inception_score(tmp_path,
         flags = ("--samples", tmp_path / f"{name}.npz", "--reference", tmp_path / "mixed.npz")
         code, _, err = run("evaluate", *flags, "--out", tmp_path / "out")
         assert code == 0, err
-        assert ("is sorted by class" in err) == (name == "sorted")
+        assert ("in the order of their classes" in err) == (name == "sorted")
         found[name] = metrics(tmp_path / "out")
     logits = 0.05 * 255 * np.eye(3)[labels]
     np.testing.assert_allclose(
@@ -513,6 +516,7 @@ def test_hosts_measure_together(tmp_path, untrained):
             "--source goes with --likelihood",
         ),
         (("--samples", "x", "--reference", "emoji", "--size", "0"), "--size"),
+        (("--samples", "x", "--reference", "x.npz", "--split", "train"), "x.npz has no splits"),
         (("--samples", "x.npz", "--reference", "x.npz", "--features", "no.pth"), "no.pth"),
         (
             ("--samples", "x.npz", "--reference", "x.npz", "--features", __file__),
@@ -561,6 +565,7 @@ def claiming(count):
 
 IMAGES = np.zeros((40, 16, 16, 3), np.uint8)
 SAVED = {"features": np.zeros((40, 12), np.float32), "mu": np.zeros(12), "sigma": np.eye(12)}
+SAVED |= {"size": np.array((16, 16)), "count": np.array(40), "fingerprint": np.array("of it")}
 
 
 @pytest.mark.parametrize(
@@ -577,13 +582,18 @@ SAVED = {"features": np.zeros((40, 12), np.float32), "mu": np.zeros(12), "sigma"
                 (npz_bytes(arr_0=IMAGES)[:-60], "damaged"),
                 (npz_bytes(arr_0=IMAGES)[:700], "damaged"),
                 (npz_bytes(mu=np.zeros(12), sigma=np.eye(12)), "holds mu, sigma, expected 'arr_0'"),
-                (claiming(10**6), "damaged"),
+                (claiming(10**9), "damaged"),
                 (b"", "damaged"),
             )
         ),
         ("--reference", SAVED | {"network": np.array("of another")}, "of another network"),
         ("--reference", {"features": SAVED["features"]}, "of another network"),
         ("--reference", SAVED | {"size": np.array((32, 24))}, "is of images of 32 by 24 pixels"),
+        *(
+            ("--reference", SAVED | {name: value}, f"it has no {name}; make it anew")
+            for name in ("size", "count", "fingerprint")
+            for value in (None, np.array([1.5]))
+        ),
         ("--reference", SAVED | {"mu": None}, "expected 'mu' as well"),
         ("--reference", SAVED | {"sigma": np.ones(12)}, "expected (D,) and (D,D)"),
         (

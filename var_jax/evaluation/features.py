@@ -86,6 +86,11 @@ class Features:
     paths: tuple[epath.Path, ...]
     count: int
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells them from those of other images or another network: the names of the files."""
+        return hashlib.sha256(" ".join(path.name for path in self.paths).encode()).hexdigest()
+
     def parts(self, name: str) -> Iterator[Float[np.ndarray, "b D"]]:
         """One kind of features, file by file."""
         return (load_npz(path, name)[name] for path in self.paths)

@@ -107,6 +107,11 @@ def open_images(
     return SourceImages(open_source(spec, split, size, resize=1.0), count)
 
 
+def is_source(spec: str) -> bool:
+    """Whether what names images names a data source: no .npz, and no folder of images alone."""
+    return not is_npz(spec) and not flat_folder(spec)
+
+
 def flat_folder(spec: str) -> tuple[str, ...]:
     """The names of the images in a folder that holds images and no folders, else none."""
     if spec == "emoji" or not (folder := user_path(spec)).is_dir():
@@ -120,16 +125,8 @@ def spread(most: int, count: int | None) -> Int[np.ndarray, " N"]:
 
 
 def grouped_by_class(labels: Int[np.ndarray, " N"]) -> bool:
-    """Whether neighbours share a class far more often than in a random order."""
+    """Whether neighbours share a class more often than in a random order."""
     runs = 1 + np.count_nonzero(np.diff(labels))
     _, counts = np.unique(labels, return_counts=True)
     expected = 1 + len(labels) * (1 - ((counts / len(labels)) ** 2).sum())
-    return len(counts) > 1 and bool(runs < expected / 2)
-
-
-def in_order_of_classes(images: ImageSet) -> bool:
-    """Whether images may lie class by class: those of an .npz by its labels, others always."""
-    if not isinstance(images, NpzImages):
-        return True
-    labels = images.labels()
-    return labels is not None and grouped_by_class(labels)
+    return len(counts) > 1 and bool(runs < 0.9 * expected)

@@ -21,7 +21,7 @@ from var_jax.models.tokenizer import Tokenizer
 from var_jax.sharding.mesh import alone
 from var_jax.tools.images import PAPER, labelled_rows
 
-NEIGHBOURS = 5  # of an image in the picture
+NEIGHBOURS = 5  # of an image that are shown
 SHOWN = 16  # samples in it, those with the nearest neighbours
 QUANTILES = (0.01, 0.1, 0.5, 0.9)
 CLOSE = 0.01  # quantile of validation images: up to its distance an image is a near-copy
@@ -109,7 +109,7 @@ def distance_figures(samples: Neighbours, validation: Neighbours) -> dict[str, d
 def neighbours_of(
     samples: ImageSet, found: Neighbours, training: Source
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture: a row for each of the samples that are nearest to a training image, the nearest
+    """An image: a row for each of the samples that are nearest to a training image, the nearest
     first; in it the distance, the sample, and its nearest training images."""
     order = [int(i) for i in np.argsort(found.distance[:, 0], kind="stable")[:SHOWN]]
     chosen, start = {}, 0

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import zlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,7 +15,13 @@ from var_jax.data.inventory import describe_data
 from var_jax.data.sources import SPLITS, ArraySource
 from var_jax.evaluation.features import Features, Network, check_count, extract, feature_sizes
 from var_jax.evaluation.frechet import frechet
-from var_jax.evaluation.image_sets import ImageSet, SourceImages, flat_folder, open_images
+from var_jax.evaluation.image_sets import (
+    ImageSet,
+    SourceImages,
+    grouped_by_class,
+    is_source,
+    open_images,
+)
 from var_jax.evaluation.scores import BLOCK, inception_score, kernel_distance, precision_recall
 from var_jax.schedule import Size, shape_of
 from var_jax.sharding.mesh import of_first
@@ -32,14 +38,7 @@ class Reference(NamedTuple):
     statistics: dict[str, tuple[np.ndarray, np.ndarray]]
     pool: Float[np.ndarray, "M D"]
     count: int  # of images
-
-    @property
-    def fingerprint(self) -> str:
-        """What tells its statistics from any others."""
-        digest = hashlib.sha256()
-        for array in jax.tree.leaves(self.statistics):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
+    fingerprint: str  # of images, network and given statistics
 
 
 def open_reference(
@@ -55,28 +54,39 @@ def open_reference(
     given = load_others(spec) if is_npz(spec) else {}
     if "features" in given:
         return saved_by_us(spec, given, network)
-    images = open_images(spec, split, size)
-    of = identity(network, spec, split, images)
-    path = folder / f"reference-{zlib.crc32(of.encode()):08x}.npz"
+    images, of = open_images(spec, split, size), ""
     if isinstance(images, SourceImages):
-        saved = saved_reference(path, of) if jax.process_index() == 0 else None
+        of = identity(network, spec, split, images)
+        saved = saved_reference(folder, of) if jax.process_index() == 0 else None
         if of_first(lambda: np.array(saved is not None), (), bool):
             return saved
     found = extract(network, images, folder, batch_size)
     if jax.process_index() > 0:
         return None
     reference = reference_of(found)
-    if network.name == "inception":
-        reference = reference._replace(statistics=reference.statistics | published(given, spec))
+    if network.name == "inception" and (stated := published(given, spec)):
+        digest = hashlib.sha256(found.fingerprint.encode())
+        for array in jax.tree.leaves(stated):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        statistics = reference.statistics | stated
+        reference = reference._replace(statistics=statistics, fingerprint=digest.hexdigest())
     named = {
         name: array
         for kind, arrays in reference.statistics.items()
         for name, array in zip(STATISTICS[kind], arrays, strict=True)
     }
-    about = {"network": np.array(network.fingerprint), "of": np.array(of)}
-    about |= {"count": np.array(reference.count), "size": np.array(images.shape[1:3])}
-    save_npz(path, **named, **about, features=reference.pool)
+    about = {
+        "network": network.fingerprint, "of": of, "size": images.shape[1:3],
+        "count": reference.count, "fingerprint": reference.fingerprint,
+    }  # fmt: skip
+    named |= {name: np.array(value) for name, value in about.items()}
+    save_npz(saved_at(folder, of or reference.fingerprint), **named, features=reference.pool)
     return reference
+
+
+def saved_at(folder: epath.Path, of: str) -> epath.Path:
+    """Where the statistics of a reference are."""
+    return folder / f"reference-{zlib.crc32(of.encode()):08x}.npz"
 
 
 def check_reference(spec: str, network: Network, split: str, size: Size) -> None:
@@ -93,15 +103,16 @@ def check_reference(spec: str, network: Network, split: str, size: Size) -> None
                 f"{spec}: {STATISTICS[kind][0]} has {len(mean)} numbers; expected {sizes[kind]} of"
                 f" the network {network.name}."
             )
-    shape = given.get("size", shape_of(size))
+    height, width = h, w = shape_of(size)
     if not saved:
-        count, *shape, _ = open_images(spec, split, size).shape
+        count, height, width, _ = open_images(spec, split, size).shape
         check_count(count)
-    if (*shape,) != shape_of(size):
-        (height, width), (h, w) = shape, shape_of(size)
+    else:
+        height, width = given["size"]
+    if (height, width) != (h, w):
         raise BadInput(
-            f"{spec} is of images of {height} by {width} pixels, not {h} by {w} as the samples;"
-            f" --size={height} compares them nevertheless."
+            f"{spec} is of images of {height} by {width} pixels; expected {h} by {w}, the size of"
+            " the samples or --size."
         )
 
 
@@ -122,30 +133,39 @@ def saved_by_us(spec: str, given: dict[str, np.ndarray], network: Network) -> Re
             f"{spec}: features is {features.dtype} of shape {features.shape}; expected (N,D)."
         )
     check_count(len(features))
-    return Reference(published(given, spec), features, int(given.get("count", len(features))))
+    wanted = {"size": ((2,), "i"), "count": ((), "i"), "fingerprint": ((), "U")}
+    for name, of in wanted.items():
+        if name not in given or (given[name].shape, given[name].dtype.kind) != of:
+            raise BadInput(f"{spec} was not saved by this version: it has no {name}; make it anew.")
+    return restored(spec, given)
 
 
-def identity(network: Network, spec: str, split: str, images: ImageSet) -> str:
-    """What tells statistics from others: how the images are opened, and of a data source which.
+def restored(spec: str, saved: dict[str, np.ndarray]) -> Reference:
+    """The reference that a whole file of ours holds."""
+    count, fingerprint = int(saved["count"]), str(saved["fingerprint"])
+    return Reference(published(saved, spec), saved["features"], count, fingerprint)
+
+
+def identity(network: Network, spec: str, split: str, images: SourceImages) -> str:
+    """What tells the statistics of a data source from others: how it is opened, and its images.
 
     Of images in memory the checksum of all, of others that of some, with all names and sizes that
     are known.
     """
-    about: list[Any] = [network.fingerprint, spec, split, *images.shape]
-    if isinstance(images, SourceImages):
-        source, checksum = images.source, 0
-        for part in source.images if isinstance(source, ArraySource) else ():
-            checksum = zlib.crc32(part.tobytes(), checksum)
-        about += [describe_data(source), checksum]
+    source, checksum = images.source, 0
+    for part in source.images if isinstance(source, ArraySource) else ():
+        checksum = zlib.crc32(part.tobytes(), checksum)
+    about = network.fingerprint, spec, split, *images.shape, describe_data(source), checksum
     return json.dumps(about)
 
 
-def saved_reference(path: epath.Path, of: str) -> Reference | None:
-    """The statistics at `path`, if they are of this identity."""
+def saved_reference(folder: epath.Path, of: str) -> Reference | None:
+    """The statistics of this identity, if they are there."""
+    path = saved_at(folder, of)
     saved = load_npz(path) if is_whole(path) else {}
     if str(saved.get("of")) != of:
         return None
-    return Reference(published(saved, str(path)), saved["features"], int(saved["count"]))
+    return restored(str(path), saved)
 
 
 def reference_of(found: Features) -> Reference:
@@ -154,7 +174,9 @@ def reference_of(found: Features) -> Reference:
     for kind in STATISTICS.keys() & load_npz(found.paths[0]).keys():
         moments = found.moments(kind)
         statistics[kind] = moments.mean, moments.covariance
-    return Reference(statistics, found.rows("pool", MOST_NEIGHBOURS), found.count)
+    return Reference(
+        statistics, found.rows("pool", MOST_NEIGHBOURS), found.count, found.fingerprint
+    )
 
 
 def held_out_images(spec: str, split: str, count: int, size: Size) -> ImageSet | None:
@@ -162,7 +184,7 @@ def held_out_images(spec: str, split: str, count: int, size: Size) -> ImageSet |
 
     Or as many as there are. Raises: BadInput if the source has no other split, or too small a one.
     """
-    if is_npz(spec) or flat_folder(spec):
+    if not is_source(spec):
         return None
     other = next(name for name in SPLITS if name != split)
     images = open_images(spec, other, size, count)
@@ -210,14 +232,12 @@ def mixed(rows: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
     return np.random.default_rng(0).permutation(rows)
 
 
-def figures(
-    network: Network, found: Features, reference: Reference, by_class: bool = False
-) -> dict[str, float]:
+def figures(network: Network, found: Features, reference: Reference) -> dict[str, float]:
     """FID and its kin of Inception features; of other networks the same, called by their names.
 
-    The Inception score takes blocks in file order, as the ADM evaluator does. With `by_class`,
-    where those may lack classes, the order is a fixed shuffle, and `inception_score_adm` is that of
-    the file. Of more than 50,000 images KID, precision and recall take so many, evenly spread.
+    The Inception score takes blocks in file order, as the ADM evaluator does. Where that is the
+    order of predicted classes it takes a fixed shuffle, and `inception_score_adm` is that of the
+    file. Of more than 50,000 images KID, precision and recall take so many, evenly spread.
     """
     pool = found.rows("pool", MOST_SAMPLES)
     precision, recall = precision_recall(pool, reference.pool)
@@ -228,7 +248,7 @@ def figures(
             f"{name}_{network.name}": value for name, value in shared.items()
         }
     logits = found.rows("logits")
-    mixes = by_class and len(logits) > BLOCK
+    mixes = len(logits) > BLOCK and grouped_by_class(logits.argmax(1))
     in_file = inception_score(logits)
     score, deviation = inception_score(mixed(logits)) if mixes else in_file
     adm = precision_recall(pool, reference.pool, adm=True)

@@ -32,7 +32,7 @@ def table(columns: dict[str, dict[str, float]]) -> str:
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     width = max(map(len, names))
     head = " " * width + "".join(f"{name:>18}" for name in columns)
-    cell = lambda value: f"{value:18.4f}" if value is not None else " " * 18
+    cell = lambda value: f"{value:18.6g}" if value is not None else " " * 18
     rows = (
         f"{name:{width}}" + "".join(cell(column.get(name)) for column in columns.values())
         for name in names

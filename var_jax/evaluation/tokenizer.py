@@ -120,7 +120,7 @@ def similarities(perceptual: Mapping[str, Lpips], batch_size: int = 64) -> Compa
     def compare(
         images: UInt8[np.ndarray, "N H W 3"], reconstructed: UInt8[np.ndarray, "N H W 3"]
     ) -> dict[str, np.ndarray]:
-        pairs = {"images": images, "made": reconstructed}
+        pairs = {"images": images, "reconstructed": reconstructed}
         found = {
             "psnr": np.minimum(psnr(images, reconstructed), MOST_PSNR),
             "ssim": ssim(images, reconstructed),

@@ -12,7 +12,7 @@ from typing import IO
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 
 from var_jax import BadInput
 from var_jax.tools.files import replacing
@@ -20,7 +20,6 @@ from var_jax.tools.paths import user_path
 
 # Deflate makes at most 1/1030 of anything, of images hardly ever less than 1/10.
 BOMB_RATIO, BOMB_BYTES = 200, 2**28
-MAX_HEADER = 2**16  # bytes of an .npy before its numbers
 BROKEN = (
     zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError, SyntaxError, KeyError,
     NotImplementedError, RuntimeError, OverflowError, struct.error, lzma.LZMAError,
@@ -84,18 +83,6 @@ class NpzImages:
                 data = file.read(count * int(np.prod(image)))
                 yield np.frombuffer(data, np.uint8).reshape(count, *image)
                 left -= count
-
-    def labels(self) -> Int[np.ndarray, " N"] | None:
-        """`labels`, or `arr_1` as the ADM samplers call them; None unless there is one an image."""
-        with reading(self.path), self.path.open("rb") as whole, zipfile.ZipFile(whole) as archive:
-            for name in {"labels.npy", "arr_1.npy"} & {*archive.namelist()}:
-                if archive.getinfo(name).file_size > 8 * self.shape[0] + MAX_HEADER:
-                    continue
-                with archive.open(name) as file:
-                    found = np.lib.format.read_array(file, allow_pickle=False)
-                if found.shape == self.shape[:1] and found.dtype.kind in "iu":
-                    return found
-        return None
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[zipfile.ZipExtFile]:

@@ -105,7 +105,7 @@ def expecting(path: object, what: str) -> Iterator[None]:
     try:
         yield
     except BadInput as error:
-        reason = str(error).removesuffix(".").partition("; expected")[0]
+        reason = str(error).removesuffix(".").partition("; expected weights as")[0]
         named = reason if str(path) in reason else f"{path}: {reason}"
         raise BadInput(f"{named}; expected {what}.") from error
 
