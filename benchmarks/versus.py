@@ -11,9 +11,9 @@ at the middle budget and seed 0: three learning rates, of which the least valida
 then three guidance scales, token noise or none and three values of top-p, of which the least
 Fréchet distance does (the DiT has neither tokens nor top-p). The second does so with coarser
 tokens, the third trains the rows of configs/ablation.py at the middle budget, the fourth what might
-bring VAR ahead of raster scan. They write points.csv, table.md and points.png. The last times
-samplers with random weights at 32 and 256 px. Compute is that of tools/flops.py, of the transformer
-alone. A stopped command continues.
+bring VAR ahead of raster scan. They write points.csv, tuning.csv (what lost), table.md and
+points.png. The last times samplers with random weights at 32 and 256 px. Compute is that of
+tools/flops.py, of the transformer alone. A stopped command continues.
 """
 
 import csv
@@ -123,6 +123,8 @@ def main(args: flags.FlagValues) -> None:
         points = STUDIES[args.study](study, budgets, args.seeds)
         rows = [study.row(point) for point in points]
         write_csv(out / "points.csv", rows)
+        if tuning := [trial for point, trial in study.trials.items() if point not in points]:
+            write_csv(out / "tuning.csv", tuning, list(rows[0]))
         draw(out / "points.png", rows)
         text = table(rows, study.floor())
     with replacing(out / "table.md") as beside:
@@ -213,6 +215,7 @@ class Study:
         self.source = load_config("versus:var").data.source
         self.where = {"split": "validation", "size": 32}
         self.network = load_network("efficientnet")
+        self.trials: dict[Point, dict[str, Any]] = {}  # what is known of each point so far
 
     def row(self, point: Point) -> dict[str, Any]:
         """What is known of a point."""
@@ -236,12 +239,18 @@ class Study:
         found |= kept(path, settings(fixed) | self.tokenizers, measure)
         cells = {name: shown(x) if type(x) is float else x for name, x in found.items()}
         print(", ".join(f"{name} {value}" for name, value in cells.items()), flush=True)
+        self.trials[point] = found
         return found
 
     def loss(self, point: Point) -> float:
         """The last validation loss: in nats a token, of a DiT the squared error of the velocity."""
-        summary = self.train(config_of(point))
-        return next(value for name, value in summary.items() if "validation loss" in name)
+        config = config_of(point)
+        summary = self.train(config)
+        loss = next(value for name, value in summary.items() if "validation loss" in name)
+        about = {"model": point.model, "budget": point.budget, "seed": point.seed}
+        about |= {"learning rate": config.train_transformer.learning_rate, "validation loss": loss}
+        self.trials.setdefault(point, about)
+        return loss
 
     def train(self, config: ConfigDict) -> dict[str, Any]:
         """What a training says at its end; sampling settings make no difference to it."""
@@ -336,10 +345,12 @@ class Study:
         return float((near < NEAR_COPY).mean())
 
 
-def write_csv(path: epath.Path, rows: Sequence[dict[str, Any]]) -> None:
-    """All rows."""
+def write_csv(
+    path: epath.Path, rows: Sequence[dict[str, Any]], names: Sequence[str] | None = None
+) -> None:
+    """All rows; columns have the names of the first, or these."""
     with replacing(path) as beside, beside.open("w") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, names or list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

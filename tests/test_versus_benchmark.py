@@ -1,6 +1,10 @@
 """benchmarks/versus.py: compute and tuning are equal, and tables say what was found."""
 
+import csv
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,6 +129,35 @@ def test_trainings_whose_names_differ_behind_a_dot(script, tmp_path, monkeypatch
         config = script.config_of(script.Point("", "versus:var", 3, seed))
         workdir = epath.Path(tmp_path) / script.name_of(config)
         assert script.trained(config, workdir, {"seed": seed}) == {"loss": seed}
+
+
+SMALL = """
+import versus
+from var_jax.tools import cli
+versus.MODELS, versus.GUIDANCE, versus.OF_TOKENS = ("raster",), (0.0,), (("sampling.top_p=0.8",),)
+cli.run(versus.main, versus.define_flags)
+"""
+
+
+@pytest.mark.slow
+def test_a_study_of_one_step(tmp_path):
+    """It trains, samples and measures; again it does none of that, and writes the same."""
+    flags = ("--budgets=0.01", "--seeds=1", "--num=10", "--tokenizer_steps=1", f"--out={tmp_path}")
+    paths = os.pathsep.join((str(SCRIPT.parent), str(SCRIPT.parents[1])))
+    env = os.environ | {"PYTHONPATH": paths, "JAX_NUM_CPU_DEVICES": "1"}
+    results, found, times = ("points.csv", "tuning.csv", "table.md"), [], []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", SMALL, *flags], env=env, check=True, timeout=500)
+        found.append([(tmp_path / name).read_text() for name in results])
+        times.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")})
+    assert found[0] == found[1] and times[0] == times[1]
+    points, tuning, table = found[0]
+    (row,) = csv.DictReader(points.splitlines())
+    losers = [*csv.DictReader(tuning.splitlines())]
+    rates = {float(each["learning rate"]) for each in losers} | {float(row["learning rate"])}
+    assert len(rates) == 3 and float(row["FD"]) > 0 and row["top-p"] == "0.8"
+    assert float(row["validation loss"]) == min(float(each["validation loss"]) for each in losers)
+    assert "| raster | 0.01 |" in table
 
 
 def test_the_table_has_means_and_deviations(script, tmp_path):

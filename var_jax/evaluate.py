@@ -39,6 +39,7 @@ import var_jax
 from var_jax import BadInput
 from var_jax.checkpoints.export import load_fingerprint
 from var_jax.config import MAX_SEED, SamplingConfig
+from var_jax.data.inventory import summarize
 from var_jax.data.sources import SPLITS, Source, open_source
 from var_jax.evaluation.features import (
     EFFICIENTNET,
@@ -87,6 +88,13 @@ from var_jax.tools.npz import NpzImages
 
 MODES = ("likelihood", "classify", "tokenizer", "memorization")
 OF_SAMPLING = (*sampling_flags.SWEPT, "guidance", "solver", "patch_nums", "num", "seed")
+GO_WITH = {  # flags that not all measurements take
+    "source": MODES,
+    "split": ("reference", "likelihood", "classify", "tokenizer"),
+    "features": ("reference", "tokenizer", "memorization"),
+    "size": ("reference",),
+    "lpips": ("tokenizer",),
+}
 FLAGS = (
     "checkpoint", "samples", "reference", "features", "source", "split", "size", "lpips",
     *OF_SAMPLING, *MODES,
@@ -106,12 +114,12 @@ def define_flags() -> None:
     flags.DEFINE_bool("tokenizer", False, "PSNR, SSIM, distance of features and use of the codes.")
     flags.DEFINE_list("lpips", ["alex"], "alex or vgg, then files of its weights.")
     flags.DEFINE_bool("memorization", False, "Loss on training images, and how near samples come.")
-    flags.DEFINE_string("source", None, "The data source of the four above.")
+    flags.DEFINE_string("source", None, f"The data source of --{', --'.join(MODES)}.")
     flags.DEFINE_enum(
         "split", None, SPLITS, "Of a data source. Default: train of --reference, else validation."
     )
     flags.DEFINE_integer(
-        "size", None, "Side of the reference's images. Default: as the samples.", 1
+        "size", None, "Side of the reference's images. Default: the samples' size.", 1
     )
     flags.DEFINE_integer(
         "num", None, "How many images, in turn over the classes. Default: 50,000; with"
@@ -137,14 +145,13 @@ def main(args: flags.FlagValues) -> None:
     given = [name for name in OF_SAMPLING if args[name].present]
     if given and not (sampled and args.checkpoint):
         raise BadInput(f"--{given[0]} is of sampling, and nothing is sampled here.")
-    if args.reference and args.source:
-        raise BadInput(f"--source goes with --{', --'.join(MODES)}, not with --reference.")
+    for name, others in GO_WITH.items():
+        if args[name].present and asked[0] not in others:
+            raise BadInput(f"--{name} goes with --{', --'.join(others)}, not with --{asked[0]}.")
     if modes and not args.source:
         raise BadInput(f"--{modes[0]} needs --source, a data source.")
     if args.split and args.reference and not is_source(args.reference):
         raise BadInput(f"--split is of a data source; {args.reference} has no splits.")
-    if args.memorization and args.split:
-        raise BadInput("--memorization compares both splits; --split does not go with it.")
     hosts.join(args)
     out = output_folder(args.out, locks=jax.process_index() == 0)  # for all hosts
     hosts.check_shared("--out", out)
@@ -279,20 +286,25 @@ def quality(
         sets[""] = open_images(args.samples)
         _, height, width, _ = sets[""].shape
         size = args.size or size_of((height, width))
-        check_reference(args.reference, network, split, size)
+        originals = check_reference(args.reference, network, split, size)
     else:
         size = args.size or model.image_size
-        check_reference(args.reference, network, split, size)
+        originals = check_reference(args.reference, network, split, size)
         for name, settings in sweep(args, model).items():
             num, place = args.num or 50_000, out / (name or "samples")
             sets[name] = NpzImages(draw(args, model, settings, num, place))
     count = next(iter(sets.values())).shape[0]
     check_count(count)  # ahead of the features of the reference
+    if isinstance(originals, SourceImages):
+        note(summarize(args.reference, {split: originals.source}))
     reference = open_reference(args.reference, network, folder, split, size, args.batch_size)
     held_out, missing = floor_of(args.reference, split, count, size)
     if held_out:
         sets[HELD_OUT] = held_out
-    found = {name: extract(network, each, folder, args.batch_size) for name, each in sets.items()}
+    found = {
+        name: extract(network, each, folder, args.batch_size, name or "samples")
+        for name, each in sets.items()
+    }
     if reference is None or jax.process_index() > 0:
         return {}, None
     scores = {
@@ -353,8 +365,10 @@ def memorized(
     else:
         settings, tokenizer = one_setting(args, model), model.models.tokenizer
         sources = open_splits(args.source, model.image_size)
-        losses, num = losses_on(args, sources, model), args.num or len(sources["validation"])
+        check_classes(args, sources["train"], model)
+        num = args.num or len(sources["validation"])
         samples = NpzImages(draw(args, model, settings, num, out / "samples"))
+        losses = losses_on(args, sources, model)
     folder = out / "features"
     found = compare_with_training(network, samples, sources, folder, args.batch_size, tokenizer)
     if found is None:
@@ -376,7 +390,6 @@ def losses_on(
     args: flags.FlagValues, sources: dict[str, Source], model: var_jax.Model
 ) -> dict[str, dict[str, float]]:
     """The loss on both splits, on as many images of each as the validation set has."""
-    check_classes(args, sources["train"], model)
     tokenizer, transformer = model.models.tokenizer, model.models.transformer
     if model.kind == "dit":
         note("losses are left out: a dit predicts no tokens.")

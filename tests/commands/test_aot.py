@@ -62,7 +62,8 @@ def test_layers_are_unrolled_for_tpus_unless_all_of_them_are_recomputed():
             text = jax.jit(grad).lower(build(config), jnp.zeros((3, 4, 8))).as_text()
         found[platform, remat] = "stablehlo.while" in text, text.count("optimization_barrier")
     assert found["tpu", "none"] == (False, 0)
-    assert found["tpu", "selective"] == (False, 6)  # of a block's six parts, shared by both blocks
+    loops, barriers = found["tpu", "selective"]
+    assert not loops and barriers in (6, 12)  # a block's six parts, which some jax shares
     assert found["tpu", "full"] == found["cpu", "full"] == (True, 0)
 
 

@@ -113,6 +113,30 @@ def test_images_of_another_size_than_the_reference(tmp_path, mean_colours):
         assert abs(metrics(tmp_path / "out")["fd_quarters"]) < 1e-6
 
 
+def test_figures_of_other_flags_are_kept(tmp_path, mean_colours):
+    write_images(tmp_path / "a.npz", 0)
+    write_images(tmp_path / "b.npz", 1)
+    found, flags = [], ("--samples", tmp_path / "a.npz", "--out", tmp_path / "out")
+    for name, count in (("b.npz", 0), ("a.npz", 1), ("a.npz", 1), ("b.npz", 2)):
+        code, out, err = run("evaluate", *flags, "--reference", tmp_path / name)
+        assert code == 0, err
+        found.append(metrics(tmp_path / "out"))
+        kept = [*(tmp_path / "out").glob("metrics-*.json")]
+        assert len(kept) == count and ("figures of other flags" in out) == (len(found) in (2, 4))
+    assert json.loads((tmp_path / "out" / "metrics-1.json").read_text()) == found[0]
+    assert json.loads((tmp_path / "out" / "metrics-2.json").read_text()) == found[1]
+    assert found[0] == found[3] and found[1] == found[2]
+
+
+def test_images_beside_folders_of_classes_are_told(tmp_path, mean_colours):
+    images = write_images(tmp_path / "a.npz", 0)
+    write_folder(tmp_path / "data", images[:20])
+    write_folder(tmp_path / "data" / "cats", images[20:])
+    flags = ("--samples", tmp_path / "a.npz", "--reference", tmp_path / "data")
+    code, _, err = run("evaluate", *flags, "--out", tmp_path / "out")
+    assert code == 0 and "left out: 20 beside the folders of classes" in err
+
+
 def write_folder(folder, images):
     folder.mkdir()
     for i, image in enumerate(images):
@@ -447,7 +471,7 @@ def test_a_checkpoint_on_data(tmp_path, untrained, mean_colours):
     said = complaint("evaluate", *flags, "--memorization", "--cfg", "1,2")
     assert "not a list" in said
     said = complaint("evaluate", *flags, "--memorization", "--split", "train")
-    assert "--memorization compares both splits" in said
+    assert "not with --memorization" in said
 
 
 @pytest.mark.slow
@@ -513,10 +537,20 @@ def test_hosts_measure_together(tmp_path, untrained):
         (("--checkpoint", "emoji", "--classify", "--source", "x", "--top_k=9"), "--top_k is of"),
         (
             ("--samples", "x", "--reference", "x", "--source", "x"),
-            "--source goes with --likelihood",
+            "--source goes with --likelihood, --classify, --tokenizer, --memorization, not with",
         ),
         (("--samples", "x", "--reference", "emoji", "--size", "0"), "--size"),
         (("--samples", "x", "--reference", "x.npz", "--split", "train"), "x.npz has no splits"),
+        *(
+            (("--checkpoint", "x", mode, "--source", "x", flag), f"not with {mode}")
+            for mode, flag in (
+                ("--likelihood", "--size=7"),
+                ("--likelihood", "--features=x"),
+                ("--classify", "--lpips=vgg"),
+                ("--memorization", "--split=train"),
+            )
+        ),
+        (("--samples", "x", "--reference", "x", "--lpips", "vgg"), "not with --reference"),
         (("--samples", "x.npz", "--reference", "x.npz", "--features", "no.pth"), "no.pth"),
         (
             ("--samples", "x.npz", "--reference", "x.npz", "--features", __file__),
@@ -595,7 +629,7 @@ SAVED |= {"size": np.array((16, 16)), "count": np.array(40), "fingerprint": np.a
             for value in (None, np.array([1.5]))
         ),
         ("--reference", SAVED | {"mu": None}, "expected 'mu' as well"),
-        ("--reference", SAVED | {"sigma": np.ones(12)}, "expected (D,) and (D,D)"),
+        ("--reference", SAVED | {"sigma": np.ones(12)}, "expected floats (D,) and (D,D)"),
         (
             "--reference",
             SAVED | {"mu": np.zeros(9), "sigma": np.eye(9)},
@@ -612,7 +646,7 @@ SAVED |= {"size": np.array((16, 16)), "count": np.array(40), "fingerprint": np.a
         ("--reference", SAVED | {"features": np.full((9, 12), "a")}, "expected (N,D)"),
         ("--reference", SAVED | {"sigma": -np.eye(12)}, "sigma is no covariance"),
         ("--reference", SAVED | {"sigma": np.eye(12, k=1)}, "sigma is no covariance"),
-        ("--reference", SAVED | {"sigma": 1j * np.eye(12)}, "expected (D,) and (D,D)"),
+        ("--reference", SAVED | {"sigma": 1j * np.eye(12)}, "expected floats (D,) and (D,D)"),
         ("--reference", SAVED | {"sigma": np.full((12, 12), np.nan)}, "not finite"),
     ],
 )

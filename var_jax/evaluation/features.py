@@ -117,10 +117,14 @@ def check_count(count: int) -> None:
 
 
 def extract(
-    network: Network, images: ImageSet, folder: epath.Path, batch_size: int = 64
+    network: Network,
+    images: ImageSet,
+    folder: epath.Path,
+    batch_size: int = 64,
+    name: str = "images",
 ) -> Features:
     """The features of all images, on every device of the mesh; of those in `folder` only what is
-    damaged is made anew.
+    damaged is made anew. Progress says `name`.
 
     Process 0 writes and reads the files. They are called by the network, the place and the checksum
     of their images, so that none is taken for another.
@@ -129,16 +133,17 @@ def extract(
     """
     count, paths, start, weights = images.shape[0], [], 0, None
     check_count(count)
-    with progress(count, 0, "features") as bar:
+    with progress(count, 0, f"features of {name}") as bar:
         for part in images.batches(PART):
-            name = f"{network.name}-{network.fingerprint[:8]}-{start:08d}"
-            path = folder / f"{name}-{zlib.crc32(part.tobytes()):08x}.npz"
-            if not of_first(lambda path=path: np.array(is_whole(path)), (), bool):
+            stem = f"{network.name}-{network.fingerprint[:8]}-{start:08d}"
+            path = folder / f"{stem}-{zlib.crc32(part.tobytes()):08x}.npz"
+            if of_first(lambda path=path: np.array(is_whole(path)), (), bool):
+                bar.update(len(part))
+            else:
                 weights = replicate(network.weights) if weights is None else weights
-                found = in_batches(network.run, weights, part, batch_size)
+                found = in_batches(network.run, weights, part, batch_size, bar.update)
                 if jax.process_index() == 0:
                     save_npz(path, **found)
             paths.append(path)
             start += len(part)
-            bar.update(len(part))
     return Features(tuple(paths), count)

@@ -29,7 +29,8 @@ def frechet(
         raise BadInput("statistics hold values that are not finite.")
     step = mean_a.astype(np.float64) - mean_b
     overlap = np.linalg.svd(root(covariance_a) @ root(covariance_b), compute_uv=False).sum()
-    return float(step @ step + np.trace(covariance_a) + np.trace(covariance_b) - 2 * overlap)
+    distance = step @ step + np.trace(covariance_a) + np.trace(covariance_b) - 2 * overlap
+    return max(0.0, float(distance))  # below zero is rounding
 
 
 def root(covariance: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D D"]:

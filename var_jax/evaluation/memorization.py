@@ -87,7 +87,7 @@ def compare_with_training(
         sets[split] = SourceImages(source)
         if tokenizer is not None:
             sets[split] = Reconstructions(tokenizer, sets[split], batch_size)
-    found = {name: extract(network, each, folder, batch_size) for name, each in sets.items()}
+    found = {name: extract(network, each, folder, batch_size, name) for name, each in sets.items()}
     if jax.process_index() > 0:
         return None
     return {name: nearest(found[name], found["train"]) for name in ("samples", "validation")}

@@ -60,7 +60,7 @@ def open_reference(
         saved = saved_reference(folder, of) if jax.process_index() == 0 else None
         if of_first(lambda: np.array(saved is not None), (), bool):
             return saved
-    found = extract(network, images, folder, batch_size)
+    found = extract(network, images, folder, batch_size, "the reference")
     if jax.process_index() > 0:
         return None
     reference = reference_of(found)
@@ -89,8 +89,11 @@ def saved_at(folder: epath.Path, of: str) -> epath.Path:
     return folder / f"reference-{zlib.crc32(of.encode()):08x}.npz"
 
 
-def check_reference(spec: str, network: Network, split: str, size: Size) -> None:
-    """Raises BadInput for what `open_reference` would refuse, ahead of all features and samples."""
+def check_reference(spec: str, network: Network, split: str, size: Size) -> ImageSet | None:
+    """Raises BadInput for what `open_reference` would refuse, ahead of all features and samples.
+
+    Returns its images, unless it is saved statistics.
+    """
     given = load_others(spec) if is_npz(spec) else {}
     saved = saved_by_us(spec, given, network) if "features" in given else None
     statistics = saved.statistics if saved else published(given, spec)
@@ -103,9 +106,10 @@ def check_reference(spec: str, network: Network, split: str, size: Size) -> None
                 f"{spec}: {STATISTICS[kind][0]} has {len(mean)} numbers; expected {sizes[kind]} of"
                 f" the network {network.name}."
             )
-    height, width = h, w = shape_of(size)
+    images, (h, w) = None, shape_of(size)
     if not saved:
-        count, height, width, _ = open_images(spec, split, size).shape
+        images = open_images(spec, split, size)
+        count, height, width, _ = images.shape
         check_count(count)
     else:
         height, width = given["size"]
@@ -114,6 +118,7 @@ def check_reference(spec: str, network: Network, split: str, size: Size) -> None
             f"{spec} is of images of {height} by {width} pixels; expected {h} by {w}, the size of"
             " the samples or --size."
         )
+    return images
 
 
 def saved_by_us(spec: str, given: dict[str, np.ndarray], network: Network) -> Reference:
@@ -202,7 +207,9 @@ def published(arrays: dict[str, np.ndarray], path: str) -> dict[str, tuple[np.nd
         floats = mean.dtype.kind == covariance.dtype.kind == "f"
         if mean.ndim != 1 or covariance.shape != 2 * mean.shape or not floats:
             shapes = f"{mean.dtype} of shape {mean.shape} and {covariance.shape}"
-            raise BadInput(f"{path}: {' and '.join(names)} are {shapes}; expected (D,) and (D,D).")
+            raise BadInput(
+                f"{path}: {' and '.join(names)} are {shapes}; expected floats (D,) and (D,D)."
+            )
         if (np.diag(covariance) < 0).any() or not symmetric(covariance):
             raise BadInput(
                 f"{path}: {names[1]} is no covariance: that is symmetric, with no variance below 0."

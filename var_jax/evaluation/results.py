@@ -1,18 +1,25 @@
 """Figures as `evaluate` tells them: metrics.json, a table, and of a sweep a curve."""
 
+import contextlib
+import itertools
 import json
 from typing import Any
 
 from etils import epath
 
-from var_jax.tools.files import replacing
+from var_jax import BadInput
+from var_jax.tools.files import read_json, replacing
 from var_jax.tools.images import curves, going_on_without
 
 HELD_OUT = "held-out images"
 
 
 def write(out: epath.Path, found: dict[str, dict[str, float]], about: dict[str, Any]) -> None:
-    """Prints the figures, and writes metrics.json and of a sweep curve.png."""
+    """Prints the figures, and writes metrics.json and of a sweep curve.png.
+
+    Figures of other flags that are in `out` are kept beside, as metrics-1.json and so on.
+    """
+    keep_others(out, about["flags"])
     single = found.pop("", None)
     with replacing(out / "metrics.json") as beside:
         text = (single or {}) | ({"sets": found} if found else {}) | about
@@ -25,6 +32,21 @@ def write(out: epath.Path, found: dict[str, dict[str, float]], about: dict[str, 
             curves(out / "curve.png", {y: {"": line}}, x)
     print(table(({"samples": single} if single else {}) | found))
     print(f"figures are in {out / 'metrics.json'}")
+
+
+def keep_others(out: epath.Path, flags: dict[str, Any]) -> None:
+    """Renames metrics.json unless it is of these flags."""
+    path, then = out / "metrics.json", None
+    if not path.exists():
+        return
+    with contextlib.suppress(BadInput):  # damaged: of no flags that are known
+        then = read_json(path).get("flags")
+    if then == json.loads(json.dumps(flags)):
+        return
+    names = (out / f"metrics-{number}.json" for number in itertools.count(1))
+    other = next(name for name in names if not name.exists())
+    path.rename(other)
+    print(f"figures of other flags that were there are in {other}")
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:

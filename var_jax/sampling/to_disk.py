@@ -23,7 +23,7 @@ from var_jax.sharding.mesh import of_first
 from var_jax.sharding.ops import round_up
 from var_jax.tools.files import PATIENCE, read_json, replacing
 from var_jax.tools.logs import progress
-from var_jax.tools.npz import join_npz, load_npz, save_npz
+from var_jax.tools.npz import has_end, join_npz, load_npz, save_npz
 
 Score = Callable[[np.ndarray, np.ndarray, Any], Float[np.ndarray, " N"]]  # images, labels, tokens
 # Settings that older versions did not have, and what they did.
@@ -151,11 +151,11 @@ class Job:
         sync_global_devices(f"{doing} is done")
 
     def found(self, prefix: str) -> list[tuple[range, epath.Path]]:
-        """The parts that are there, in order, and their rows."""
+        """The parts that are there and not cut short, in order, and their rows."""
         name = re.compile(prefix + r"(\d{8,})(?:-(\d{8,}))?\.npz")
         parts = []
         for path in self.parts.iterdir():
-            if match := name.fullmatch(path.name):
+            if (match := name.fullmatch(path.name)) and has_end(path):
                 start = int(match[1])  # older versions named no end
                 stop = int(match[2] or start + len(next(iter(load_npz(path).values()))))
                 parts.append((range(start, stop), path))

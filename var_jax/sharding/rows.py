@@ -36,10 +36,17 @@ def few_sizes(count: int, batch_size: int) -> int:
     return min(batch_size, 1 << (count - 1).bit_length())
 
 
-def in_batches(f: Callable[[Any, Any], Any], weights: Any, rows: Any, batch_size: int = 64) -> Any:
+def in_batches(
+    f: Callable[[Any, Any], Any],
+    weights: Any,
+    rows: Any,
+    batch_size: int = 64,
+    advance: Callable[[int], object] = lambda count: None,
+) -> Any:
     """`f(weights, rows)` of any number of rows, on every process: a batch at a time, padded.
 
-    Rows and results are trees of arrays whose first axis is the batch.
+    Rows and results are trees of arrays whose first axis is the batch. After each batch `advance`
+    is called with the number of its rows.
 
     Raises: BadInput for a batch size below 1.
     """
@@ -51,6 +58,7 @@ def in_batches(f: Callable[[Any, Any], Any], weights: Any, rows: Any, batch_size
         index = np.resize(np.arange(start, min(start + size, count)), size)
         result = f(weights, jax.tree.map(lambda x, index=index: put(x[index]), rows))
         results.append(jax.tree.map(lambda x, n=count - start: fetch(x, n), result))
+        advance(min(size, count - start))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
 
 

@@ -160,6 +160,12 @@ def load_npz(path: str | PurePath, *names: str) -> dict[str, np.ndarray]:
         return {name: arrays[name] for name in names or arrays}
 
 
+def has_end(path: str | PurePath) -> bool:
+    """Whether an npz ends as one does: one that was cut short lacks its directory."""
+    with epath.Path(path).open("rb") as file:
+        return zipfile.is_zipfile(file)
+
+
 def is_whole(path: str | PurePath) -> bool:
     """Whether there is an npz that can be read to its end."""
     try:

@@ -53,7 +53,7 @@ def define_sweep() -> None:
     flags.DEFINE_list("temperature", None, say("Of what is left."))
     flags.DEFINE_string("guidance", None, say("As of `sample`."))
     flags.DEFINE_list("steps", None, say("Of a diffusion transformer."))
-    flags.DEFINE_enum("solver", None, ["euler", "heun"], "Alike.")
+    flags.DEFINE_enum("solver", None, ["euler", "heun"], say("Of a diffusion transformer."))
 
 
 def sweep(args: flags.FlagValues) -> dict[str, dict[str, Any]]:
