@@ -3,11 +3,13 @@
 import csv
 import os
 import runpy
+import struct
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from etils import epath
 
@@ -132,24 +134,42 @@ def test_trainings_whose_names_differ_behind_a_dot(script, tmp_path, monkeypatch
 
 
 SMALL = """
-import versus
+import os, versus
 from var_jax.tools import cli
+load = versus.load_config
+def small(*args):
+    config = load(*args)
+    config.data.source = os.environ["SOURCE"]
+    return config
+versus.load_config = small
 versus.MODELS, versus.GUIDANCE, versus.OF_TOKENS = ("raster",), (0.0,), (("sampling.top_p=0.8",),)
 cli.run(versus.main, versus.define_flags)
 """
 
 
+def write_idx(path, array):
+    path.write_bytes(struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape))
+    with path.open("ab") as file:
+        file.write(array.tobytes())
+
+
 @pytest.mark.slow
 def test_a_study_of_one_step(tmp_path):
     """It trains, samples and measures; again it does none of that, and writes the same."""
-    flags = ("--budgets=0.01", "--seeds=1", "--num=10", "--tokenizer_steps=1", f"--out={tmp_path}")
+    for split, count in (("train", 100), ("t10k", 50)):
+        images = np.random.default_rng(count).integers(0, 256, (count, 28, 28), np.uint8)
+        write_idx(tmp_path / f"{split}-images-idx3-ubyte", images)
+        write_idx(tmp_path / f"{split}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8) % 10)
+    out = tmp_path / "out"
+    flags = ("--budgets=0.01", "--seeds=1", "--num=10", "--tokenizer_steps=1", f"--out={out}")
     paths = os.pathsep.join((str(SCRIPT.parent), str(SCRIPT.parents[1])))
-    env = os.environ | {"PYTHONPATH": paths, "JAX_NUM_CPU_DEVICES": "1"}
+    env = {"PYTHONPATH": paths, "JAX_NUM_CPU_DEVICES": "1", "SOURCE": f"idx:{tmp_path}"}
+    env = os.environ | env
     results, found, times = ("points.csv", "tuning.csv", "table.md"), [], []
     for _ in range(2):
         subprocess.run([sys.executable, "-c", SMALL, *flags], env=env, check=True, timeout=500)
-        found.append([(tmp_path / name).read_text() for name in results])
-        times.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")})
+        found.append([(out / name).read_text() for name in results])
+        times.append({path: path.stat().st_mtime_ns for path in out.rglob("*.json")})
     assert found[0] == found[1] and times[0] == times[1]
     points, tuning, table = found[0]
     (row,) = csv.DictReader(points.splitlines())

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import struct
+import time
 import tracemalloc
 import zipfile
 import zlib
@@ -13,7 +14,7 @@ import PIL.Image
 import pytest
 from etils import epath
 from evaluation_cases import weights_file
-from running import complaint, run, start_several
+from running import complaint, run, run_alone, start, start_several
 
 from var_jax.checkpoints.export import export_config
 from var_jax.config import SamplingConfig
@@ -419,6 +420,27 @@ def test_a_checkpoint_is_sampled_and_swept(tmp_path, untrained, mean_colours):
     assert (tmp_path / "out" / "cfg0" / "samples.npz").stat().st_mtime_ns == time
     said = complaint("evaluate", *flags, "--cfg", "0,1.5", "--seed", 1, "--out", tmp_path / "out")
     assert "--seed=0, not 1" in said
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on(tmp_path, untrained):
+    """Killed while it samples and again after its first features, it ends in the same figures."""
+    flags = ("evaluate", "--checkpoint", untrained, "--reference", "emoji", "--num", 40)
+    flags = (*flags, "--batch_size", 2, "--split", "validation", "--out")
+    code, _, err = run_alone(*flags, tmp_path / "whole")
+    assert code == 0, err
+    for sign in ("samples/parts/*.npz", "features/*.npz"):
+        process = start(*flags, tmp_path / "killed")
+        while not [*(tmp_path / "killed").glob(sign)]:
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    code, _, err = run_alone(*flags, tmp_path / "killed")
+    assert code == 0, err
+    whole, killed = (metrics(tmp_path / name) for name in ("whole", "killed"))
+    assert whole == killed and whole["sets"]["held-out images"]["images"] == 40
 
 
 def without_transformer(checkpoint, folder):
