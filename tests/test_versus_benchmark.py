@@ -173,10 +173,10 @@ def test_a_study_of_one_step(tmp_path):
     assert found[0] == found[1] and times[0] == times[1]
     points, tuning, table = found[0]
     (row,) = csv.DictReader(points.splitlines())
-    losers = [*csv.DictReader(tuning.splitlines())]
-    rates = {float(each["learning rate"]) for each in losers} | {float(row["learning rate"])}
+    trials = [*csv.DictReader(tuning.splitlines())]
+    rates = {float(each["learning rate"]) for each in trials}
     assert len(rates) == 3 and float(row["FD"]) > 0 and row["top-p"] == "0.8"
-    assert float(row["validation loss"]) == min(float(each["validation loss"]) for each in losers)
+    assert float(row["validation loss"]) == min(float(each["validation loss"]) for each in trials)
     assert "| raster | 0.01 |" in table
 
 

@@ -63,7 +63,6 @@ from var_jax.evaluation.memorization import (
     neighbours_of,
 )
 from var_jax.evaluation.quality import (
-    Reference,
     check_reference,
     distance,
     distance_name,
@@ -158,7 +157,7 @@ def main(args: flags.FlagValues) -> None:
     mesh = mesh_for_sampling(args.checkpoint) if args.checkpoint else data_mesh()
     model = load(args, mesh)
     network = load_network(args.features) if sampled or args.tokenizer else None
-    reference = None
+    more: dict[str, Any] = {}
     with using(mesh):
         if isinstance(model, Tokenizer):
             assert network is not None
@@ -167,13 +166,10 @@ def main(args: flags.FlagValues) -> None:
             assert model is not None
             found = {"": likelihood(args, model)}
         elif args.reference:
-            found, reference = quality(args, network, model, out)
+            found, more = quality(args, network, model, out)
         else:
             found = memorized(args, network, model, out)
-    settings = about(args, network, model)  # on all hosts: a fingerprint may gather weights
-    if reference:
-        of = {"images": reference.count, "fingerprint": reference.fingerprint}
-        settings["reference"] = of
+    settings = about(args, network, model) | more  # on all hosts: a fingerprint may gather weights
     if jax.process_index() == 0:
         write(out, found, settings)
     sync_global_devices("figures are written")  # hosts that end earlier would take others along
@@ -235,7 +231,7 @@ def reconstruction(
     perturbed = extract(network, Perturbed(again), folder, count)
     if jax.process_index() > 0:
         return {}
-    tell_of_few(network, size, validation=originals.count)
+    warn_of_few(network, size, {f"{args.split or 'validation'} images": originals.count})
     reference, name = reference_of(originals), distance_name(network)
     distances = {f"r{key}": x for key, x in figures(network, reconstructed, reference).items()}
     return (
@@ -275,10 +271,11 @@ def note(text: str) -> None:
 
 def quality(
     args: flags.FlagValues, network: Network, model: var_jax.Model | None, out: epath.Path
-) -> tuple[dict[str, dict[str, float]], Reference | None]:
-    """The figures of samples, of each setting of a sweep, and of held-out images; the reference.
+) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """The figures of samples, of each setting of a sweep, and of held-out images.
 
-    Nothing and None on processes above 0.
+    And what tells the reference from others, and samples that were there. Empty on processes above
+    0.
     """
     split, folder = args.split or "train", out / "features"
     sets: dict[str, ImageSet] = {}
@@ -306,30 +303,32 @@ def quality(
         for name, each in sets.items()
     }
     if reference is None or jax.process_index() > 0:
-        return {}, None
+        return {}, {}
     scores = {
         name: {"images": each.count} | figures(network, each, reference)
         for name, each in found.items()
     }
-    tell_of_few(network, size, samples=count, reference=reference.count)
-    if missing and network.name != "inception":  # whose figures compare with published ones
+    warn_of_few(network, size, {"samples": count, "reference images": reference.count})
+    if missing:
         note(missing)
-    if any("inception_score_adm" in each for each in scores.values()):
+    for name in (name for name, each in scores.items() if "inception_score_adm" in each):
         note(
-            "warning: images lie in the order of their classes: inception_score takes them in"
-            " another order, inception_score_adm in blocks of the file."
+            f"warning: {name or 'samples'} lie in the order of their classes: inception_score takes"
+            " them in another order, inception_score_adm in blocks of the file."
         )
-    return scores, reference
+    of = {"images": reference.count or None, "fingerprint": reference.fingerprint}
+    given = {} if model else {"samples": found[""].fingerprint}
+    return scores, {"reference": of} | given
 
 
-def tell_of_few(network: Network, size: Size, **counts: int) -> None:
-    """Warns where the covariance of a set's features cannot be of full rank."""
+def warn_of_few(network: Network, size: Size, counts: dict[str, int]) -> None:
+    """Warns where the covariance of a set's features cannot be of full rank; 0: not known."""
     most = feature_sizes(network, size)["pool"]
     for name, count in counts.items():
-        if count <= most:
+        if 0 < count <= most:
             note(
-                f"warning: {count:,} {name} images are few for {most:,} features: the distance is"
-                " larger than that of more images, and compares with distances of as many alone."
+                f"warning: {count:,} {name} are few for {most:,} features: the distance is larger"
+                " than with more images; compare it with distances of equally many only."
             )
 
 

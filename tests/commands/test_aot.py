@@ -63,7 +63,7 @@ def test_layers_are_unrolled_for_tpus_unless_all_of_them_are_recomputed():
         found[platform, remat] = "stablehlo.while" in text, text.count("optimization_barrier")
     assert found["tpu", "none"] == (False, 0)
     loops, barriers = found["tpu", "selective"]
-    assert not loops and barriers in (6, 12)  # a block's six parts, which some jax shares
+    assert not loops and barriers in (6, 12)  # of six parts, which some versions of jax share
     assert found["tpu", "full"] == found["cpu", "full"] == (True, 0)
 
 

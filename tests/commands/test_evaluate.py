@@ -93,7 +93,8 @@ def test_few_samples_are_told(tmp_path, mean_colours):
         code, _, err = run("evaluate", *flags[0], *flags[1], "--out", tmp_path / "out")
         assert code == 0, err
         for name in names:
-            assert (f"warning: 12 {name} images are few for 12 features" in err) == (name in few)
+            text = f"warning: 12 {name}{' images' * (name == 'reference')} are few for 12 features"
+            assert (text in err) == (name in few)
 
 
 def test_images_of_another_size_than_the_reference(tmp_path, mean_colours):
@@ -123,7 +124,7 @@ def test_figures_of_other_flags_are_kept(tmp_path, mean_colours):
         assert code == 0, err
         found.append(metrics(tmp_path / "out"))
         kept = [*(tmp_path / "out").glob("metrics-*.json")]
-        assert len(kept) == count and ("figures of other flags" in out) == (len(found) in (2, 4))
+        assert len(kept) == count and ("of something else" in out) == (len(found) in (2, 4))
     assert json.loads((tmp_path / "out" / "metrics-1.json").read_text()) == found[0]
     assert json.loads((tmp_path / "out" / "metrics-2.json").read_text()) == found[1]
     assert found[0] == found[3] and found[1] == found[2]
@@ -426,7 +427,7 @@ def test_a_checkpoint_is_sampled_and_swept(tmp_path, untrained, mean_colours):
 def test_a_killed_evaluation_goes_on(tmp_path, untrained):
     """Killed while it samples and again after its first features, it ends in the same figures."""
     flags = ("evaluate", "--checkpoint", untrained, "--reference", "emoji", "--num", 40)
-    flags = (*flags, "--batch_size", 2, "--split", "validation", "--out")
+    flags = (*flags, "--batch_size", 1, "--split", "validation", "--out")
     code, _, err = run_alone(*flags, tmp_path / "whole")
     assert code == 0, err
     for sign in ("samples/parts/*.npz", "features/*.npz"):
@@ -440,6 +441,7 @@ def test_a_killed_evaluation_goes_on(tmp_path, untrained):
     code, _, err = run_alone(*flags, tmp_path / "killed")
     assert code == 0, err
     whole, killed = (metrics(tmp_path / name) for name in ("whole", "killed"))
+    del whole["commit"], killed["commit"]  # this file may be edited meanwhile
     assert whole == killed and whole["sets"]["held-out images"]["images"] == 40
 
 

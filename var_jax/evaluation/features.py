@@ -88,7 +88,7 @@ class Features:
 
     @property
     def fingerprint(self) -> str:
-        """What tells them from those of other images or another network: the names of the files."""
+        """The digest of the files' names, which hold the network and checksums of the images."""
         return hashlib.sha256(" ".join(path.name for path in self.paths).encode()).hexdigest()
 
     def parts(self, name: str) -> Iterator[Float[np.ndarray, "b D"]]:

@@ -30,7 +30,7 @@ def frechet(
     step = mean_a.astype(np.float64) - mean_b
     overlap = np.linalg.svd(root(covariance_a) @ root(covariance_b), compute_uv=False).sum()
     distance = step @ step + np.trace(covariance_a) + np.trace(covariance_b) - 2 * overlap
-    return max(0.0, float(distance))  # below zero is rounding
+    return max(float(distance), 0.0)  # below zero by rounding
 
 
 def root(covariance: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D D"]:

@@ -125,8 +125,8 @@ def spread(most: int, count: int | None) -> Int[np.ndarray, " N"]:
 
 
 def grouped_by_class(labels: Int[np.ndarray, " N"]) -> bool:
-    """Whether neighbours share a class more often than in a random order."""
-    runs = 1 + np.count_nonzero(np.diff(labels))
+    """Whether neighbours share a class more often than in a random order, by four deviations."""
     _, counts = np.unique(labels, return_counts=True)
-    expected = 1 + len(labels) * (1 - ((counts / len(labels)) ** 2).sum())
-    return len(counts) > 1 and bool(runs < 0.9 * expected)
+    pairs, chance = len(labels) - 1, ((counts / len(labels)) ** 2).sum()
+    alike = pairs - np.count_nonzero(np.diff(labels))
+    return bool(alike > pairs * chance + 4 * np.sqrt(pairs * chance * (1 - chance)))

@@ -37,7 +37,7 @@ class Reference(NamedTuple):
 
     statistics: dict[str, tuple[np.ndarray, np.ndarray]]
     pool: Float[np.ndarray, "M D"]
-    count: int  # of images
+    count: int  # of images; 0: not known
     fingerprint: str  # of images, network and given statistics
 
 
@@ -69,7 +69,7 @@ def open_reference(
         for array in jax.tree.leaves(stated):
             digest.update(np.ascontiguousarray(array).tobytes())
         statistics = reference.statistics | stated
-        reference = reference._replace(statistics=statistics, fingerprint=digest.hexdigest())
+        reference = Reference(statistics, reference.pool, 0, digest.hexdigest())
     named = {
         name: array
         for kind, arrays in reference.statistics.items()

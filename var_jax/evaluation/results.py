@@ -17,9 +17,9 @@ HELD_OUT = "held-out images"
 def write(out: epath.Path, found: dict[str, dict[str, float]], about: dict[str, Any]) -> None:
     """Prints the figures, and writes metrics.json and of a sweep curve.png.
 
-    Figures of other flags that are in `out` are kept beside, as metrics-1.json and so on.
+    Figures that are in `out` and of something else are kept beside, as metrics-1.json and so on.
     """
-    keep_others(out, about["flags"])
+    keep_others(out, about)
     single = found.pop("", None)
     with replacing(out / "metrics.json") as beside:
         text = (single or {}) | ({"sets": found} if found else {}) | about
@@ -34,19 +34,20 @@ def write(out: epath.Path, found: dict[str, dict[str, float]], about: dict[str, 
     print(f"figures are in {out / 'metrics.json'}")
 
 
-def keep_others(out: epath.Path, flags: dict[str, Any]) -> None:
-    """Renames metrics.json unless it is of these flags."""
-    path, then = out / "metrics.json", None
+def keep_others(out: epath.Path, about: dict[str, Any]) -> None:
+    """Renames metrics.json unless it is of the same flags, weights and images."""
+    path, then = out / "metrics.json", {}
     if not path.exists():
         return
-    with contextlib.suppress(BadInput):  # damaged: of no flags that are known
-        then = read_json(path).get("flags")
-    if then == json.loads(json.dumps(flags)):
+    with contextlib.suppress(BadInput):  # damaged: of nothing that is known
+        then = read_json(path)
+    now = json.loads(json.dumps(about))
+    if all(then.get(name) == now[name] for name in now.keys() - {"version", "commit"}):
         return
     names = (out / f"metrics-{number}.json" for number in itertools.count(1))
     other = next(name for name in names if not name.exists())
     path.rename(other)
-    print(f"figures of other flags that were there are in {other}")
+    print(f"the figures that were there are of something else; they are now in {other}")
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:
@@ -54,7 +55,9 @@ def table(columns: dict[str, dict[str, float]]) -> str:
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     width = max(map(len, names))
     head = " " * width + "".join(f"{name:>18}" for name in columns)
-    cell = lambda value: f"{value:18.6g}" if value is not None else " " * 18
+    cell = lambda value: (
+        " " * 18 if value is None else f"{value:18{',' if type(value) is int else '.6g'}}"
+    )
     rows = (
         f"{name:{width}}" + "".join(cell(column.get(name)) for column in columns.values())
         for name in names

@@ -21,7 +21,7 @@ from var_jax.sampling.generate import Sampler, generate
 from var_jax.sampling.reject import best, candidates
 from var_jax.sharding.mesh import of_first
 from var_jax.sharding.ops import round_up
-from var_jax.tools.files import PATIENCE, read_json, replacing
+from var_jax.tools.files import PATIENCE, in_bucket, read_json, replacing
 from var_jax.tools.logs import progress
 from var_jax.tools.npz import has_end, join_npz, load_npz, save_npz
 
@@ -58,6 +58,9 @@ class Job:
         about = self.parts / "settings.json"
         if about.exists() and any(self.parts.glob("*.npz")):
             check_settings(self.parts, read_json(about), settings)
+            for part in [] if in_bucket(self.parts) else self.parts.glob("*.npz"):
+                if not has_end(part):  # a disk was full, or lost power
+                    part.unlink()
             return
         names = [path.name for path in self.parts.iterdir()] if self.parts.exists() else []
         if not all(map(LEFTOVER.fullmatch, names)):
@@ -151,11 +154,11 @@ class Job:
         sync_global_devices(f"{doing} is done")
 
     def found(self, prefix: str) -> list[tuple[range, epath.Path]]:
-        """The parts that are there and not cut short, in order, and their rows."""
+        """The parts that are there, in order, and their rows."""
         name = re.compile(prefix + r"(\d{8,})(?:-(\d{8,}))?\.npz")
         parts = []
         for path in self.parts.iterdir():
-            if (match := name.fullmatch(path.name)) and has_end(path):
+            if match := name.fullmatch(path.name):
                 start = int(match[1])  # older versions named no end
                 stop = int(match[2] or start + len(next(iter(load_npz(path).values()))))
                 parts.append((range(start, stop), path))
