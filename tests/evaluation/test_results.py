@@ -29,7 +29,8 @@ def test_a_sweep_has_a_curve_without_the_held_out_images(tmp_path, monkeypatch, 
         [sets[name][x] for name in ("cfg1", "cfg2")],
         [sets[name][y] for name in ("cfg1", "cfg2")],
     )
-    assert drawn == [({y: {"": line}}, x)]
+    points = {name: ([sets[name][x]], [sets[name][y]]) for name in ("cfg1", "cfg2")}
+    assert drawn == [({y: {"": line} | points}, x)]
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"sets": sets} | about
 
 

@@ -93,10 +93,9 @@ def likelihood_figures(
             tokens = in_batches(encode_images, tokenizer, batch["image"], batch_size)
             rows = {"tokens": tokens, "labels": batch["label"]}
             weights = tokenizer.quantizer, transformer
-            found, hits = in_batches(_by_scale, weights, rows, batch_size)
+            found, hits = in_batches(_by_scale, weights, rows, batch_size, bar.update)
             cost -= found.sum(0, dtype=np.float64)
             right += hits.sum(0, dtype=np.float64)
-            bar.update(len(tokens))
     length, bits = len(chosen) * np.array(lengths(sides)), cost / np.log(2) / len(chosen)
     figures = {"loss": cost.sum() / length.sum(), "accuracy": right.sum() / length.sum()}
     figures["bits_per_image"] = bits.sum()
@@ -115,7 +114,7 @@ def classification_figures(
     """
     first = fifth = 0
     with progress(len(source), 0, "classifying") as bar:
-        for batch in in_order(source, PART):
+        for batch in in_order(source, batch_size):
             tokens = in_batches(encode_images, tokenizer, batch["image"], batch_size)
             each = class_log_likelihoods(tokenizer.quantizer, transformer, tokens, batch_size)
             less = each < np.take_along_axis(each, batch["label"][:, None], 1)

@@ -28,8 +28,9 @@ def write(out: epath.Path, found: dict[str, dict[str, float]], about: dict[str, 
     if len(points) > 1 and about["flags"]["reference"]:
         x, y = ("inception_score", "fid") if "fid" in points[0] else list(points[0])[-1:-3:-1]
         line = [point[x] for point in points], [point[y] for point in points]
+        named = {name: ([found[name][x]], [found[name][y]]) for name in found if name != HELD_OUT}
         with going_on_without("curve.png"):
-            curves(out / "curve.png", {y: {"": line}}, x)
+            curves(out / "curve.png", {y: {"": line} | named}, x)
     print(table(({"samples": single} if single else {}) | found))
     print(f"figures are in {out / 'metrics.json'}")
 
