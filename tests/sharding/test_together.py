@@ -71,3 +71,10 @@ def listen(monkeypatch, store, unsaved=True):
 def test_how_listening_ends(monkeypatch, store, ends):
     found = listen(monkeypatch, store)
     assert found == ends or (isinstance(found, tuple) and found[0] == ends)
+
+
+def test_a_marker_that_a_kill_left_is_removed(tmp_path):
+    for folder in (tmp_path / "none", tmp_path):
+        (tmp_path / ".shared-04d315e302e1e804").touch()
+        hosts.check_shared("--out", folder)
+        assert any(tmp_path.iterdir()) == (folder != tmp_path)

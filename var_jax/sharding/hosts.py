@@ -94,9 +94,11 @@ def leave() -> None:
 
 def check_shared(flag: str, folder: str | PurePath) -> None:
     """Raises BadInput, naming `flag`, unless every host sees what process 0 writes in `folder`."""
+    folder, first = epath.Path(folder), jax.process_index() == 0
+    for left in folder.glob(".shared-*") if first else ():  # by hosts that were killed here
+        left.unlink()
     if jax.process_count() == 1:
         return
-    folder, first = epath.Path(folder), jax.process_index() == 0
     name = broadcast_one_to_all(np.frombuffer(os.urandom(8), np.uint8)).tobytes().hex()
     marker, was_there = folder / f".shared-{name}", folder.exists()
     if first:
