@@ -109,7 +109,7 @@ def distance_figures(samples: Neighbours, validation: Neighbours) -> dict[str, d
 def neighbours_of(
     samples: ImageSet, found: Neighbours, training: Source
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """An image: a row for each of the samples that are nearest to a training image, the nearest
+    """An image with a row for each of the samples that are nearest to a training image, the nearest
     first; in it the distance, the sample, and its nearest training images."""
     order = [int(i) for i in np.argsort(found.distance[:, 0], kind="stable")[:SHOWN]]
     chosen, start = {}, 0
