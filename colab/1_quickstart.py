@@ -18,7 +18,7 @@ if importlib.util.find_spec("var_jax") is None:
     clone = pathlib.Path("..").resolve()
     source = clone.as_uri() if (clone / "setup.py").exists() else SOURCE
     # !pip freeze | grep -E "^(jax|jaxlib)==" > runtime.txt  # this jax knows the machine: it stays
-    # !pip install -q -c runtime.txt "var_jax @ {source}"
+    # !pip install -q -c runtime.txt "var_jax[report] @ {source}"
 
 # %% [markdown]
 # ## Sample

@@ -91,12 +91,13 @@ GO_WITH = {  # flags that not all measurements take
     "source": MODES,
     "split": ("reference", "likelihood", "classify", "tokenizer"),
     "features": ("reference", "tokenizer", "memorization"),
+    "held_out": ("reference",),
     "size": ("reference",),
     "lpips": ("tokenizer",),
 }
 FLAGS = (
-    "checkpoint", "samples", "reference", "features", "source", "split", "size", "lpips",
-    *OF_SAMPLING, *MODES,
+    "checkpoint", "samples", "reference", "held_out", "features", "source", "split", "size",
+    "lpips", *OF_SAMPLING, *MODES,
 )  # fmt: skip
 
 
@@ -108,6 +109,10 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "features", EFFICIENTNET, "A file of weights: Inception of FID, DINOv2 or EfficientNet."
     )
+    flags.DEFINE_string(
+        "held_out", None, "Real images, none of them of --reference, whose figures are a lower"
+        " bound. Default: those of its other split, of a data source.",
+    )  # fmt: skip
     flags.DEFINE_bool("likelihood", False, "Loss, accuracy and bits of --source, by scale.")
     flags.DEFINE_bool("classify", False, "How often the likeliest class is that of the image.")
     flags.DEFINE_bool("tokenizer", False, "PSNR, SSIM, distance of features and use of the codes.")
@@ -282,20 +287,19 @@ def quality(
     if model is None:
         sets[""] = open_images(args.samples)
         _, height, width, _ = sets[""].shape
-        size = args.size or size_of((height, width))
-        originals = check_reference(args.reference, network, split, size)
+        count, size = sets[""].shape[0], args.size or size_of((height, width))
     else:
-        size = args.size or model.image_size
-        originals = check_reference(args.reference, network, split, size)
+        count, size = args.num or 50_000, args.size or model.image_size
+    check_count(count)
+    originals = check_reference(args.reference, network, split, size)
+    held_out, missing = floor_of(args, split, count, size)
+    if model is not None:
         for name, settings in sweep(args, model).items():
-            num, place = args.num or 50_000, out / (name or "samples")
-            sets[name] = NpzImages(draw(args, model, settings, num, place))
-    count = next(iter(sets.values())).shape[0]
-    check_count(count)  # ahead of the features of the reference
+            place = out / (name or "samples")
+            sets[name] = NpzImages(draw(args, model, settings, count, place))
     if isinstance(originals, SourceImages):
         note(summarize(args.reference, {split: originals.source}))
     reference = open_reference(args.reference, network, folder, split, size, args.batch_size)
-    held_out, missing = floor_of(args.reference, split, count, size)
     if held_out:
         sets[HELD_OUT] = held_out
     found = {
@@ -332,17 +336,25 @@ def warn_of_few(network: Network, size: Size, counts: dict[str, int]) -> None:
             )
 
 
-def floor_of(spec: str, split: str, count: int, size: Size) -> tuple[ImageSet | None, str]:
+def floor_of(
+    args: flags.FlagValues, split: str, count: int, size: Size
+) -> tuple[ImageSet | None, str]:
     """Held-out images of a reference, whose figures are a lower bound, if there are some.
 
-    With them a sentence for where there are none, or fewer than samples.
+    With them a sentence for where there are none, or fewer than samples. Raises: BadInput if
+    --held_out names none of this size.
     """
-    try:
-        held_out = held_out_images(spec, split, count, size)
-    except BadInput as error:  # samples have figures without it
-        return None, f"warning: no figures of {HELD_OUT}: {error}"
-    if held_out is None:
-        return None, f"{spec} has no other split, so there are no figures of {HELD_OUT}."
+    held_out, spec = None, args.reference
+    if args.held_out:
+        held_out = held_out_images(args.held_out, count, size)
+    elif not is_source(spec):
+        return None, f"{spec} has no other split: --held_out names images for a lower bound."
+    else:
+        other = next(name for name in SPLITS if name != split)
+        try:
+            held_out = held_out_images(spec, count, size, other)
+        except BadInput as error:  # samples have figures without it
+            return None, f"warning: no figures of {HELD_OUT}: {error}"
     if (fewer := held_out.shape[0]) >= count:
         return held_out, ""
     return held_out, (

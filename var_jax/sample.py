@@ -24,6 +24,8 @@ from var_jax.checkpoints.export import load_fingerprint
 from var_jax.config import MAX_SEED, SamplingConfig
 from var_jax.data.classes import class_index, meanings
 from var_jax.data.sources.emoji import CELL, Emoji
+from var_jax.evaluation.likelihood import class_scores
+from var_jax.evaluation.pixel_report import scorer
 from var_jax.sampling.exports import mesh_for_sampling
 from var_jax.sampling.to_disk import Job, Score
 from var_jax.schedule import num_tokens, shape_of
@@ -112,7 +114,7 @@ def main(args: flags.FlagValues) -> None:
     if args.show_scales:
         model.check_kind("--show_scales", "var")
     labels = wanted_labels(args, model)
-    score = load_scorer(args, model) if args.reject < 1 else None
+    score, everywhere = load_scorer(args, model) if args.reject < 1 else (None, False)
     settings = model.settings(
         **sampling_flags.sampling_settings(args), steps=args.steps, solver=args.solver
     )
@@ -124,7 +126,7 @@ def main(args: flags.FlagValues) -> None:
         job.begin(settings_of(args, model, settings, refiner))
         index = np.arange(len(labels), dtype=np.int32)
         if score is not None:
-            index = job.choose(args.reject, score)
+            index = job.choose(args.reject, score, everywhere)
         job.sample(index)
         if args.show_scales:
             shape = min(ROWS, len(labels)), num_tokens(model.patch_nums)
@@ -192,27 +194,24 @@ def counted(entry: str, names: Sequence[str]) -> tuple[int, int | None]:
     return class_index(names, name, "--labels"), int(count)
 
 
-def load_scorer(args: flags.FlagValues, model: var_jax.Model) -> Score:
+def load_scorer(args: flags.FlagValues, model: var_jax.Model) -> tuple[Score, bool]:
     """What --scorer names, or else a classifier of the emoji or the model itself.
+
+    And whether it takes all images on every process, as the model does.
 
     Raises: BadInput if there is no such function, or the model would need tokens that are not here.
     """
     if args.scorer is not None:
-        return of_user(find_function("--scorer", args.scorer, 2), args.scorer)
+        return of_user(find_function("--scorer", args.scorer, 2), args.scorer), False
     size = model.image_size
     emoji = Emoji("train", size if max(shape_of(size)) <= CELL else CELL)
     if model.class_names == emoji.class_names:
-        from var_jax.evaluation.pixel_report import scorer  # scikit-learn takes seconds
-
-        return of_images(scorer(emoji))
+        return of_images(scorer(emoji)), False
     model.check_kind("--reject without --scorer", "var", "raster")
-    if args.smooth or jax.process_count() > 1:
-        why = "--smooth has none" if args.smooth else "each host has a part of them"
-        raise BadInput(f"--reject needs --scorer here: the model scores tokens, and {why}.")
-    from var_jax.evaluation.likelihood import class_scores
-
+    if args.smooth:
+        raise BadInput("--reject needs --scorer here: the model scores tokens, --smooth has none.")
     parts = model.models.tokenizer.quantizer, model.models.transformer
-    return lambda _, labels, tokens: class_scores(*parts, tokens, labels, args.batch_size)
+    return lambda _, labels, tokens: class_scores(*parts, tokens, labels, args.batch_size), True
 
 
 def of_user(score: Callable[[np.ndarray, np.ndarray], Any], spec: str) -> Score:

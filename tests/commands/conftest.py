@@ -1,5 +1,8 @@
 """A checkpoint for commands that need one, but no good one."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -20,4 +23,15 @@ def untrained(tmp_path_factory):
     models = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), models)
     folder = tmp_path_factory.mktemp("untrained") / "checkpoint"
     save_models(folder, models, names, config)
+    return folder
+
+
+@pytest.fixture
+def other(untrained, tmp_path):
+    """The same weights, of classes that are not the emoji's."""
+    folder = tmp_path / "other"
+    shutil.copytree(untrained, folder)
+    about = json.loads((folder / "config.json").read_text())
+    about.pop("checksums", None)
+    (folder / "config.json").write_text(json.dumps(about | {"class_names": list("abcdefghi")}))
     return folder

@@ -68,7 +68,7 @@ def test_samples_beside_a_reference(tmp_path, mean_colours):
     found = metrics(tmp_path / "out")
     assert found["images"] == 40 and found["features"]["network"] == "quarters"
     assert found["fd_quarters"] > 0 and f"{found['fd_quarters']:.6g}" in out
-    assert "has no other split, so there are no figures of held-out images" in err
+    assert "b.npz has no other split: --held_out names images for a lower bound" in err
     (saved,) = (tmp_path / "out" / "features").glob("reference-*.npz")
     again = (*flags[:3], tmp_path / "again", "--reference", saved)
     assert run("evaluate", *again)[0] == 0
@@ -167,6 +167,24 @@ def test_a_held_out_set_of_fewer_images_is_no_floor(tmp_path, mean_colours):
     code, _, err = run("evaluate", *flags, "--out", tmp_path / "out")
     assert code == 0
     assert "warning: held-out images are 6, samples 40: the distance of fewer images" in err
+
+
+def test_images_that_are_named_as_held_out(tmp_path, mean_colours):
+    for name, seed, count in (("a", 0, 40), ("b", 1, 50), ("c", 2, 100)):
+        images = write_images(tmp_path / f"{name}.npz", seed, count)
+    write_folder(tmp_path / "c", images)
+    write_folder(tmp_path / "even", images[np.linspace(0, 99, 40).round().astype(int)])
+    paths = ("--samples", tmp_path / "a.npz", "--reference", tmp_path / "b.npz")
+    found = []
+    for held_out in ("c.npz", "c", "even"):
+        flags = (*paths, "--held_out", tmp_path / held_out, "--out", tmp_path / "out")
+        code, _, err = run("evaluate", *flags)
+        assert code == 0 and "held-out images are" not in err, err
+        found.append(metrics(tmp_path / "out")["sets"]["held-out images"])
+    assert found[0]["images"] == 40 and found[0] == found[1] == found[2]
+    np.savez(tmp_path / "small.npz", arr_0=images[:, :8])
+    for name, reason in (("small.npz", "expected 16 by 16"), ("none.npz", "No such file")):
+        assert reason in complaint("evaluate", *paths, "--held_out", tmp_path / name)
 
 
 def test_folders_of_images(tmp_path, mean_colours):

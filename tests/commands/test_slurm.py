@@ -3,8 +3,11 @@
 import os
 import signal
 
+import numpy as np
 import pytest
-from running import start, wait_for
+from running import run, start, wait_for
+
+from var_jax.tools.npz import load_npz
 
 
 @pytest.fixture
@@ -51,3 +54,17 @@ def test_a_node_that_is_stopped_leaves_its_work_to_the_other(nodes, untrained, t
     said, err = first.communicate(timeout=300)
     assert first.returncode == 0 and "codes of 13890 crops" in said, err
     assert (out / "manifest.json").exists() and not (out / "unfinished.json").exists()
+
+
+@pytest.mark.slow
+def test_nodes_reject_as_one_does(nodes, other, tmp_path):
+    flags = ("--checkpoint", other, "--labels", "d:5,a:2", "--reject", 0.5, "--batch_size", 4)
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    code, _, err = run("sample", *flags, "--out", alone)
+    assert code == 0, err
+    for process in nodes("sample", *flags, out=[shared, shared]):
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    ours, theirs = (load_npz(folder / "samples.npz") for folder in (shared, alone))
+    assert ours["labels"].tolist() == [3] * 5 + [0] * 2
+    np.testing.assert_array_equal(ours["tokens"], theirs["tokens"])

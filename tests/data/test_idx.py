@@ -60,6 +60,14 @@ def test_letters_are_turned_and_count_from_one(tmp_path):
     assert np.array_equal(source[0]["image"][2:-2, 2:-2, 0], images(5)[0].T)
 
 
+@pytest.mark.parametrize("folder, prefix", [("KMNIST/raw", ""), ("sets", "kmnist-")])
+def test_syllables_of_kmnist(tmp_path, folder, prefix):
+    (tmp_path / folder).mkdir(parents=True)
+    spec = write(tmp_path / folder, np.arange(10).astype(np.uint8), prefix=prefix)
+    names = open_source(spec, "train", 32).class_names
+    assert names == ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
+
+
 def test_a_set_of_tfds_without_tensorflow(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow_datasets")
     (tmp_path / "idx").mkdir()

@@ -1,10 +1,13 @@
 """The pixel report finds near-copies and little variety."""
 
+import sys
+
 import numpy as np
 import pytest
 
+from var_jax import BadInput
 from var_jax.data.sources import ArraySource
-from var_jax.evaluation.pixel_report import nearest_distance, report, variety
+from var_jax.evaluation.pixel_report import fit, nearest_distance, report, variety
 
 
 def source(images, labels):
@@ -20,6 +23,20 @@ def same(images):
 def flat(*levels):
     """Images of one grey each, 0 to 255."""
     return np.array(levels, np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+
+
+def test_without_scikit_learn_all_else_is_reported(monkeypatch, capsys):
+    items = source(flat(0, 80, 160, 240), [0, 0, 1, 1])
+    draw = lambda labels: flat(*labels)
+    whole = report(items, items, draw, same)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(BadInput, match=r"pip install 'var_jax\[report\]'"):
+        fit(items.images, items.labels)
+    found = report(items, items, draw, same)
+    assert "class agreement is left out" in capsys.readouterr().err
+    missing = whole.keys() - found.keys()
+    assert missing and all("class agreement" in n or n.startswith("  ") for n in missing)
+    assert found == {name: whole[name] for name in found}
 
 
 def test_distance_to_the_nearest():

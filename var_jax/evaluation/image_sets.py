@@ -90,18 +90,38 @@ class FolderImages:
                 yield np.stack(found)
 
 
+@dataclasses.dataclass(frozen=True)
+class Some:
+    """`count` images of a set, evenly spread over it."""
+
+    images: ImageSet
+    count: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.count, *self.images.shape[1:]
+
+    def batches(self, size: int) -> Iterator[UInt8[np.ndarray, "b H W 3"]]:
+        """Of each batch of the set those that are wanted."""
+        wanted, start = spread(self.images.shape[0], self.count), 0
+        for batch in self.images.batches(size):
+            here = wanted[(wanted >= start) & (wanted < start + len(batch))]
+            if len(here):
+                yield batch[here - start]
+            start += len(batch)
+
+
 def open_images(
     spec: str, split: str = "train", size: Size | None = None, count: int | None = None
 ) -> ImageSet:
-    """The images of an .npz or of a folder without folders of classes, at their own size; else
-    `count`, evenly spread, of a data source at `size` pixels.
+    """The images of an .npz or of a folder without folders of classes, at their own size, or of a
+    data source at `size` pixels: all, or `count` evenly spread where there are more.
 
     Raises: BadInput if there are none, or of a data source no size is given.
     """
-    if is_npz(spec):
-        return NpzImages(spec)
-    if names := flat_folder(spec):
-        return FolderImages(user_path(spec), names)
+    if is_npz(spec) or (names := flat_folder(spec)):
+        images = NpzImages(spec) if is_npz(spec) else FolderImages(user_path(spec), names)
+        return images if count is None or count >= images.shape[0] else Some(images, count)
     if size is None:
         raise BadInput(f"{spec!r} is no .npz and no folder of images (without folders in it).")
     return SourceImages(open_source(spec, split, size, resize=1.0), count)

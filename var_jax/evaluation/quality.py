@@ -3,6 +3,7 @@
 import hashlib
 import json
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,14 +13,13 @@ from jaxtyping import Float
 
 from var_jax import BadInput
 from var_jax.data.inventory import describe_data
-from var_jax.data.sources import SPLITS, ArraySource
+from var_jax.data.sources import ArraySource
 from var_jax.evaluation.features import Features, Network, check_count, extract, feature_sizes
 from var_jax.evaluation.frechet import frechet
 from var_jax.evaluation.image_sets import (
     ImageSet,
     SourceImages,
     grouped_by_class,
-    is_source,
     open_images,
 )
 from var_jax.evaluation.scores import BLOCK, inception_score, kernel_distance, precision_recall
@@ -106,19 +106,23 @@ def check_reference(spec: str, network: Network, split: str, size: Size) -> Imag
                 f"{spec}: {STATISTICS[kind][0]} has {len(mean)} numbers; expected {sizes[kind]} of"
                 f" the network {network.name}."
             )
-    images, (h, w) = None, shape_of(size)
-    if not saved:
-        images = open_images(spec, split, size)
-        count, height, width, _ = images.shape
-        check_count(count)
-    else:
-        height, width = given["size"]
+    if saved:
+        check_size(spec, given["size"], size)
+        return None
+    images = open_images(spec, split, size)
+    check_count(images.shape[0])
+    check_size(spec, images.shape[1:3], size)
+    return images
+
+
+def check_size(spec: str, found: Sequence[int] | np.ndarray, size: Size) -> None:
+    """Raises BadInput if images are not of this size."""
+    (height, width), (h, w) = found, shape_of(size)
     if (height, width) != (h, w):
         raise BadInput(
             f"{spec} is of images of {height} by {width} pixels; expected {h} by {w}, the size of"
             " the samples or --size."
         )
-    return images
 
 
 def saved_by_us(spec: str, given: dict[str, np.ndarray], network: Network) -> Reference:
@@ -184,16 +188,15 @@ def reference_of(found: Features) -> Reference:
     )
 
 
-def held_out_images(spec: str, split: str, count: int, size: Size) -> ImageSet | None:
-    """As many real images of a data source that are not in the reference: the floor of figures.
+def held_out_images(spec: str, count: int, size: Size, split: str = "validation") -> ImageSet:
+    """As many real images that are not in the reference: the floor of figures.
 
-    Or as many as there are. Raises: BadInput if the source has no other split, or too small a one.
+    Or as many as there are. Raises: BadInput if there is no such split, or too small a one, or
+    images are of another size.
     """
-    if not is_source(spec):
-        return None
-    other = next(name for name in SPLITS if name != split)
-    images = open_images(spec, other, size, count)
+    images = open_images(spec, split, size, count)
     check_count(images.shape[0])
+    check_size(spec, images.shape[1:3], size)
     return images
 
 

@@ -70,8 +70,13 @@ class Job:
         with replacing(about) as beside:
             beside.write_text(json.dumps(settings))
 
-    def choose(self, keep: float, score: Score) -> Int32[np.ndarray, " N"]:
-        """The index of the image to draw for each label: of 1/keep as many the best by `score`."""
+    def choose(
+        self, keep: float, score: Score, everywhere: bool = False
+    ) -> Int32[np.ndarray, " N"]:
+        """The index of the image to draw for each label: of 1/keep as many the best by `score`.
+
+        Each process scores the rows that it has, or all of them together score all if `everywhere`.
+        """
         index = candidates(self.labels, keep)
         wanted = self.labels[index % len(self.labels)]
 
@@ -82,7 +87,7 @@ class Job:
                 raise BadInput(f"--scorer returned {what}; expected one score for each image.")
             return {"scores": scores}
 
-        self.write(wanted, index, scored, "scores-", "scoring")
+        self.write(wanted, index, scored, "scores-", "scoring", everywhere)
 
         def chosen() -> np.ndarray:
             scores = self.rows("scores", len(index), "scores-")
@@ -127,11 +132,12 @@ class Job:
         part_of: Callable[[slice, np.ndarray, Any], dict[str, np.ndarray]],
         prefix: str,
         doing: str,
+        everywhere: bool = False,
     ) -> None:
         """Samples batch by batch; each process writes what `part_of` makes of the rows it has.
 
-        A batch is of the same rows whoever samples it, or again after a stop; rows that are
-        there already are not written.
+        Or each process has all rows, and process 0 writes, if `everywhere`. A batch is of the same
+        rows whoever samples it, or again after a stop; rows that are there already are not written.
         """
         count, size = len(labels), round_up(min(self.batch_size, len(labels)))
         missing = of_first(lambda: self.missing(prefix, count), (count,), np.int32)
@@ -139,7 +145,7 @@ class Job:
         rows = np.flatnonzero(np.isin(number, number[missing > 0]))
         batches = generate(
             self.sampler, self.weights, labels[rows], index=index[rows], batch_size=size,
-            seed=self.seed,
+            seed=self.seed, everywhere=everywhere,
         )  # fmt: skip
         with progress(count, count - len(rows), doing) as bar:
             for batch in batches:
@@ -149,8 +155,10 @@ class Job:
                     tokens = None if batch.tokens is None else batch.tokens[run]
                     which = slice(here[run][0], here[run][-1] + 1)
                     path = self.parts / f"{prefix}{which.start:08d}-{which.stop:08d}.npz"
-                    save_npz(path, **part_of(which, images, tokens))
-                bar.update(jax.process_count() * len(here))
+                    part = part_of(which, images, tokens)
+                    if not everywhere or jax.process_index() == 0:
+                        save_npz(path, **part)
+                bar.update(len(here) * (1 if everywhere else jax.process_count()))
         sync_global_devices(f"{doing} is done")
 
     def found(self, prefix: str) -> list[tuple[range, epath.Path]]:

@@ -28,6 +28,7 @@ NAMES: dict[tuple[int, ...], tuple[str, ...]] = {
         "Ankle boot",
     ),
 }  # fmt: skip
+KMNIST = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")  # no font has all hiragana
 # The characters of EMNIST's classes, by a word of the file names: "letters" is of both cases, and
 # "balanced" and "bymerge" tell only some small letters from capitals.
 CHARACTERS = string.digits + string.ascii_uppercase
@@ -43,7 +44,8 @@ def open_idx(directory: str, split: str, size: Size, resize: float) -> ArraySour
     """One split of MNIST, Fashion-MNIST, KMNIST or EMNIST in `directory`, compressed or not.
 
     28×28 grey images become 32×32 RGB by a black border. Fashion-MNIST's classes have their names,
-    EMNIST's their characters; others are called by their numbers.
+    EMNIST's their characters, KMNIST's, if the folder is called so, their syllables; others are
+    called by their numbers.
 
     Raises: BadInput if the files are missing, damaged or do not fit each other.
     """
@@ -65,7 +67,7 @@ def read_split(
     train = read_idx(label_file := find_file(folder, "train", "labels"))
     if train.ndim != 1:
         raise BadInput(f"{label_file} is of shape {train.shape}; expected labels (N,).")
-    names = class_names(train, label_file.name)
+    names = class_names(train, label_file)
     images = read_idx(image_file := find_file(folder, split, "images"))
     labels = read_idx(find_file(folder, split, "labels"))
     if images.ndim != 3 or labels.shape != images.shape[:1] or not images.size:
@@ -80,10 +82,13 @@ def read_split(
     return images, np.searchsorted([*names], labels).astype(np.int32), tuple(names.values())
 
 
-def class_names(labels: UInt8[np.ndarray, " N"], file: str) -> dict[int, str]:
+def class_names(labels: UInt8[np.ndarray, " N"], file: epath.Path) -> dict[int, str]:
     """The name of each label that occurs."""
-    characters = (EMNIST[word] for word in EMNIST if f"emnist-{word}-" in file)
-    known = NAMES.get(tuple(map(int, labels[:10]))) or next(characters, None)
+    known = NAMES.get(tuple(map(int, labels[:10])))
+    if any(part.lower() == "kmnist" for part in file.parts) or file.name.startswith("kmnist"):
+        known = KMNIST
+    for word in EMNIST:
+        known = EMNIST[word] if f"emnist-{word}-" in file.name else known
     names = known if known and labels.max() < len(known) else [*map(str, range(256))]
     return {int(i): names[i] for i in np.unique(labels)}
 
