@@ -219,11 +219,11 @@ def address(untrained):
 @pytest.fixture
 def queue(model, monkeypatch):
     """A served page whose images wait for an event: how to press its button in a session of a name,
-    how many images are being made, and the event.
+    how many images are being made, the event, and what the page keeps of its visitors.
     """
     import uvicorn
 
-    goes_on, making = threading.Event(), []
+    goes_on, making, built, build = threading.Event(), [], [], page.build
 
     def stream(self, *args, **kwargs):
         making.append(1)
@@ -247,6 +247,7 @@ def queue(model, monkeypatch):
         return handler
 
     monkeypatch.setattr(var_jax.Model, "stream", stream)
+    monkeypatch.setattr(page, "build", lambda *args: built.append(build(*args)) or built[0])
     monkeypatch.setattr(page, "with_messages", generator)  # type checks hide from gradio what it is
     app, listening = page.web_app(model, "tiny", None), socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
@@ -256,14 +257,14 @@ def queue(model, monkeypatch):
     config = json.load(urllib.request.urlopen(address + "config", timeout=60))
     button = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == "sample")
     pressed = next(d for d in config["dependencies"] if [button, "click"] in d["targets"])
-    yield press, making, goes_on
+    yield press, making, goes_on, built[0].state_holder
     goes_on.set()
     server.should_exit = True
     thread.join(60)
 
 
 def test_images_are_sampled_one_after_the_other_and_few_wait(queue):
-    press, making, goes_on = queue
+    press, making, goes_on, _ = queue
     answers, most = [], page.MAX_WAITING
     with pytest.raises(urllib.error.HTTPError, match="503"):  # as many wait as may
         for number in range(most + 2):
@@ -278,6 +279,16 @@ def test_images_are_sampled_one_after_the_other_and_few_wait(queue):
         text = answer.read().decode()
         assert '"msg":"process_completed"' in text and '"success":true' in text
     assert not making
+
+
+def test_of_many_visitors_the_last_are_kept(queue):
+    press, _, goes_on, visitors = queue
+    assert visitors.capacity == page.MAX_SESSIONS
+    visitors.capacity = 3  # so that five visitors are enough
+    goes_on.set()
+    for number in range(5):
+        assert '"success":true' in press(f"visitor{number}").read().decode()
+    assert [*visitors.session_data] == ["visitor2", "visitor3", "visitor4"]
 
 
 @pytest.fixture(scope="module")
