@@ -79,8 +79,8 @@ setup(
         "gcs": GCS,  # for gs:// folders
         "hub": HUB,  # for hub:NAME checkpoints
         "lpips": LPIPS,
-        "notebooks": NOTEBOOKS,  # to run those in colab/
-        "report": REPORT,  # for the class agreement that training ends with
+        "notebooks": [*NOTEBOOKS, *REPORT],  # to run those in colab/
+        "report": REPORT,  # for class agreement, and --reject of the emoji
         "test": [  # [tpu] too for the tests of aot; libtpu is noisy where there is no TPU
             "beartype>=0.19",
             "chex>=0.1.90",

@@ -1,5 +1,6 @@
 r"""Changes of the emoji config, one at a time, each after the same number of images.
 
+    pip install -e '.[report]'
     python benchmarks/emoji_ablations.py --out /tmp/tokenizers
     python benchmarks/emoji_ablations.py --out /tmp/transformers --steps 200 \
         --tokenizer runs/emoji/checkpoint

@@ -300,8 +300,7 @@ class Study:
         workdir = self.tokenizer(config)
 
         def measure() -> dict[str, float]:
-            images = held_out_images(self.source, "validation", self.num, 32)
-            assert images is not None
+            images = held_out_images(self.source, self.num, 32, "train")
             tokenizer = load_tokenizer(workdir / "checkpoint")
             again = reconstruct_images(tokenizer, self.validation[0])
             found = (
@@ -315,8 +314,7 @@ class Study:
 
     def floor(self) -> dict[str, float]:
         """Figures of as many images of the training set; class agreement of the validation set."""
-        held_out = held_out_images(self.source, "validation", self.num, 32)
-        assert held_out is not None
+        held_out = held_out_images(self.source, self.num, 32, "train")
         agree = agreement(self.classifier, *self.validation, "validation", ())
         return self.quality(held_out) | {"class agreement": agree["class agreement, validation"]}
 

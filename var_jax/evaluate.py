@@ -110,8 +110,8 @@ def define_flags() -> None:
         "features", EFFICIENTNET, "A file of weights: Inception of FID, DINOv2 or EfficientNet."
     )
     flags.DEFINE_string(
-        "held_out", None, "Real images, none of them of --reference, whose figures are a lower"
-        " bound. Default: those of its other split, of a data source.",
+        "held_out", None, "As --reference, real images that are not in it: their figures are a"
+        " lower bound. Of a data source its validation set. Default: the reference's other split.",
     )  # fmt: skip
     flags.DEFINE_bool("likelihood", False, "Loss, accuracy and bits of --source, by scale.")
     flags.DEFINE_bool("classify", False, "How often the likeliest class is that of the image.")
@@ -292,7 +292,7 @@ def quality(
         count, size = args.num or 50_000, args.size or model.image_size
     check_count(count)
     originals = check_reference(args.reference, network, split, size)
-    held_out, missing = floor_of(args, split, count, size)
+    held_out, remark = floor_of(args, split, count, size)
     if model is not None:
         for name, settings in sweep(args, model).items():
             place = out / (name or "samples")
@@ -313,8 +313,8 @@ def quality(
         for name, each in found.items()
     }
     warn_of_few(network, size, {"samples": count, "reference images": reference.count})
-    if missing:
-        note(missing)
+    if remark:
+        note(remark)
     for name in (name for name, each in scores.items() if "inception_score_adm" in each):
         note(
             f"warning: {name or 'samples'} lie in the order of their classes: inception_score takes"
@@ -342,10 +342,12 @@ def floor_of(
     """Held-out images of a reference, whose figures are a lower bound, if there are some.
 
     With them a sentence for where there are none, or fewer than samples. Raises: BadInput if
-    --held_out names none of this size.
+    --held_out names none of this size, or the reference.
     """
-    held_out, spec = None, args.reference
+    spec = args.reference
     if args.held_out:
+        if args.held_out == spec and (split == "validation" or not is_source(spec)):
+            raise BadInput("--held_out and --reference name the same images; expected others.")
         held_out = held_out_images(args.held_out, count, size)
     elif not is_source(spec):
         return None, f"{spec} has no other split: --held_out names images for a lower bound."

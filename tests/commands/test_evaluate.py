@@ -183,8 +183,18 @@ def test_images_that_are_named_as_held_out(tmp_path, mean_colours):
         found.append(metrics(tmp_path / "out")["sets"]["held-out images"])
     assert found[0]["images"] == 40 and found[0] == found[1] == found[2]
     np.savez(tmp_path / "small.npz", arr_0=images[:, :8])
-    for name, reason in (("small.npz", "expected 16 by 16"), ("none.npz", "No such file")):
-        assert reason in complaint("evaluate", *paths, "--held_out", tmp_path / name)
+    reasons = {"small": "expected 16 by 16", "none": "No such file", "b": "name the same images"}
+    for name, reason in reasons.items():
+        assert reason in complaint("evaluate", *paths, "--held_out", tmp_path / f"{name}.npz")
+
+
+def test_held_out_images_are_checked_ahead_of_sampling(untrained, tmp_path, mean_colours):
+    images = write_images(tmp_path / "b.npz", 1)
+    np.savez(tmp_path / "small.npz", arr_0=images[:, :8])
+    paths = ("--reference", tmp_path / "b.npz", "--held_out", tmp_path / "small.npz")
+    flags = ("--checkpoint", untrained, *paths, "--num", 4, "--out", tmp_path / "out")
+    assert "expected 16 by 16" in complaint("evaluate", *flags)
+    assert not (tmp_path / "out" / "samples").exists()
 
 
 def test_folders_of_images(tmp_path, mean_colours):

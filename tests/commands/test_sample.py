@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import jax
@@ -64,6 +65,12 @@ def test_rejection_by_the_model_itself(other, tmp_path):
     np.testing.assert_array_equal(kept["tokens"], every["tokens"][sorted(order)])
     flags = ("--checkpoint", other, *flags, "--smooth", "--out", tmp_path / "smooth")
     assert "--reject needs --scorer here" in complaint("sample", *flags)
+
+
+def test_rejection_of_the_emoji_takes_scikit_learn(untrained, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    flags = ("--checkpoint", untrained, "--labels", 3, "--reject", 0.5, "--out", tmp_path / "out")
+    assert "pip install 'var_jax[report]'" in complaint("sample", *flags)
 
 
 def test_bad_input(untrained, tmp_path, monkeypatch):

@@ -59,10 +59,11 @@ def test_a_node_that_is_stopped_leaves_its_work_to_the_other(nodes, untrained, t
 @pytest.mark.slow
 def test_nodes_reject_as_one_does(nodes, other, tmp_path):
     flags = ("--checkpoint", other, "--labels", "d:5,a:2", "--reject", 0.5, "--batch_size", 4)
+    over_both = ("--fsdp", 4)  # so that no node has all weights
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     code, _, err = run("sample", *flags, "--out", alone)
     assert code == 0, err
-    for process in nodes("sample", *flags, out=[shared, shared]):
+    for process in nodes("sample", *flags, *over_both, out=[shared, shared]):
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
     ours, theirs = (load_npz(folder / "samples.npz") for folder in (shared, alone))

@@ -66,6 +66,9 @@ def test_syllables_of_kmnist(tmp_path, folder, prefix):
     spec = write(tmp_path / folder, np.arange(10).astype(np.uint8), prefix=prefix)
     names = open_source(spec, "train", 32).class_names
     assert names == ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
+    (tmp_path / folder / "fashion").mkdir()
+    theirs = open_source(write(tmp_path / folder / "fashion"), "train", 32).class_names
+    assert theirs[:2] == ("T-shirt/top", "Trouser")
 
 
 def test_a_set_of_tfds_without_tensorflow(tmp_path, monkeypatch):

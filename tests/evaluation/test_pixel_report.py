@@ -32,6 +32,7 @@ def test_without_scikit_learn_all_else_is_reported(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(BadInput, match=r"pip install 'var_jax\[report\]'"):
         fit(items.images, items.labels)
+    assert not capsys.readouterr().err
     found = report(items, items, draw, same)
     assert "class agreement is left out" in capsys.readouterr().err
     missing = whole.keys() - found.keys()

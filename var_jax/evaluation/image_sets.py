@@ -1,6 +1,7 @@
 """Sets of images that are measured: of an .npz, a folder or a data source, a few in memory."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
@@ -91,10 +92,10 @@ class FolderImages:
 
 
 @dataclasses.dataclass(frozen=True)
-class Some:
-    """`count` images of a set, evenly spread over it."""
+class SpreadImages:
+    """`count` images of an .npz, evenly spread over it."""
 
-    images: ImageSet
+    images: NpzImages
     count: int
 
     @property
@@ -102,13 +103,12 @@ class Some:
         return self.count, *self.images.shape[1:]
 
     def batches(self, size: int) -> Iterator[UInt8[np.ndarray, "b H W 3"]]:
-        """Of each batch of the set those that are wanted."""
-        wanted, start = spread(self.images.shape[0], self.count), 0
-        for batch in self.images.batches(size):
-            here = wanted[(wanted >= start) & (wanted < start + len(batch))]
-            if len(here):
-                yield batch[here - start]
-            start += len(batch)
+        """These images in order, `size` at a time."""
+        wanted = {*spread(self.images.shape[0], self.count).tolist()}
+        every = (image for batch in self.images.batches(size) for image in batch)
+        chosen = (image for number, image in enumerate(every) if number in wanted)
+        while batch := [*itertools.islice(chosen, size)]:
+            yield np.stack(batch)
 
 
 def open_images(
@@ -119,9 +119,14 @@ def open_images(
 
     Raises: BadInput if there are none, or of a data source no size is given.
     """
-    if is_npz(spec) or (names := flat_folder(spec)):
-        images = NpzImages(spec) if is_npz(spec) else FolderImages(user_path(spec), names)
-        return images if count is None or count >= images.shape[0] else Some(images, count)
+    if is_npz(spec):
+        images = NpzImages(spec)
+        if count is None or count >= images.shape[0]:
+            return images
+        return SpreadImages(images, count)
+    if names := flat_folder(spec):
+        chosen = tuple(names[i] for i in spread(len(names), count))
+        return FolderImages(user_path(spec), chosen)
     if size is None:
         raise BadInput(f"{spec!r} is no .npz and no folder of images (without folders in it).")
     return SourceImages(open_source(spec, split, size, resize=1.0), count)

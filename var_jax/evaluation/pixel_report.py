@@ -7,6 +7,7 @@ the tokenizer reconstructs them, so that a copy is near and has no error of the 
 Distances between images of one class say how much they vary.
 """
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from var_jax.data.sources import Source
 from var_jax.evaluation.scores import psnr
 
 Classifier = Any  # a pipeline of scikit-learn
+NO_CLASSIFIER = "the classifier on pixels needs scikit-learn: pip install 'var_jax[report]'."
 NEAR_COPY = 0.03  # a distance: 8 of 255 levels, half of the error of the emoji's tokenizer
 
 
@@ -65,16 +67,21 @@ def variety(
     return float(np.mean([pair.mean() for pair in pairs]))
 
 
+def has_classifier() -> bool:
+    """Whether there is a classifier; one line says what is left out where there is none."""
+    if importlib.util.find_spec("sklearn") is not None:
+        return True
+    if jax.process_index() == 0:
+        print(f"class agreement is left out: {NO_CLASSIFIER}", file=sys.stderr, flush=True)
+    return False
+
+
 def fit(images: UInt8[np.ndarray, "N H W 3"], labels: Int32[np.ndarray, " N"]) -> Classifier:
     """The classifier. Raises: BadInput where scikit-learn is not installed."""
-    try:
-        from sklearn import decomposition, pipeline, svm  # takes seconds
-    except ModuleNotFoundError as error:
-        if error.name != "sklearn":
-            raise
-        raise BadInput(
-            "a classifier on pixels needs scikit-learn: pip install 'var_jax[report]'."
-        ) from error
+    if importlib.util.find_spec("sklearn") is None:
+        raise BadInput(NO_CLASSIFIER)
+    from sklearn import decomposition, pipeline, svm  # takes seconds
+
     pixels = features(images)
     reduced = decomposition.PCA(min(64, *pixels.shape), random_state=0)
     return pipeline.make_pipeline(reduced, svm.SVC(C=10.0)).fit(pixels, labels)
@@ -116,18 +123,12 @@ def report(
     }
     decibels = np.minimum(psnr(held_out, reconstructed), 100)  # infinite for equal images
     found = {"validation PSNR (dB)": float(decibels.mean())}
-    if len(set(training_labels.tolist())) > 1:
-        try:
-            classifier = fit(training, training_labels)
-        except BadInput as error:
-            if jax.process_index() == 0:
-                print(f"class agreement is left out: {error}", file=sys.stderr, flush=True)
-        else:
-            found |= agreement(classifier, held_out, held_out_labels, "validation", ())
-            found |= agreement(classifier, samples, labels, "samples", train.class_names)
-            ratio = found["class agreement, samples"]
-            ratio /= max(found["class agreement, validation"], 1e-9)
-            found["class agreement, samples / validation"] = ratio
+    if len(set(training_labels.tolist())) > 1 and has_classifier():
+        classifier = fit(training, training_labels)
+        found |= agreement(classifier, held_out, held_out_labels, "validation", ())
+        found |= agreement(classifier, samples, labels, "samples", train.class_names)
+        ratio = found["class agreement, samples"] / max(found["class agreement, validation"], 1e-9)
+        found["class agreement, samples / validation"] = ratio
     for name, distance in near.items():
         found[f"distance to training, {name}"] = float(np.median(distance))
         found[f"near-copies, {name}"] = float((distance < NEAR_COPY).mean())

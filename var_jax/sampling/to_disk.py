@@ -83,8 +83,8 @@ class Job:
         def scored(rows: slice, images: np.ndarray, tokens: Any) -> dict[str, np.ndarray]:
             scores = np.asarray(score(images, wanted[rows], tokens), np.float64)
             if (wrong := scores.shape != (len(images),)) or not np.isfinite(scores).all():
-                what = f"shape {scores.shape}" if wrong else "numbers that are not finite"
-                raise BadInput(f"--scorer returned {what}; expected one score for each image.")
+                what = f"of shape {scores.shape}" if wrong else "not finite"
+                raise BadInput(f"the scores of images are {what}; expected a number for each.")
             return {"scores": scores}
 
         self.write(wanted, index, scored, "scores-", "scoring", everywhere)

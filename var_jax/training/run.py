@@ -20,6 +20,7 @@ from var_jax.data.pipeline import batches
 from var_jax.data.records import read_manifest
 from var_jax.data.sources import Source, open_source
 from var_jax.data.token_cache import KIND, TokenCache, open_tokens
+from var_jax.evaluation import pixel_report
 from var_jax.models.backbone import Backbone
 from var_jax.models.other_schedule import tokenizer_at
 from var_jax.models.tokenizer import Tokenizer
@@ -114,7 +115,9 @@ class Run:
         check_tokenizer(config)
         check_start(config)
         if config.report:
-            find_function("config.report", config.report, REPORT_ARGUMENTS)
+            report = find_function("config.report", config.report, REPORT_ARGUMENTS)
+            if report is pixel_report.report:
+                pixel_report.has_classifier()  # said now, not after hours
         # Read ahead of the first step, so that a file that is missing is said now.
         self.networks = loss_networks(config.train_tokenizer)
         self.pretrained: Tokenizer | None = None

@@ -7,6 +7,7 @@ import re
 import string
 import struct
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
@@ -28,7 +29,8 @@ NAMES: dict[tuple[int, ...], tuple[str, ...]] = {
         "Ankle boot",
     ),
 }  # fmt: skip
-KMNIST = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")  # no font has all hiragana
+# In Latin letters: the font of plots has no hiragana.
+KMNIST = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 # The characters of EMNIST's classes, by a word of the file names: "letters" is of both cases, and
 # "balanced" and "bymerge" tell only some small letters from capitals.
 CHARACTERS = string.digits + string.ascii_uppercase
@@ -44,8 +46,8 @@ def open_idx(directory: str, split: str, size: Size, resize: float) -> ArraySour
     """One split of MNIST, Fashion-MNIST, KMNIST or EMNIST in `directory`, compressed or not.
 
     28×28 grey images become 32×32 RGB by a black border. Fashion-MNIST's classes have their names,
-    EMNIST's their characters, KMNIST's, if the folder is called so, their syllables; others are
-    called by their numbers.
+    EMNIST's their characters, KMNIST's, if the folder or the one above is called so, their
+    syllables; others are called by their numbers.
 
     Raises: BadInput if the files are missing, damaged or do not fit each other.
     """
@@ -84,9 +86,10 @@ def read_split(
 
 def class_names(labels: UInt8[np.ndarray, " N"], file: epath.Path) -> dict[int, str]:
     """The name of each label that occurs."""
-    known = NAMES.get(tuple(map(int, labels[:10])))
-    if any(part.lower() == "kmnist" for part in file.parts) or file.name.startswith("kmnist"):
-        known = KMNIST
+    folders = os.path.abspath(file).split("/")[-3:-1]
+    of_kmnist = file.name.startswith("kmnist") or "kmnist" in map(str.lower, folders)
+    known: Sequence[str] | None = NAMES.get(tuple(map(int, labels[:10])))
+    known = known or (KMNIST if of_kmnist else None)
     for word in EMNIST:
         known = EMNIST[word] if f"emnist-{word}-" in file.name else known
     names = known if known and labels.max() < len(known) else [*map(str, range(256))]
