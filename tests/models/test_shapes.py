@@ -1,4 +1,4 @@
-"""Oblong schedules: what the quantizer computes of turned latents is turned."""
+"""Oblong schedules: models with turned weights find of turned images what is turned."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from var_jax.config import TokenizerConfig
+from var_jax.config import TokenizerConfig, TransformerConfig
 from var_jax.models.quantizer import Quantizer
 from var_jax.models.resize import downsample, upsample
+from var_jax.models.tokenizer import Tokenizer, encode_images
+from var_jax.models.var import Transformer
 from var_jax.schedule import lengths, level_ids, num_tokens, shapes, size_of, slices
 
 WIDE = (1, (1, 2), 2, (2, 3), (4, 6))
@@ -74,3 +76,41 @@ def test_inputs_of_an_oblong_schedule_are_the_running_sums():
     wanted = [model.next_input(f_hat, k + 1) for k, f_hat in enumerate(sums[:-1])]
     found = jax.jit(Quantizer.teacher_forcing_inputs)(model, idx)
     np.testing.assert_allclose(found, np.concatenate(wanted, axis=1), atol=1e-5)
+
+
+def random_weights(kind, config):
+    """A model of random weights, biases and gates too, so that each of them counts."""
+    rng = np.random.default_rng(2)
+    draw = lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype)
+    return jax.tree.map(draw, jax.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
+
+
+def test_the_logits_of_turned_tokens_are_turned():
+    sizes = dict(vocab_size=64, latent_dim=8, num_classes=3, depth=2, width=32, num_heads=2)
+    wide, high = (
+        random_weights(Transformer, TransformerConfig(patch_nums=sides, **sizes))
+        for sides in (WIDE, HIGH)
+    )
+    high.pos_embed = nnx.Param(jnp.asarray(turn(wide.pos_embed[...][None], WIDE)[0]))
+    x = np.random.default_rng(3).normal(size=(2, num_tokens(WIDE), 8)).astype(np.float32)
+    labels, run = jnp.array([0, 3]), jax.jit(lambda model, labels, x: model(labels, x[:, 1:]))
+    ours = np.asarray(run(wide, labels, x))
+    assert np.std(ours[:, 1:] - ours[:, :1]) > 0.1
+    np.testing.assert_allclose(turn(ours, WIDE), run(high, labels, turn(x, WIDE)), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_tokens_of_turned_images_are_turned():
+    sizes = dict(vocab_size=64, latent_dim=8, channels=16, channel_mults=(1, 1, 1), norm_groups=4)
+    wide, high = (
+        random_weights(Tokenizer, TokenizerConfig(patch_nums=sides, num_res_blocks=1, **sizes))
+        for sides in (WIDE, HIGH)
+    )
+    turned = lambda x: x.swapaxes(-4, -3) if x.ndim >= 4 else x  # kernels: (..., h, w, in, out)
+    weights = [turned(x) for x in jax.tree.leaves(wide)]
+    high = jax.tree.unflatten(jax.tree.structure(high), weights)
+    images = np.random.default_rng(4).integers(0, 256, (3, 16, 24, 3), np.uint8)
+    ours = np.asarray(jax.jit(encode_images)(wide, images))
+    assert len(np.unique(ours)) > 8
+    theirs = jax.jit(encode_images)(high, images.swapaxes(1, 2))
+    np.testing.assert_array_equal(turn(ours, WIDE), theirs)
