@@ -15,7 +15,6 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["myst.header"]  # an included README begins with its own heading
 highlight_language = "none"
 smartquotes = False  # -- stays -- in the help of a flag
 autodoc_typehints_format = "short"

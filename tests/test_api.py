@@ -99,6 +99,10 @@ def test_a_mesh_changes_nothing(model):
     tokens = model.encode(images)
     np.testing.assert_array_equal(there.encode(images), tokens)
     np.testing.assert_array_equal(there.decode(tokens), model.decode(tokens))
+    steps = model.coarse_to_fine(tokens)
+    np.testing.assert_array_equal(there.coarse_to_fine(tokens), steps)
+    given = model.log_likelihood(tokens, labels)
+    np.testing.assert_allclose(there.log_likelihood(tokens, labels), given, rtol=1e-4)
     edit = lambda model: model.edit(images[0], (0, 0, 0.5, 1), label="Flags", seed=2)
     np.testing.assert_array_equal(edit(there), edit(model))
     with jax.set_mesh(mesh):  # that which is set
@@ -295,6 +299,45 @@ def test_a_model_without_a_mesh_says_so_where_one_is_set(model):
 def test_bad_input(model, call, sentence):
     with pytest.raises(BadInput, match=sentence):
         call(model)
+
+
+# docs/reference/api.md calls these stable: the old form of what changes works for a version more.
+SMOOTH = "smooth=False, refiner=None, draft_scales=None"
+DRAWN = "seed=0, cfg=None, top_k=None, top_p=None, temperature=None, guidance=None"
+SIGNATURES = {
+    "load": "(checkpoint, *, mesh=None, dtype='auto')",
+    "sample": f"(self, labels, *, {DRAWN}, steps=None, solver=None, {SMOOTH}, batch_size=64)",
+    "at_schedule": "(self, patch_nums)",
+    "load_refiner": "(self, checkpoint, *, dtype='auto')",
+    "sampler": f"(self, settings, {SMOOTH})",
+    "sample_tokens": f"(self, labels, *, {DRAWN}, batch_size=64)",
+    "encode": "(self, images, *, batch_size=64)",
+    "decode": "(self, tokens, *, batch_size=64)",
+    "coarse_to_fine": "(self, tokens)",
+    "log_likelihood": "(self, images, labels=None, *, batch_size=64)",
+    "edit": f"(self, image, repaint, *, label=None, num=1, {DRAWN}, smooth=False, batch_size=8)",
+    "edit_tokens": "(self, image, repaint, *, settings, label=None, num=1, seed=0, smooth=False,"
+    " batch_size=8)",
+    "stream": f"(self, label=None, image=None, repaint=None, *, {DRAWN})",
+    "crop": "(self, image)",
+    "settings": f"(self, {DRAWN.removeprefix('seed=0, ')}, steps=None, solver=None)",
+    "check_kind": "(self, what, *kinds)",
+    "class_index": "(self, label, name='label')",
+    **dict.fromkeys(("class_names", "image_size", "kind", "mesh", "patch_nums"), ""),
+}
+
+
+def signature(call):
+    """Names, kinds and defaults of the arguments."""
+    parameters = inspect.signature(call).parameters.values()
+    return str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters]))
+
+
+def test_signatures_are_stable():
+    public = {name: each for name, each in vars(var_jax.Model).items() if name[0] != "_"}
+    public["load"] = var_jax.load
+    found = {name: signature(each) if callable(each) else "" for name, each in public.items()}
+    assert found == SIGNATURES
 
 
 def test_importing_is_light_and_defines_no_flags():

@@ -15,6 +15,7 @@ import zlib
 
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from PIL import Image
 from running import complaint, start
 from tiny import get_config
@@ -112,6 +113,28 @@ def test_an_upload_of_too_many_pixels(model, tmp_path):
     (tmp_path / "bomb.png").write_bytes(b"".join(pieces) + bytes(3) + b"\x63IDAT" + bytes(99))
     with pytest.raises(BadInput, match=r"bomb.png cannot be read: .*pixels"):
         page.read_upload(str(tmp_path / "bomb.png"), model)
+
+
+def test_uploads_are_bounded_each_and_in_total(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(page, "MAX_KEPT", 35 * 2**20)
+    visitor, address = TestClient(page.web_app(model, "tiny", None)), "/gradio_api/upload"
+
+    def upload(*contents):
+        files = [("files", (f"{i}.png", content)) for i, content in enumerate(contents)]
+        return visitor.post(address, files=files).status_code
+
+    def kept():
+        return sorted(path.read_bytes()[0] for path in tmp_path.rglob("*.png"))
+
+    for number in range(6):
+        assert upload(bytes([number]) * page.MAX_BYTES) == 200
+    assert kept() == [3, 4, 5]
+    assert upload(*[bytes(2**20)] * 12) == 413  # no file is too large
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert visitor.post(address, content=iter([b"--x"]), headers=headers).status_code == 413
+    assert kept() == [3, 4, 5]  # what is refused removes nothing
+    assert upload(bytes(page.MAX_BYTES + 1)) == 413  # gradio's own check
 
 
 def test_uploads_are_cropped(model, tmp_path):
@@ -217,7 +240,7 @@ def address(untrained):
 
 
 @pytest.fixture
-def queue(model, monkeypatch):
+def queue(model, tmp_path, monkeypatch):
     """A served page whose images wait for an event: how to press its button in a session of a name,
     how many images are being made, the event, and what the page keeps of its visitors.
     """
@@ -246,6 +269,7 @@ def queue(model, monkeypatch):
 
         return handler
 
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     monkeypatch.setattr(var_jax.Model, "stream", stream)
     monkeypatch.setattr(page, "build", lambda *args: built.append(build(*args)) or built[0])
     monkeypatch.setattr(page, "with_messages", generator)  # type checks hide from gradio what it is

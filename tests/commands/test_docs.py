@@ -8,6 +8,7 @@ import io
 import re
 import runpy
 import shlex
+import struct
 import subprocess
 import sys
 import textwrap
@@ -35,20 +36,28 @@ OTHERS = [
     ROOT / "CONTRIBUTING.md", ROOT / "launch/README.md", *sorted(ROOT.glob("benchmarks/*.md")),
     *sorted(ROOT.glob("var_jax/*.py")), *sorted(ROOT.glob("configs/*.py")),
 ]  # fmt: skip
-OURS = r"(?:python -m var_jax\.[a-z]+|python [a-z]\S*\.py|pip install|var_jax|launch/\w+\.sh)"
+OURS = (
+    r"(?:[A-Z_]+=\S* )*"
+    r"(?:python -m (?:var_jax|benchmarks)\.[a-z]+|python [a-z]\S*\.py|pip install|var_jax"
+    r"|launch/\w+\.sh)"
+)
 
 
 def commands_in(path):
-    """The commands of this repository in code blocks and in tables; of a line with && each."""
+    """The commands of this repository in code blocks, tables and sentences; of a line with && each.
+
+    In a sentence those that have a flag or name an extra.
+    """
     text = path.read_text()
     if path.suffix == ".py":
         text = ast.get_docstring(ast.parse(text)) or ""
     joined = re.sub(r"\\+\n\s*", "", text)
-    lines = re.findall(rf"^(?: {{4}}|)((?:[A-Z_]+=\S* )*{OURS}(?: .*)?)$", joined, re.M)
-    lines += re.findall(rf"^\|.*`({OURS} --[^`]*)`", joined, re.M)
+    lines = re.findall(rf"^(?: {{4}}|)({OURS}(?: .*)?)$", joined, re.M)
+    lines += re.findall(rf"(?<!`)`({OURS}\s[^`]*(?:--|\[)[^`]*)`", joined)
     for line in lines:
         plain = re.sub(r"\[--[^]]*\]| +# .*", "", line)  # of a docstring's synopsis
-        yield from (part.strip() for part in plain.split("&&") if re.search(OURS, part))
+        parts = (" ".join(part.split()) for part in plain.split("&&"))
+        yield from (part for part in parts if re.search(OURS, part))
 
 
 def commands_of(paths):
@@ -110,13 +119,16 @@ def test_a_command_has_these_flags(command):
     if program == "pip":
         extras = re.findall(r"[\w]+", "".join(re.findall(r"\[.*?\]", command)))
         assert {*extras} <= {*setup_arguments()["extras_require"]}
-    elif rest[:1] == ["-m"]:
+    elif program == "python" and rest[1:] and rest[1].startswith("var_jax."):
         accepts(rest[1].removeprefix("var_jax."), rest[2:])
     elif program == "var_jax":
         accepts(rest[0], rest[1:])
     elif program == "python":
-        text = (ROOT / rest[0]).read_text()
-        assert all(word in text for word in rest[1:] if word.startswith("--"))
+        name, *rest = rest if rest[0] != "-m" else [f"{rest[1].replace('.', '/')}.py", *rest[2:]]
+        defined = re.findall(
+            r"""(?:DEFINE_\w+\(|add_argument\()\s*"(?:--)?(\w+)""", (ROOT / name).read_text()
+        )
+        assert {word[2:].partition("=")[0] for word in rest if word[:2] == "--"} <= {*defined}
     else:
         assert (ROOT / program).is_file()
         if rest and not rest[0].startswith("-"):
@@ -125,21 +137,43 @@ def test_a_command_has_these_flags(command):
             accepts("train", ["--config", "emoji", *rest])
 
 
-# Of what users are told to run, what cannot run here: weights of the release and its reference,
-# TPU compilers (tests/commands/test_aot.py), a server (test_demo.py), downloads (test_hub.py),
-# hours, pip, torch, figures of their own tests, Fashion-MNIST, a ladder (test_scaling.py).
+# Of these the flags are checked and no more. They need what is not here (pip, a cloud, the compiler
+# of TPUs, torch, photographs, the release's weights, ImageNet), serve until Ctrl-C, read what no
+# command leaves, or take hours even with few steps; most have tests of their own.
 NOT_HERE = (
-    r"VIRTUAL|aot|demo|hub:|memorization|imagenet:|tokenizer:|emoji:(large|64)|fashion|baselines:"
-    r"|ladder|versus|^pip |benchmarks/(decoding|photographs|speed)"
+    r"^pip |gs://|\.aot|--reference VAR|--dinov2|photographs|hub:|imagenet:|VIRTUAL|\.demo"
+    r"|runs/small|ladder|versus|storm"
 )
-FEW_STEPS = ["--config.train_transformer.steps=2", "--config.report="]
-FEW_STEPS_OF_BOTH = ["--config.train_tokenizer.steps=2", *FEW_STEPS]
+FEW = {  # of what takes long; of flags that are given twice the last counts
+    "train": ["--config.report="],
+    "evaluate": ["--num=20"],
+    "benchmarks/decoding.py": ["--num=64", "--only=temperature"],
+}
+FASHION = "idx:/usr/share/datasets/fashion-mnist"
+
+
+def shortened(command):
+    """The words of a command, so that it ends soon."""
+    words = shlex.split(command.replace(FASHION, "idx:fashion"))
+    program = words[words.index("python") + 1]
+    name = words[words.index("-m") + 1].removeprefix("var_jax.") if program == "-m" else program
+    words += FEW.get(name, []) if name != "evaluate" or "--num" in words else []
+    if name == "train":
+        kept = r"finetune:|data\.tokens|train_tokenizer\.steps=0"  # the tokenizer
+        words += ["--config.train_tokenizer.steps=2"] * (not re.search(kept, command))
+        kept = r"finetune_tokenizer:|train_transformer\.steps=0"  # the transformer
+        words += ["--config.train_transformer.steps=2"] * (not re.search(kept, command))
+        words += ["--config.train_tokenizer.gan.start=1"] * ("gan.start" in command)
+        if re.search("--config (fashion|baselines:)", command):
+            words += ["--config.data.source=idx:fashion"]
+    return words
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with what the commands read: photographs, and small weights of official shapes."""
+    """A folder with what the commands read: images, and small weights of official shapes."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     emoji = open_source("emoji", "train", 32)
     for name in ("cat", "dog"):
@@ -154,6 +188,13 @@ def workplace(tmp_path, monkeypatch):
         "transformer": build(config.TransformerConfig(depth=1, width=64, num_heads=1, **sizes)),
     }
     rng = np.random.default_rng(0)
+    (tmp_path / "fashion").mkdir()
+    for split, count in (("train", 200), ("t10k", 100)):
+        images = rng.integers(0, 256, (count, 28, 28), np.uint8)
+        for kind, array in (("images", images), ("labels", np.arange(count, dtype=np.uint8) % 10)):
+            header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            path = tmp_path / "fashion" / f"{split}-{kind}-idx{array.ndim}-ubyte"
+            path.write_bytes(header + array.tobytes())
     models = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), models)
     (tmp_path / "official").mkdir()
     written, _ = write_models(models, {}, tmp_path / "official")
@@ -167,17 +208,14 @@ def test_commands_for_users_run(workplace):
     commands = [c for c in commands_of(FOR_USERS) if not re.search(NOT_HERE, c)]
     first = [r"convert --tokenizer", r"train --config emoji(?!.*data\.tokens)"]  # others read these
     commands.sort(key=lambda c: [bool(re.search(start, c)) for start in first], reverse=True)
-    for command in commands:
-        words = shlex.split(command)
+    for command in ["python -m var_jax.train --config fashion", *commands]:
+        words = shortened(command)
         devices = int(words.pop(0).partition("=")[2]) if "=" in words[0] else 1
         if words[1] != "-m":
             done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True)
             assert done.returncode == 0, (command, done.stderr)
             continue
         name, flags = words[2].removeprefix("var_jax."), words[3:]
-        if name == "train":
-            kept = re.search(r"finetune:|data\.tokens", command)  # the tokenizer
-            flags += FEW_STEPS if kept else FEW_STEPS_OF_BOTH
         code, _, err = (
             run(name, *flags) if devices == 1 else run_alone(name, *flags, devices=devices)
         )

@@ -1,9 +1,11 @@
 """The demo's web page, with gradio: samples and edits, each shown scale by scale as it is made."""
 
 import base64
+import contextlib
 import dataclasses
 import hmac
 import io
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import fastapi
 import gradio as gr
 import numpy as np
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import PlainTextResponse
 from gradio.themes import Soft
 from jaxtyping import Bool, UInt8
 from PIL import Image
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from var_jax import Model
 
 MAX_BYTES = 10 * 2**20  # of an upload
+MAX_KEPT = 200 * 2**20  # bytes of uploads and images that the page keeps in files
 MAX_WAITING = 16  # requests
 MAX_SESSIONS = 100  # whose images are kept
 MAX_PIXELS = 50_000_000  # of an upload, and of what a browser sends
@@ -264,14 +269,47 @@ class Handlers:
         return list(vars(settings).values())
 
 
+class Bounded:
+    """An application that takes no larger requests than an upload, and keeps few bytes in files."""
+
+    def __init__(self, app: Any, folder: Path):
+        self.app, self.folder = app, folder
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope.get("method") == "POST":
+            headers = dict(scope["headers"])
+            size = int(headers.get(b"content-length", 0))
+            if b"transfer-encoding" in headers or size > MAX_BYTES + 2**20:  # more than one file
+                refusal = PlainTextResponse(f"expected at most {MAX_BYTES:,} bytes.", 413)
+                return await refusal(scope, receive, send)
+            await run_in_threadpool(remove_oldest, self.folder, MAX_KEPT - size)
+        await self.app(scope, receive, send)
+
+
+def remove_oldest(folder: Path, most: int) -> None:
+    """Removes the oldest files of a folder; the others have at most `most` bytes together."""
+    found = []
+    for path in filter(Path.is_file, folder.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # gradio removes files too
+            found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+    for _, size, path in sorted(found, reverse=True):
+        if (most := most - size) < 0:
+            path.unlink(missing_ok=True)
+
+
 def web_app(model: "Model", name: str, password: str | None) -> fastapi.FastAPI:
-    """The page as a web application, for visitors who know the password if there is one."""
+    """The page as a web application, for visitors who know the password if there is one.
+
+    Uploads and images lie in the folder of the environment variable GRADIO_TEMP_DIR.
+    """
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many
     blocks = build(model, name)
     blocks.state_session_capacity = MAX_SESSIONS
     check = lambda _, given: hmac.compare_digest(given.encode(), (password or "").encode())
+    app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Bounded, folder=Path(os.environ["GRADIO_TEMP_DIR"]))
     return gr.mount_gradio_app(
-        fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None), blocks, "/",
+        app, blocks, "/",
         auth=check if password else None, auth_message="Any name, and the password.",
         max_file_size=MAX_BYTES, allowed_paths=[], footer_links=[], run_history=False,
         ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False, theme=THEME, css=CSS,
