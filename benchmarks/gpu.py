@@ -5,12 +5,12 @@
     python benchmarks/gpu.py --reference VAR [--minutes 7] [--out benchmarks/gpu.json]
 
 A part is a process of its own, in which ours and the release's program run in turn: as published
-(eager) and under torch.compile. Rates are medians over the rounds. Every part is saved as it ends:
-a second start measures only what is missing, and a part that would pass --minutes waits for it.
-Without --reference, or without what the release imports (torch, huggingface_hub), only our columns
-are filled; what does not run is a dash. Memory is ours, of rows that need more than those before.
-`--small` is for trying the
-script on a CPU: tiny models, and no figure that means anything.
+(eager) and under torch.compile, except sampling, whose cache grows in every pass. Rates are medians
+over the rounds. Every part is saved as it ends: a second start measures only what is missing, and a
+part that would pass --minutes waits for it. Without --reference, or without what the release
+imports (torch, huggingface_hub), only our columns are filled; what does not run is a dash. Memory
+is ours, of rows that need more than those before. `--small` is for trying the script on a CPU: tiny
+models, and no figure that means anything. `--minutes 0` prints the rows that there are.
 """
 
 import argparse
@@ -55,7 +55,9 @@ def main() -> None:
             continue
         left = ends - time.monotonic()
         if left < ESTIMATE and not args.small:
-            print(f"{part}: not measured, {left:.0f} s are left; start again", file=sys.stderr)
+            print(
+                f"{part}: not measured, {max(left, 0):.0f} s are left; start again", file=sys.stderr
+            )
             continue
         done[part] = start(part, args.reference, args.small, None if args.small else left)
         beside = args.out.with_suffix(".part")
@@ -462,14 +464,14 @@ class Release:
         vae, _ = self.build("d16")
         side = 16 * vae.quantize.v_patch_nums[-1]
         image = 2 * torch.rand(images, 3, side, side, device=self.device) - 1
-        with torch.no_grad():
-            idx = vae.img_to_idxBl(image)
         inside = torch.no_grad()
-        runs = {
-            "encode": inside(lambda: vae.img_to_idxBl(image)),
-            "decode": inside(lambda: vae.idxBl_to_img(idx, True, True)),
+        encode = inside(lambda: vae.img_to_idxBl(image))
+        idx = encode()
+        runs = {"encode": encode, "decode": inside(lambda: vae.idxBl_to_img(idx, True, True))}
+        return {
+            task: {"eager": self.waits(run), "compiled": self.waits(torch.compile(run))}
+            for task, run in runs.items()
         }
-        return {task: {"eager": self.waits(run)} for task, run in runs.items()}
 
 
 if __name__ == "__main__":

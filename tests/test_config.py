@@ -11,8 +11,10 @@ from var_jax import BadInput
 from var_jax.config import (
     Config,
     DataConfig,
+    GanConfig,
     SamplingConfig,
     TokenizerConfig,
+    TrainTokenizerConfig,
     TrainTransformerConfig,
     TransformerConfig,
     from_dict,
@@ -148,6 +150,23 @@ def test_bad_training(fields, sentence):
             {"gan": {"dino_file": "a.pth"}},
             r"dino_file=a\.pth is of discriminator='dino', not 'patc",
         ),
+        (
+            {"gan": {"weight": 1, "layers": 2, "start": 4, "ramp": 6}},
+            r"gan\.start=4 and gan\.ramp=6 end after steps=9, .* a sum of at most 9",
+        ),
+        (
+            {"gan": {"start": 4, "lecam": 0.1, "augment": True}},
+            r"gan\.weight=0\.0 leaves .* out, so start=4, lecam=0\.1, augment=True would",
+        ),
+        (
+            {"gan": {"discriminator": "dino", "dino_file": "a.pth"}},
+            r"gan\.weight=0\.0 leaves .* out, so dino_file=a\.pth would",
+        ),
+        (
+            {"gan": {"weight": 1, "layers": 2, "start": 2}, "kmeans_steps": 3},
+            r"gan\.start=2 lets .* learn in the first kmeans_steps=3, .* expected at least 3",
+        ),
+        ({"entropy_weight": 0.1}, r"entropy_weight=0\.1 moves .* codebook_decay=0\.99 makes them"),
         ({"kmeans_steps": 1, "codebook_decay": 0}, r"codebook_decay=0 learns codes by gradient"),
         ({"kmeans_steps": 9}, r"kmeans_steps=9 leaves nothing of steps=9"),
         ({"decoder_only": True, "kmeans_steps": 1}, r"kmeans_steps=1 is of the .* decoder_only"),
@@ -167,6 +186,12 @@ def test_losses_that_do_not_fit(fields, sentence):
         from_dict(
             Config, {"tokenizer": tokenizer, "train_tokenizer": training, "data": {"size": 16}}
         )
+
+
+def test_options_that_just_fit():
+    gan = GanConfig(weight=1, start=3, ramp=6)
+    TrainTokenizerConfig(steps=9, gan=gan, kmeans_steps=3)
+    TrainTokenizerConfig(steps=9, entropy_weight=0.1, codebook_decay=0)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,47 @@ def test_what_does_not_run_is_a_dash_and_costs_no_other_figure(capsys):
     assert script["theirs_of"](None, "codec") == {}
 
 
+def test_no_part_begins_that_would_pass_the_deadline(tmp_path, monkeypatch, capsys):
+    out, script = tmp_path / "gpu.json", runpy.run_path(str(SCRIPT))
+    for minutes, parts in ((0, []), (2, ["check"])):  # one part takes all of two minutes
+        began, clock = [], [1000.0]
+
+        def start(part, *_, began=began, clock=clock):
+            began.append(part)
+            clock[0] += 60
+            return {"checks": {part: "good"}}
+
+        monkeypatch.setitem(script["main"].__globals__, "start", start)
+        monkeypatch.setattr(script["time"], "monotonic", lambda clock=clock: clock[0])
+        argv = ["gpu.py", "--minutes", str(minutes), "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", argv)
+        script["main"]()
+        said = capsys.readouterr()
+        assert began == parts and out.exists() == bool(parts)
+        assert said.out.count("not measured") == len(script["PARTS"]) - len(parts)
+        assert said.err.count("s are left; start again") == len(script["PARTS"]) - len(parts)
+    assert "| check | good |" in said.out
+
+
+def test_a_part_that_is_too_slow_is_stopped():
+    part = runpy.run_path(str(SCRIPT))["start"]("check", None, True, 0.01)
+    assert part == {"failed": "stopped after 0 s"}
+
+
+@pytest.mark.parametrize("missing", ["torch", "models"])
+def test_without_torch_or_the_release_only_ours_is_measured(missing, monkeypatch, capsys):
+    if missing == "models":
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(__version__="2"))
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    script, given = runpy.run_path(str(SCRIPT)), []
+    codec = lambda name, release, small: given.append(release) or {"encode": {"ours": 1.0}}
+    monkeypatch.setitem(script["measure"].__globals__, "codec", codec)
+    found = script["measure"]("codec", "VAR", True)
+    assert given == [None] and found["rows"] == {"encode": {"ours": 1.0}}
+    assert f"only ours is measured: import of {missing} halted" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_parts_are_saved_and_kept(tmp_path):
     out = tmp_path / "gpu.json"

@@ -1,20 +1,23 @@
 """The report on a step compiled for TPUs that are not there."""
 
 import json
+import runpy
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
-from running import complaint, run, run_alone
+from running import ROOT, complaint, run, run_alone
 
 from var_jax.config import Config, SamplingConfig, TransformerConfig, from_dict
 from var_jax.models import backend
 from var_jax.sampling import autoregressive
 from var_jax.sampling.exports import build
 from var_jax.sharding.mesh import sampling_mesh
+from var_jax.tools.configs import load_config
 from var_jax.tools.flops import transformer_flops
-from var_jax.training.aot import lower, model_flops
+from var_jax.training.aot import batch_of, lower, model_flops
 
 SMALL = (
     "--config", "imagenet:d16", "--config.transformer.depth=2",
@@ -96,6 +99,35 @@ def test_the_sampler_is_the_one_that_sample_runs(untrained, tmp_path, monkeypatc
     assert mesh.shape == {"data": 4, "fsdp": 2, "tensor": 1}
     with jax.set_mesh(mesh):
         assert lower(config, "sampler", mesh, 8)[0].as_text() == program[0]
+
+
+def test_the_rows_of_the_benchmark_are_configs_and_become_a_table(tmp_path, monkeypatch, capsys):
+    script = runpy.run_path(str(ROOT / "benchmarks" / "aot.py"))
+    rows = [row for name in ("TRAINING", "OTHERS", "BASELINES") for row in script[name]]
+    for row in rows:
+        config = from_dict(Config, load_config(script["flags"](row)[1], row.fields))
+        found = dict(
+            mesh="1x4x1", batch_size=batch_of(config, row.program), fits=row.topology != "v6e:8x8",
+            chips=4, bytes_per_chip=8e9, memory_per_chip=17.2e9, estimated_cycles=5e8,
+            kernel_cycles_charged=4e7, efficiency=0.5, images_per_second=80.0, step_seconds=0.1,
+            collective_bytes=2e9, collective_bytes_fsdp=1e9, compile_seconds=9,
+            compile_cpu_seconds=5,
+            cycles_by_group={"matrix products": 3e8, "copies and layouts": 1e7},
+        )  # fmt: skip
+        name = "_".join((row.config, row.topology, row.program, *row.fields)).replace(":", "-")
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    assert len({*tmp_path.iterdir()}) == len(rows)  # a file each
+    monkeypatch.setattr(sys, "argv", ["aot.py", "--out", str(tmp_path)])
+    script["main"]()
+    said = capsys.readouterr().out
+    tables = [table.splitlines() for table in said.strip().split("\n\n")]
+    assert [len(table) - 2 for table in tables] == [21, 9, 3]
+    assert all(len({line.count("|") for line in table}) == 1 for table in tables)
+    step = "8.0 of 17.2|500|40|0.50|80|2.0 (1.0)|9 (5 of CPU)|"
+    assert f"|d16|v5e:4x8|1x4x1|768|transformer, nothing recomputed|{step}" in said
+    other = "8.0 of 17.2|500 (300, 0, 10; 40)|0.1|20|9 (5 of CPU)|"
+    assert f"|d30|v5e:2x2|1x4x1|32|sampler, eight images a chip|{other}" in said
+    assert "|d30|v6e:8x8|1x4x1|1024|pixels|8.0 of 17.2: too much|-|-|-|-|-|9 (5 of CPU)|" in said
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """`convert` and `encode`, on the golden weights as PyTorch files."""
 
 import contextlib
+import dataclasses
+import functools
 import io
 import json
 
@@ -9,17 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_cases import load, models, state_dict
-from running import run
+from running import TINY, run
 
 from var_jax import convert as command
 from var_jax.checkpoints.torch.convert import open_tensors, write_models
 from var_jax.checkpoints.torch.names import buffers
 from var_jax.checkpoints.torch.pth import write_pth
 from var_jax.checkpoints.torch.safetensors import write_safetensors
-from var_jax.models.tokenizer import Tokenizer, to_float
-from var_jax.sampling.exports import load_models
+from var_jax.config import Config, from_dict
+from var_jax.models.tokenizer import Tokenizer, encode_images, to_float
+from var_jax.sampling.exports import load_models, load_tokenizer, save_models
 from var_jax.sharding.mesh import make_mesh
 from var_jax.tools import cli
+from var_jax.tools.configs import load_config
+from var_jax.training.tokenizer import tokenizer_task
 
 
 def convert(*flags):
@@ -131,6 +136,53 @@ def test_half_precision_and_a_tokenizer_alone(tmp_path):
     code, _, err = run("sample", "--checkpoint", out, "--num", 1, "--out", tmp_path / "s")
     assert (code, len(err.splitlines())) == (2, 1)
     assert "holds a tokenizer but no transformer" in err and not (tmp_path / "s").exists()
+
+
+@pytest.mark.slow
+def test_a_tokenizer_trained_with_every_option_is_one_of_the_release(tmp_path):
+    fields = (
+        "tokenizer.patch_nums=1,1,1,2", "tokenizer.channels=32",
+        "tokenizer.channel_mults=1,1,2,2,4", "tokenizer.num_res_blocks=2",
+        "tokenizer.norm_groups=32", "tokenizer.patch_size=1", "data.size=32",
+        "train_tokenizer.kmeans_steps=1", "train_tokenizer.rotation=true",
+        "train_tokenizer.scale_dropout=0.5", "train_tokenizer.perturbation=0.5",
+        "train_tokenizer.restart_by_scale=true", "train_tokenizer.l1_weight=0.2",
+        "train_tokenizer.gan.weight=0.5", "train_tokenizer.gan.layers=1",
+        "train_tokenizer.gan.start=1", "train_tokenizer.gan.lecam=0.01",
+        "train_tokenizer.gan.augment=true",
+        "train_tokenizer.ema_decay=0",
+    )  # fmt: skip
+    config = from_dict(Config, load_config(str(TINY), fields))
+    task, key = tokenizer_task(config.tokenizer, config.train_tokenizer), jax.random.key(0)
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    rng, quick = np.random.default_rng(1), {"xla_backend_optimization_level": 0}  # to compile
+    jit = functools.partial(jax.jit, compiler_options=quick)
+
+    def start(path, leaf):  # initialising them as usual would compile for 20 s
+        spread = 0.1 if ".params" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(rng.normal(0, spread, leaf.shape), leaf.dtype)
+
+    state = jax.tree_util.tree_map_with_path(start, jax.eval_shape(task.init, key))
+    step, weights = jit(task.train_step), []
+    for _ in range(2):  # the first one is of k-means
+        state, metrics = step(state, {"image": images}, {}, key)
+        weights.append(metrics["adversarial_weight"])
+    assert weights[0] == 0 < weights[1]
+    trained, torch, back = (tmp_path / name for name in ("trained", "torch", "back"))
+    save_models(trained, {"tokenizer": state.autoencoder.params}, (), config)
+    code, said, err = convert("--checkpoint", trained, "--to_torch", torch)
+    assert code == 0, err
+    flags = ("--tokenizer", torch / "tokenizer.pth", "--patch_nums", "1,1,1,2", "--out", back)
+    code, said, err = convert(*flags)
+    assert code == 0 and "(32 px, 64 codes)" in said, err
+    ours, theirs = (load_tokenizer(folder) for folder in (trained, back))
+    assert dataclasses.replace(theirs.config, num_phi=ours.config.num_phi) == ours.config
+    encode = jit(encode_images)
+    tokens = encode(ours, images)
+    assert len(np.unique(tokens)) > 3
+    np.testing.assert_array_equal(encode(theirs, images), tokens)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_what_the_release_cannot_express(tmp_path):

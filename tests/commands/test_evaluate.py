@@ -575,6 +575,27 @@ def test_hosts_measure_together(tmp_path, untrained):
         np.testing.assert_allclose(found[name], alone[name], rtol=1e-3)
 
 
+@pytest.mark.slow
+def test_hosts_find_the_same_use_of_the_codes(tmp_path, untrained):
+    """Of 13 images, which no two devices share evenly."""
+    write_source(tmp_path / "data", 1, 130)
+    weights, found = weights_file(tmp_path, "features", "dinov2_224"), []
+    flags = ("--checkpoint", untrained, "--tokenizer", "--source", tmp_path / "data")
+    flags = (*flags, "--features", weights, "--batch_size", 4, "--out")
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        running = start_several(count, "evaluate", *flags, out, devices=2 // count)
+        said = [process.communicate(timeout=500) for process in running]
+        assert [process.returncode for process in running] == [0] * count, said
+        found.append(metrics(out))
+    alone, together = found
+    use = [name for name in alone if name.startswith(("used", "perplexity"))]
+    assert len(use) == 1 + 2 * 3 and alone["images"] == together["images"] == 13
+    assert {name: alone[name] for name in use} == {name: together[name] for name in use}
+    assert alone["perplexity_scale3"] > 8
+    assert together["psnr"] == pytest.approx(alone["psnr"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

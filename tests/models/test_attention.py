@@ -69,6 +69,22 @@ def test_patterns_of_other_models_agree(name):
     assert_same(results("kernel", True, pattern=PATTERNS[name]), plain)
 
 
+@pytest.mark.parametrize("name", ["scales", "oblong", "window"])
+def test_the_kernel_is_lowered_for_tpus(name):
+    """Forward and backward, in place of the interpreter that runs it here."""
+    pattern = PATTERNS[name]
+    q = jax.ShapeDtypeStruct((2, pattern.length, HEADS, WIDTH), jnp.bfloat16)
+
+    def run(q, k, v):
+        how = {"scale": jnp.ones(HEADS), "qk_norm": True, "implementation": "kernel"}
+        return (attention(q, k, v, pattern, **how).astype(jnp.float32) ** 2).sum()
+
+    with backend.assume("tpu"):
+        traced = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2))).trace(q, q, q)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("@tpu_custom_call") == 2
+
+
 def test_bfloat16_agrees_with_float32():
     plain = results("masked", True)
     for implementation in ("masked", "blocks", "kernel"):

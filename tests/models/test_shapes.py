@@ -11,7 +11,9 @@ from var_jax.models.quantizer import Quantizer
 from var_jax.models.resize import downsample, upsample
 from var_jax.models.tokenizer import Tokenizer, encode_images
 from var_jax.models.var import Transformer
-from var_jax.schedule import lengths, level_ids, num_tokens, shapes, size_of, slices
+from var_jax.sampling.autoregressive import Weights, sample
+from var_jax.sampling.generate import image_keys
+from var_jax.schedule import Pattern, lengths, level_ids, num_tokens, shapes, size_of, slices
 
 WIDE = (1, (1, 2), 2, (2, 3), (4, 6))
 HIGH = tuple(size_of(shape[::-1]) for shape in shapes(WIDE))
@@ -85,13 +87,31 @@ def random_weights(kind, config):
     return jax.tree.map(draw, jax.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
 
 
-def test_the_logits_of_turned_tokens_are_turned():
+def transformers():
+    """A wide one and one that is alike but for its turned positions."""
     sizes = dict(vocab_size=64, latent_dim=8, num_classes=3, depth=2, width=32, num_heads=2)
     wide, high = (
         random_weights(Transformer, TransformerConfig(patch_nums=sides, **sizes))
         for sides in (WIDE, HIGH)
     )
     high.pos_embed = nnx.Param(jnp.asarray(turn(wide.pos_embed[...][None], WIDE)[0]))
+    return wide, high
+
+
+def tokenizers():
+    """A wide one and one of turned kernels."""
+    sizes = dict(vocab_size=64, latent_dim=8, channels=16, channel_mults=(1, 1, 1), norm_groups=4)
+    wide, high = (
+        random_weights(Tokenizer, TokenizerConfig(patch_nums=sides, num_res_blocks=1, **sizes))
+        for sides in (WIDE, HIGH)
+    )
+    turned = lambda x: x.swapaxes(-4, -3) if x.ndim >= 4 else x  # kernels: (..., h, w, in, out)
+    weights = [turned(x) for x in jax.tree.leaves(wide)]
+    return wide, jax.tree.unflatten(jax.tree.structure(high), weights)
+
+
+def test_the_logits_of_turned_tokens_are_turned():
+    wide, high = transformers()
     x = np.random.default_rng(3).normal(size=(2, num_tokens(WIDE), 8)).astype(np.float32)
     labels, run = jnp.array([0, 3]), jax.jit(lambda model, labels, x: model(labels, x[:, 1:]))
     ours = np.asarray(run(wide, labels, x))
@@ -101,16 +121,33 @@ def test_the_logits_of_turned_tokens_are_turned():
 
 @pytest.mark.slow
 def test_the_tokens_of_turned_images_are_turned():
-    sizes = dict(vocab_size=64, latent_dim=8, channels=16, channel_mults=(1, 1, 1), norm_groups=4)
-    wide, high = (
-        random_weights(Tokenizer, TokenizerConfig(patch_nums=sides, num_res_blocks=1, **sizes))
-        for sides in (WIDE, HIGH)
-    )
-    turned = lambda x: x.swapaxes(-4, -3) if x.ndim >= 4 else x  # kernels: (..., h, w, in, out)
-    weights = [turned(x) for x in jax.tree.leaves(wide)]
-    high = jax.tree.unflatten(jax.tree.structure(high), weights)
+    wide, high = tokenizers()
     images = np.random.default_rng(4).integers(0, 256, (3, 16, 24, 3), np.uint8)
     ours = np.asarray(jax.jit(encode_images)(wide, images))
     assert len(np.unique(ours)) > 8
     theirs = jax.jit(encode_images)(high, images.swapaxes(1, 2))
     np.testing.assert_array_equal(turn(ours, WIDE), theirs)
+
+
+@pytest.mark.slow
+def test_samples_of_turned_models_are_turned():
+    """The likeliest tokens and their images, with guidance."""
+    labels = jnp.array([0, 1, 2])
+    (image, tokens), (turned_image, turned_tokens) = (
+        sample(Weights(*models), labels, image_keys(0, labels), cfg=1.5, top_k=1, top_p=0.0)
+        for models in zip(tokenizers(), transformers(), strict=True)
+    )
+    assert len(np.unique(tokens)) > 8 and np.std(image) > 20
+    np.testing.assert_array_equal(turn(np.asarray(tokens), WIDE), turned_tokens)
+    off = np.asarray(image, int) - np.asarray(turned_image, int).swapaxes(1, 2)
+    assert abs(off).max() <= 1
+
+
+@pytest.mark.parametrize("kind", [TokenizerConfig, TransformerConfig])
+def test_pairs_of_equal_sides_are_sides(kind):
+    """So the model of such a schedule is the square one."""
+    pairs = (1, 1), (2, 2), (2, 3), (4, 4)
+    assert kind(patch_nums=pairs) == kind(patch_nums=(1, 2, (2, 3), 4))
+    assert Pattern.block_causal(pairs) == Pattern.block_causal((1, 2, (2, 3), 4))
+    np.testing.assert_array_equal(downsample(LATENTS, (2, 2)), downsample(LATENTS, 2))
+    np.testing.assert_array_equal(upsample(LATENTS, (9, 9)), upsample(LATENTS, 9))

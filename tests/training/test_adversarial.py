@@ -43,7 +43,12 @@ from var_jax.training.tokenizer import (
 
 GAN = GanConfig(weight=0.5, layers=2, channels=8, start=2, ramp=2, lecam=0.01, augment=True)
 CONFIG = dataclasses.replace(
-    TRAIN_TOKENIZER, gan=GAN, l1_weight=0.2, perturbation=0.5, entropy_weight=0.1
+    TRAIN_TOKENIZER,
+    gan=GAN,
+    l1_weight=0.2,
+    perturbation=0.5,
+    entropy_weight=0.1,
+    codebook_decay=0.0,
 )
 
 
@@ -314,12 +319,15 @@ def test_meshes_agree_on_the_adversarial_step():
 
 @pytest.mark.slow
 def test_resuming_includes_the_discriminator(tmp_path):
+    """On a mesh that splits batch and weights."""
     config = dataclasses.replace(CONFIG, steps=9)
-    whole = train_in_loop(tmp_path / "a", config, task=task_of(config))
+    run = functools.partial(
+        train_in_loop, config=config, task=task_of(config), mesh_shape=(2, 2, 2)
+    )
+    whole = run(tmp_path / "a")
     with pytest.raises(OSError):
-        train_in_loop(tmp_path / "b", config, until=4, task=task_of(config))
-    resumed = train_in_loop(tmp_path / "b", config, task=task_of(config))
-    chex.assert_trees_all_equal(whole, resumed)
+        run(tmp_path / "b", until=4)
+    chex.assert_trees_all_equal(whole, run(tmp_path / "b"))
 
 
 @pytest.mark.slow

@@ -37,7 +37,9 @@ def task_of(config):
     return tokenizer_task(TOKENIZER, config)
 
 
-def train(directory, config, until=None, signalled=None, task=None, hooks=None):
+def train(
+    directory, config, until=None, signalled=None, task=None, hooks=None, mesh_shape=(1, 1, 1)
+):
     """Runs the loop; in a hook it ends, as by a full disk, or gets a Ctrl-C."""
     task, metrics = task or task_of(config), Metrics(directory)
     source = Emoji("train", 16)
@@ -51,8 +53,8 @@ def train(directory, config, until=None, signalled=None, task=None, hooks=None):
         return {"seen": step}
 
     both = loop.Hook("often", 4, run), loop.Hook("seldom", 6, lambda *_: {})
-    one = jax.devices()[:1]
-    mesh = jax.make_mesh((1, 1, 1), AXES, (AxisType.Explicit,) * 3, devices=one)
+    devices = jax.devices()[: math.prod(mesh_shape)]
+    mesh = jax.make_mesh(mesh_shape, AXES, (AxisType.Explicit,) * 3, devices=devices)
     with jax.set_mesh(mesh):
         state = loop.run(
             task, stream, mesh=mesh, seed=0, directory=directory / "ckpt", metrics=metrics,

@@ -85,6 +85,16 @@ class GanConfig:
                 f"dino_file={self.dino_file} is of discriminator='dino', not"
                 f" {self.discriminator!r}; set one of them."
             )
+        idle = [
+            f"{name}={value}"
+            for name in ("dino_file", "start", "ramp", "lecam", "augment")
+            if (value := getattr(self, name))
+        ]
+        if idle and not self.weight:
+            raise BadInput(
+                f"weight={self.weight} leaves the discriminator out, so {', '.join(idle)} would do"
+                " nothing; raise weight, or set these back to their defaults."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +142,12 @@ class TrainTokenizerConfig(TrainConfig):
                     f"{name}={value} is of the encoder and the codes, which decoder_only=True keeps"
                     " as they are; set one of them."
                 )
+        if self.entropy_weight and self.codebook_decay:
+            raise BadInput(
+                f"entropy_weight={self.entropy_weight} moves codes by gradient, but"
+                f" codebook_decay={self.codebook_decay} makes them moving averages; set one of"
+                " them to 0."
+            )
         if self.restart_by_scale and not self.codebook_restart:
             raise BadInput(
                 "restart_by_scale=True says where codes restart, but codebook_restart=0 restarts"
@@ -150,6 +166,18 @@ class TrainTokenizerConfig(TrainConfig):
             raise BadInput(
                 f"gan.start={self.gan.start} leaves the discriminator out of all"
                 f" steps={self.steps}; expected less."
+            )
+        if self.steps and self.gan.start + self.gan.ramp > self.steps:
+            raise BadInput(
+                f"gan.start={self.gan.start} and gan.ramp={self.gan.ramp} end after"
+                f" steps={self.steps}, so gan.weight is never reached; expected a sum of at most"
+                f" {self.steps}."
+            )
+        if self.gan.weight and self.gan.start < self.kmeans_steps:
+            raise BadInput(
+                f"gan.start={self.gan.start} lets the discriminator learn in the first"
+                f" kmeans_steps={self.kmeans_steps}, in which only codes do; expected at least"
+                f" {self.kmeans_steps}."
             )
 
     def discriminator(self) -> TrainConfig:
