@@ -98,8 +98,7 @@ def config_of(out: epath.Path, steps: int, losses: dict | None = None) -> Config
     if losses is not None:
         config.pretrained_tokenizer = str(out / "first/checkpoint")
         config.train_tokenizer.update(losses, decoder_only=True)
-        if "gan" in losses:
-            config.train_tokenizer.gan.update(start=steps // 10, ramp=steps // 10)
+        config.train_tokenizer.gan.update(start=steps // 10, ramp=steps // 10)
     return from_dict(Config, config)
 
 

@@ -155,14 +155,6 @@ def test_bad_training(fields, sentence):
             r"gan\.start=4 and gan\.ramp=6 end after steps=9, .* a sum of at most 9",
         ),
         (
-            {"gan": {"start": 4, "lecam": 0.1, "augment": True}},
-            r"gan\.weight=0\.0 leaves .* out, so start=4, lecam=0\.1, augment=True would",
-        ),
-        (
-            {"gan": {"discriminator": "dino", "dino_file": "a.pth"}},
-            r"gan\.weight=0\.0 leaves .* out, so dino_file=a\.pth would",
-        ),
-        (
             {"gan": {"weight": 1, "layers": 2, "start": 2}, "kmeans_steps": 3},
             r"gan\.start=2 lets .* learn in the first kmeans_steps=3, .* expected at least 3",
         ),

@@ -85,16 +85,6 @@ class GanConfig:
                 f"dino_file={self.dino_file} is of discriminator='dino', not"
                 f" {self.discriminator!r}; set one of them."
             )
-        idle = [
-            f"{name}={value}"
-            for name in ("dino_file", "start", "ramp", "lecam", "augment")
-            if (value := getattr(self, name))
-        ]
-        if idle and not self.weight:
-            raise BadInput(
-                f"weight={self.weight} leaves the discriminator out, so {', '.join(idle)} would do"
-                " nothing; raise weight, or set these back to their defaults."
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,7 +157,7 @@ class TrainTokenizerConfig(TrainConfig):
                 f"gan.start={self.gan.start} leaves the discriminator out of all"
                 f" steps={self.steps}; expected less."
             )
-        if self.steps and self.gan.start + self.gan.ramp > self.steps:
+        if self.gan.weight and 0 < self.steps < self.gan.start + self.gan.ramp:
             raise BadInput(
                 f"gan.start={self.gan.start} and gan.ramp={self.gan.ramp} end after"
                 f" steps={self.steps}, so gan.weight is never reached; expected a sum of at most"
