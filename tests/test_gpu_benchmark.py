@@ -10,7 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from var_jax.config import Config, from_dict
+from var_jax.tools.configs import load_config
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+TINY = Path(__file__).parent / "commands" / "tiny.py"
 
 
 def test_the_table_says_what_is_missing():
@@ -77,6 +81,39 @@ def test_without_torch_or_the_release_only_ours_is_measured(missing, monkeypatch
     found = script["measure"]("codec", "VAR", True)
     assert given == [None] and found["rows"] == {"encode": {"ours": 1.0}}
     assert f"only ours is measured: import of {missing} halted" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["train d16", "sample d16"])
+def test_a_part_measures_ours_and_the_release(part, monkeypatch):
+    """With the smallest models, and of the release no more than that it is called."""
+    script, asked = runpy.run_path(str(SCRIPT)), []
+
+    def theirs(task):
+        return lambda *args: asked.append((task, *args)) or {"eager": lambda: None}
+
+    names = script["train"].__globals__
+    config = from_dict(Config, load_config(str(TINY), ["transformer.num_classes=10"]))
+    monkeypatch.setitem(names, "config_of", lambda name, small: config)
+    monkeypatch.setitem(names, "ROUNDS", 1)
+    monkeypatch.setattr("var_jax.tools.flops.peak_flops", lambda kind: 1e12)
+    release = SimpleNamespace(training=theirs("training"), sampling=theirs("sampling"))
+    kind, _, name = part.partition(" ")
+    run = {"train": "train", "sample": "draw"}[kind]
+    rows = script[run](name, release, True)
+    wanted = {
+        "train": (
+            ["d16, train on tokens, 2 images", "d16, train on pixels, 2 images"],
+            [("training", "d16", 2, False), ("training", "d16", 2, True)],
+        ),
+        "sample": (
+            ["d16, sample 1 with guidance", "d16, sample 4 with guidance"],
+            [("sampling", "d16", 1), ("sampling", "d16", 4)],
+        ),
+    }[kind]
+    assert (list(rows), asked) == wanted
+    for row in rows.values():
+        assert row["ours"] > 0 and {"mfu", "eager"} <= row.keys()
 
 
 @pytest.mark.slow
