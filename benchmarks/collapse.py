@@ -8,7 +8,7 @@ images: use and perplexity of the codes at each scale, PSNR and LPIPS after each
 features of EfficientNet-Lite0, the Fréchet distances of reconstructions (rFD), of images whose
 codes were perturbed (pFD) and of samples (FD); "fair" is the lowest perplexity of a scale over its
 share of the codes, all of them over the number of scales. A stopped command goes on, and a second
-one adds its runs to the first one's. Writes runs.csv, table.md and curves.png.
+one adds its runs to the first one's. Writes runs.csv, table.md and a PNG for each dataset.
 """
 
 import csv
@@ -56,7 +56,7 @@ OPTIONS = {
     "single_scale": "tokenizer.patch_nums={last} train_transformer.steps=0 sampling.top_p=0",
 }
 FIGURES = ("psnr", "lpips", "used", "fair", "rfd", "pfd", "fd")  # of table.md
-BY_SCALE = {  # of curves.png
+BY_SCALE = {  # of the PNGs
     "psnr_scale": "PSNR after each scale, dB",
     "lpips_scale": "LPIPS after each scale",
     "used_scale": "share of the codes in use",
@@ -155,7 +155,7 @@ def after_each_scale(tokenizer: Tokenizer, images: SourceImages, compare: Any) -
 
 
 def write(out: epath.Path) -> None:
-    """runs.csv, table.md and curves.png of all runs under `out`."""
+    """runs.csv, table.md and DATASET.png of all runs under `out`."""
     rows = []
     for path in sorted(out.glob("*/*/figures.json")):
         (option, seed), dataset = path.parent.name.rsplit("-", 1), path.parent.parent.name
@@ -169,7 +169,7 @@ def write(out: epath.Path) -> None:
         writer.writerows(rows)
     lines = ["| data | option | seeds | " + " | ".join(FIGURES) + " |"]
     lines.append("|---" * (3 + len(FIGURES)) + "|")
-    charts: dict[str, dict[str, tuple]] = {}
+    charts: dict[str, dict[str, dict[str, tuple]]] = {}
     for dataset, option in dict.fromkeys((row["dataset"], row["option"]) for row in rows):
         some = [row for row in rows if (row["dataset"], row["option"]) == (dataset, option)]
         cells = [cell([row[name] for row in some if name in row]) for name in FIGURES]
@@ -178,11 +178,11 @@ def write(out: epath.Path) -> None:
             scales = [k for k in range(1, 65) if f"{prefix}{k}" in some[0]]
             line = scales, [mean(row[f"{prefix}{k}"] for row in some) for k in scales]
             if len(scales) > 1:
-                charts.setdefault(f"{dataset}: {title}", {})[option] = line
+                charts.setdefault(dataset, {}).setdefault(title, {})[option] = line
     with replacing(out / "table.md") as beside:
         beside.write_text("\n".join(lines) + "\n")
-    if charts:
-        curves(out / "curves.png", charts, "scale", ordered=False)
+    for dataset, each in charts.items():
+        curves(out / f"{dataset}.png", each, "scale", ordered=False)
     print("\n".join(lines))
 
 
