@@ -45,6 +45,7 @@ def test_a_step_on_pixels_counts_every_operation_of_the_encoder():
     assert (pixels - tokens) / 1e9 == pytest.approx(215.36, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_guidance_doubles_the_operations_of_the_transformer_alone():
     without = Config(sampling=SamplingConfig(cfg=0))
     forward = transformer_flops(Config().transformer, backward=False)

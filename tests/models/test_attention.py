@@ -26,6 +26,7 @@ PATTERNS = {
     "own scale, small and large": Pattern.block_causal((1, 8, 16), window=1),
     "window of small scales": Pattern.block_causal((1, 2, 3, 4, 5, 6, 8, 10), window=3),
 }
+ALIKE = ("full", "own scale", "window of small scales")  # to others that are tried
 HEADS, WIDTH = 3, 64  # an odd number: the last block of lanes is half empty
 
 
@@ -62,7 +63,14 @@ def test_implementations_agree(qk_norm):
     assert_same(results("kernel", qk_norm), plain)
 
 
-@pytest.mark.parametrize("name", [name for name in PATTERNS if name != "scales"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else [])
+        for name in PATTERNS
+        if name != "scales"
+    ],
+)
 def test_patterns_of_other_models_agree(name):
     plain = results("masked", True, pattern=PATTERNS[name])
     assert_same(results("blocks", True, pattern=PATTERNS[name]), plain)

@@ -71,6 +71,7 @@ def test_codes_and_sums_of_turned_latents_are_turned():
     np.testing.assert_allclose(turn(with_first, WIDE)[:, 1:], read(high, turned.idx), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_inputs_of_an_oblong_schedule_are_the_running_sums():
     model = quantizer(WIDE)
     idx = np.random.default_rng(1).integers(0, 64, (2, num_tokens(WIDE)))

@@ -92,6 +92,7 @@ def large_scales(window, attention):
     return model, labels, jnp.concatenate(embedded, axis=1), model(labels, read)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window", "attention"), PROGRAMS)
 def test_cached_logits_are_those_of_all_scales_at_once(window, attention):
     """From the first scale on, and from any later one that reads all before it anew."""
