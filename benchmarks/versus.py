@@ -11,9 +11,9 @@ at the middle budget and seed 0: three learning rates, of which the least valida
 then three guidance scales, token noise or none and three values of top-p, of which the least
 Fréchet distance does (the DiT has neither tokens nor top-p). The second does so with coarser
 tokens, the third trains the rows of configs/ablation.py at the middle budget, the fourth what might
-bring VAR ahead of raster scan. They write points.csv, tuning.csv (all trials), table.md and
-points.png. The last times samplers with random weights at 32 and 256 px. Compute is that of
-tools/flops.py, of the transformer alone. A stopped command continues.
+bring VAR ahead of raster scan. They write points.csv, tuning.csv (trials that were not chosen),
+table.md and points.png. The last times samplers with random weights at 32 and 256 px. Compute is
+that of tools/flops.py, of the transformer alone. A stopped command continues.
 """
 
 import csv

@@ -84,6 +84,7 @@ from var_jax.tools import cli, sampling_flags
 from var_jax.tools.files import output_folder
 from var_jax.tools.images import going_on_without, save_png
 from var_jax.tools.npz import NpzImages
+from var_jax.tools.paths import user_path
 
 MODES = ("likelihood", "classify", "tokenizer", "memorization")
 OF_SAMPLING = (*sampling_flags.SWEPT, "guidance", "solver", "patch_nums", "num", "seed")
@@ -346,7 +347,9 @@ def floor_of(
     """
     spec = args.reference
     if args.held_out:
-        if args.held_out == spec and (split == "validation" or not is_source(spec)):
+        place = lambda name: name if is_source(name) else user_path(name).resolve()
+        same = place(args.held_out) == place(spec)
+        if same and (split == "validation" or not is_source(spec)):
             raise BadInput("--held_out and --reference name the same images; expected others.")
         held_out = held_out_images(args.held_out, count, size)
     elif not is_source(spec):

@@ -1,5 +1,6 @@
 """The demo: what its controls and links mean, who may visit, and the page in a real browser."""
 
+import asyncio
 import io
 import json
 import re
@@ -129,12 +130,37 @@ def test_uploads_are_bounded_each_and_in_total(model, tmp_path, monkeypatch):
 
     for number in range(6):
         assert upload(bytes([number]) * page.MAX_BYTES) == 200
-    assert kept() == [3, 4, 5]
+    assert kept() == [3, 4, 5] and len([*tmp_path.rglob("*.png")]) == len([*tmp_path.iterdir()])
     assert upload(*[bytes(2**20)] * 12) == 413  # no file is too large
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
-    assert visitor.post(address, content=iter([b"--x"]), headers=headers).status_code == 413
+    assert visitor.post(address, content=iter([b"--x"]), headers=headers).status_code == 411
     assert kept() == [3, 4, 5]  # what is refused removes nothing
     assert upload(bytes(page.MAX_BYTES + 1)) == 413  # gradio's own check
+
+
+def test_uploads_at_once_are_bounded_in_total(tmp_path):
+    async def slow(scope, receive, send):
+        await ends.wait()
+
+    async def visit():
+        bounded, answers = page.Bounded(slow, tmp_path), []
+        length = [(b"content-length", str(page.MAX_BYTES).encode())]
+        scope = {"type": "http", "method": "POST", "headers": length}
+
+        async def send(message):
+            answers.append(message.get("status"))
+
+        ask = lambda: asyncio.create_task(bounded(scope, None, send))
+        tasks = [ask() for _ in range(page.MAX_KEPT // page.MAX_BYTES + 1)]
+        await asyncio.wait(tasks, timeout=0.2)
+        assert [status for status in answers if status] == [503]
+        ends.set()
+        await asyncio.wait(tasks)
+        await ask()
+        assert bounded.coming == 0 and answers.count(503) == 1
+
+    ends = asyncio.Event()
+    asyncio.run(visit())
 
 
 def test_uploads_are_cropped(model, tmp_path):

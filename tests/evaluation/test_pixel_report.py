@@ -7,7 +7,13 @@ import pytest
 
 from var_jax import BadInput
 from var_jax.data.sources import ArraySource
-from var_jax.evaluation.pixel_report import fit, nearest_distance, report, variety
+from var_jax.evaluation.pixel_report import (
+    fit,
+    nearest_distance,
+    report,
+    say_what_is_left_out,
+    variety,
+)
 
 
 def source(images, labels):
@@ -34,6 +40,8 @@ def test_without_scikit_learn_all_else_is_reported(monkeypatch, capsys):
         fit(items.images, items.labels)
     assert not capsys.readouterr().err
     found = report(items, items, draw, same)
+    assert not capsys.readouterr().err
+    say_what_is_left_out()
     assert "class agreement is left out" in capsys.readouterr().err
     missing = whole.keys() - found.keys()
     assert missing and all("class agreement" in n or n.startswith("  ") for n in missing)

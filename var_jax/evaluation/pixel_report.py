@@ -68,17 +68,19 @@ def variety(
 
 
 def has_classifier() -> bool:
-    """Whether there is a classifier; one line says what is left out where there is none."""
-    if importlib.util.find_spec("sklearn") is not None:
-        return True
-    if jax.process_index() == 0:
+    """Whether scikit-learn is installed."""
+    return importlib.util.find_spec("sklearn") is not None
+
+
+def say_what_is_left_out() -> None:
+    """One line where there is no classifier."""
+    if not has_classifier() and jax.process_index() == 0:
         print(f"class agreement is left out: {NO_CLASSIFIER}", file=sys.stderr, flush=True)
-    return False
 
 
 def fit(images: UInt8[np.ndarray, "N H W 3"], labels: Int32[np.ndarray, " N"]) -> Classifier:
     """The classifier. Raises: BadInput where scikit-learn is not installed."""
-    if importlib.util.find_spec("sklearn") is None:
+    if not has_classifier():
         raise BadInput(NO_CLASSIFIER)
     from sklearn import decomposition, pipeline, svm  # takes seconds
 
@@ -106,8 +108,8 @@ def report(
 ) -> dict[str, float]:
     """Figures of what `draw` makes of labels, two for the class of each validation image.
 
-    Class agreement is left out where scikit-learn is not installed, and a line says so. Large sets
-    are thinned out evenly, to 2,700 validation and 21,800 training images of 32x32.
+    Class agreement is left out where scikit-learn is not installed. Large sets are thinned out
+    evenly, to 2,700 validation and 21,800 training images of 32x32.
     Distances are root-mean-square, of pixels in [0, 1]. `reconstruct` is the tokenizer, there and
     back.
     """

@@ -273,28 +273,45 @@ class Bounded:
     """An application that takes no larger requests than an upload, and keeps few bytes in files."""
 
     def __init__(self, app: Any, folder: Path):
-        self.app, self.folder = app, folder
+        self.app, self.folder, self.coming = app, folder, 0  # bytes of requests under way
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope.get("method") == "POST":
-            headers = dict(scope["headers"])
-            size = int(headers.get(b"content-length", 0))
-            if b"transfer-encoding" in headers or size > MAX_BYTES + 2**20:  # more than one file
-                refusal = PlainTextResponse(f"expected at most {MAX_BYTES:,} bytes.", 413)
-                return await refusal(scope, receive, send)
-            await run_in_threadpool(remove_oldest, self.folder, MAX_KEPT - size)
-        await self.app(scope, receive, send)
+        if scope.get("method") != "POST":
+            return await self.app(scope, receive, send)
+        headers = dict(scope["headers"])
+        size = int(headers.get(b"content-length", 0))
+        if refusal := self.refusal(headers, size):
+            return await refusal(scope, receive, send)
+        self.coming += size
+        try:
+            await run_in_threadpool(remove_oldest, self.folder, MAX_KEPT - self.coming)
+            await self.app(scope, receive, send)
+        finally:
+            self.coming -= size
+
+    def refusal(self, headers: dict[bytes, bytes], size: int) -> PlainTextResponse | None:
+        """The answer to a request that is not taken."""
+        if b"transfer-encoding" in headers:
+            return PlainTextResponse("expected a Content-Length.", 411)
+        if size > MAX_BYTES + 2**20:  # a file, and what surrounds it
+            return PlainTextResponse(f"expected at most {MAX_BYTES:,} bytes.", 413)
+        if self.coming + size > MAX_KEPT:
+            return PlainTextResponse("too many uploads at once; try again.", 503)
+        return None
 
 
 def remove_oldest(folder: Path, most: int) -> None:
     """Removes the oldest files of a folder; the others have at most `most` bytes together."""
     found = []
-    for path in filter(Path.is_file, folder.rglob("*")):
+    for path in (Path(place, name) for place, _, names in os.walk(folder) for name in names):
         with contextlib.suppress(FileNotFoundError):  # gradio removes files too
-            found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+            about = path.stat()
+            found.append((about.st_mtime_ns, about.st_size, path))
     for _, size, path in sorted(found, reverse=True):
         if (most := most - size) < 0:
             path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # which is not empty
+                path.parent.rmdir()
 
 
 def web_app(model: "Model", name: str, password: str | None) -> fastapi.FastAPI:

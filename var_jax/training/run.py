@@ -117,7 +117,7 @@ class Run:
         if config.report:
             report = find_function("config.report", config.report, REPORT_ARGUMENTS)
             if report is pixel_report.report:
-                pixel_report.has_classifier()  # said now, not after hours
+                pixel_report.say_what_is_left_out()  # now, not after hours
         # Read ahead of the first step, so that a file that is missing is said now.
         self.networks = loss_networks(config.train_tokenizer)
         self.pretrained: Tokenizer | None = None

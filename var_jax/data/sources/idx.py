@@ -46,8 +46,8 @@ def open_idx(directory: str, split: str, size: Size, resize: float) -> ArraySour
     """One split of MNIST, Fashion-MNIST, KMNIST or EMNIST in `directory`, compressed or not.
 
     28×28 grey images become 32×32 RGB by a black border. Fashion-MNIST's classes have their names,
-    EMNIST's their characters, KMNIST's, if the folder or the one above is called so, their
-    syllables; others are called by their numbers.
+    EMNIST's their characters, KMNIST's, if the folder is KMNIST or KMNIST/raw, their syllables;
+    others are called by their numbers.
 
     Raises: BadInput if the files are missing, damaged or do not fit each other.
     """
@@ -86,8 +86,8 @@ def read_split(
 
 def class_names(labels: UInt8[np.ndarray, " N"], file: epath.Path) -> dict[int, str]:
     """The name of each label that occurs."""
-    folders = os.path.abspath(file).split("/")[-3:-1]
-    of_kmnist = file.name.startswith("kmnist") or "kmnist" in map(str.lower, folders)
+    folder = os.path.abspath(file).lower().rsplit("/", 1)[0].removesuffix("/raw")  # torchvision's
+    of_kmnist = file.name.startswith("kmnist") or folder.endswith("/kmnist")
     known: Sequence[str] | None = NAMES.get(tuple(map(int, labels[:10])))
     known = known or (KMNIST if of_kmnist else None)
     for word in EMNIST:
