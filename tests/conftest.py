@@ -48,6 +48,20 @@ def forgotten_programs():
         gc.collect()
 
 
+@pytest.fixture
+def cudnn_in_xla(monkeypatch):
+    """NVIDIA's attention as a program of XLA's; the lengths (L, S) that it was called with."""
+    plain, lengths = jax.nn.dot_product_attention, []
+
+    def run(q, k, v, *, implementation, **how):
+        assert implementation == "cudnn" and q.shape[1] % 2 == k.shape[1] % 2 == 0
+        lengths.append((q.shape[1], k.shape[1]))
+        return plain(q, k, v, **how)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", run)
+    return lengths
+
+
 def relaxed(f):
     """`f` with jax's default promotion: the strict settings are for our code, not for optax's."""
 

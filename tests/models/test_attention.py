@@ -93,6 +93,14 @@ def test_the_kernel_is_lowered_for_tpus(name):
     assert text.count("@tpu_custom_call") == 2
 
 
+@pytest.mark.parametrize("name", ["scales", "oblong", "window"])
+def test_cudnn_gets_what_it_takes(name, cudnn_in_xla):
+    plain = results("masked", True, pattern=PATTERNS[name])
+    assert_same(results("cudnn", True, pattern=PATTERNS[name]), plain)
+    even = 2 * -(-PATTERNS[name].length // 2)
+    assert {*cudnn_in_xla} == {(even, even)}
+
+
 def test_bfloat16_agrees_with_float32():
     plain = results("masked", True)
     for implementation in ("masked", "blocks", "kernel"):

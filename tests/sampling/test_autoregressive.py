@@ -11,6 +11,7 @@ from flax import nnx
 from golden_cases import models
 
 from var_jax.config import TransformerConfig
+from var_jax.models import backbone
 from var_jax.models.tokenizer import decode_tokens
 from var_jax.sampling.autoregressive import (
     Weights,
@@ -105,6 +106,18 @@ def test_cached_logits_are_those_of_all_scales_at_once(window, attention):
             here = x[:, : places[k].stop] if anew else x[:, places[k]]
             made, cache = model.decode(k, here, labels, cache, anew=anew)
             np.testing.assert_allclose(made, logits[:, places[k]], atol=2e-3)
+
+
+@pytest.mark.parametrize("window", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_cached_attention_of_cudnn(window, monkeypatch, cudnn_in_xla):
+    """With lengths that are odd, which it does not take; the first of them are few."""
+    monkeypatch.setattr(backbone, "choose", lambda *_: "cudnn")
+    model, labels, x, logits = large_scales(window, "auto")
+    places, cache = slices(model.config.patch_nums), model.cache_for(2, 4)
+    for k, place in enumerate(places):
+        made, cache = model.decode(k, x[:, place], labels, cache)
+        np.testing.assert_allclose(made, logits[:, place], atol=2e-3)
+    assert {(16, 18), (36, 78 if not window else 62)} <= {*cudnn_in_xla}
 
 
 def test_the_layers_do_not_copy_the_cache():

@@ -133,20 +133,24 @@ def dense(
 
 def cudnn(
     q: Float[Array, "B L H N"],
-    k: Float[Array, "B L H N"],
-    v: Float[Array, "B L H N"],
-    mask: Bool[np.ndarray, "L L"],
+    k: Float[Array, "B S H N"],
+    v: Float[Array, "B S H N"],
+    mask: Bool[np.ndarray, "L S"] | None = None,
 ) -> Float[Array, "B L H N"]:
-    """cuDNN wants lengths that are even: one hidden token is added where L is odd."""
-    L = q.shape[1]
-    pad = L % 2
-    padded = lambda x: jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0)))
-    mask = np.pad(mask, ((0, pad), (0, pad)))
+    """`dense` in one program of NVIDIA's, which never holds all products.
+
+    It wants lengths that are even: where one is odd a token is added, a key that is hidden.
+    """
+    L, S = q.shape[1], k.shape[1]
+    mask = np.ones((L, S), bool) if mask is None else mask
+    mask = np.pad(mask, ((0, L % 2), (0, S % 2)))
     mask[L:, 0] = True  # an added query must see something
+    even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+    given = None if mask.all() else jnp.asarray(mask)[None, None]
     run = lambda q, k, v: jax.nn.dot_product_attention(
-        q, k, v, mask=jnp.asarray(mask)[None, None], scale=1.0, implementation="cudnn"
+        q, k, v, mask=given, scale=1.0, implementation="cudnn"
     )
-    return per_device(run)(padded(q), padded(k), padded(v))[:, :L]
+    return per_device(run)(even(q), even(k), even(v))[:, :L]
 
 
 def per_device(run: Callable[..., Array]) -> Callable[..., Array]:

@@ -98,12 +98,14 @@ class Backbone(nnx.Module):
 
         return jax.lax.scan(layer, x, (jnp.arange(self.config.depth), self.blocks))
 
-    def uses_kernel(self) -> bool:
-        """Whether cached attention is a kernel, which takes keys as they are before QK-norm."""
-        implementation = self.config.attention
-        if implementation == "auto":
-            implementation = choose(self.dtype, self.config.head_dim)
-        return implementation == "kernel"
+    def cached_attention(self) -> str:
+        """The implementation of cached attention: kernel, cudnn or blocks.
+
+        A model that was trained on a GPU is sampled elsewhere too.
+        """
+        if self.config.attention in ("auto", "cudnn"):
+            return choose(self.dtype, self.config.head_dim)
+        return "kernel" if self.config.attention == "kernel" else "blocks"
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A zeroed cache of `length` tokens for `batch` sequences, in the compute dtype."""

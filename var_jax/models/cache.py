@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from var_jax.models import attention_tpu
-from var_jax.models.attention import attention, dense, prepare
+from var_jax.models.attention import attention, cudnn, dense, prepare
 from var_jax.models.backend import platform
 from var_jax.schedule import Pattern
 from var_jax.sharding.ops import merge_heads, split_heads
 
-FEWEST = attention_tpu.PACKED  # new tokens that are worth a kernel
+FEWEST = attention_tpu.PACKED  # new tokens that are worth a kernel or cuDNN
 
 
 class Cache(NamedTuple):
@@ -33,13 +33,13 @@ class Cache(NamedTuple):
 Attend = Callable[..., tuple[Float[Array, "B l H N"], Cache]]
 
 
-def attend_to_blocks(pattern: Pattern, k: int, anew: bool, kernel: bool) -> Attend:
+def attend_to_blocks(pattern: Pattern, k: int, anew: bool, implementation: str) -> Attend:
     """Attention of the tokens of block `k`, which see what block k-1 left in the cache.
 
     `anew`: of all tokens up to it, and the cache is empty. Returns what is mixed, and the new keys
-    and values. With `kernel` the cache holds keys as they are projected, else as of `prepare`.
+    and values. With a kernel the cache holds keys as they are projected, else as of `prepare`.
     """
-    kept = 0 if anew else pattern.left(k - 1)
+    kept, kernel = 0 if anew else pattern.left(k - 1), implementation == "kernel"
     new = Pattern(pattern.blocks[0 if anew else k : k + 1], pattern.window)
 
     def attend(
@@ -52,16 +52,17 @@ def attend_to_blocks(pattern: Pattern, k: int, anew: bool, kernel: bool) -> Atte
     ) -> tuple[Float[Array, "B l H N"], Cache]:
         if not kernel:
             (q, k), query = prepare(q, k, **query), {}
-        fused, new_kv = kernel and q.shape[1] >= FEWEST, merged(cache, k, v)
+        many, new_kv = q.shape[1] >= FEWEST, merged(cache, k, v)
         if not kept:
-            options = {"implementation": "kernel" if fused else "blocks", **query}
+            options = {"implementation": implementation if many else "blocks", **query}
             return attention(q, k, v, new, **options), new_kv
-        if fused:
+        if kernel and many:
             options = {"kept": kept, "interpret": platform() != "tpu", **query}
             return attention_tpu.cached(q, k, v, *cache, layer, **options), new_kv
         keys, values = joined(cache, layer, new_kv, kept, q.shape[-1])
         q, keys = prepare(q, keys, **query) if kernel else (q, keys)
-        return dense(q, keys, values), new_kv
+        fused = cudnn if implementation == "cudnn" and many else dense
+        return fused(q, keys, values), new_kv
 
     return attend
 

@@ -86,7 +86,7 @@ class Transformer(Backbone):
         all scales up to k, and the cache is empty.
         """
         pattern, cond = self.config.pattern, self.embed_labels(labels)
-        attend = attend_to_blocks(pattern, k, anew, self.uses_kernel())
+        attend = attend_to_blocks(pattern, k, anew, self.cached_attention())
         x, new = self.run_cached(x_BMD, cond, cache, attend)
         cache = cache if last else add_block(pattern, k, anew, cache, new)
         return self.head_out(x[:, -pattern.blocks[k] :], cond), cache
