@@ -1,5 +1,6 @@
 """The library: the same model for notebooks and commands, with a mesh and without."""
 
+import functools
 import inspect
 import io
 import subprocess
@@ -39,6 +40,22 @@ def test_samples_are_images_of_the_seed_and_their_tokens(model):
     tokens = model.sample_tokens(labels, seed=3)
     assert tokens.shape == (3, sum(side**2 for side in model.patch_nums))
     np.testing.assert_array_equal(model.decode(tokens), images)
+
+
+TWICE = lambda cond, uncond, k: 2 * cond - uncond
+
+
+@pytest.mark.slow
+def test_guidance_may_be_a_function(model):
+    """In all that draws: sampling, editing and scale by scale."""
+    labels, constant = ["Flags", 2], {"cfg": 1.0, "guidance": "constant"}
+    images = model.sample(labels, cfg=1.0, guidance=TWICE)
+    np.testing.assert_array_equal(images, model.sample(labels, **constant))
+    assert (images != model.sample(labels, cfg=1.0)).any()
+    edit = functools.partial(model.edit, IMAGES[0], (0, 0, 0.5, 1), label="Flags")
+    np.testing.assert_array_equal(edit(cfg=1.0, guidance=TWICE), edit(**constant))
+    *_, last = model.stream("Flags", cfg=1.0, guidance=TWICE)
+    assert abs(last.astype(int) - images[0]).max() <= 1
 
 
 def test_another_number_of_labels_seldom_compiles_another_program(model):
@@ -286,7 +303,16 @@ def test_a_model_without_a_mesh_says_so_where_one_is_set(model):
         (lambda m: unchecked(parse_guidance, 0.5), r"guidance='0\.5'; expected ramp"),
         (lambda m: m.sample("Flags", top_k=10**400), "expected numbers"),
         (lambda m: m.sample("Flags", refiner=m), "refiner and draft_scales go together"),
-        (lambda m: m.sample("Flags", refiner=m, draft_scales=13), "draft_scales=13; expected 1 to"),
+        (lambda m: m.sample("Flags", refiner=m, draft_scales=12), "draft_scales=12; expected 1 to"),
+        (
+            lambda m: m.sample("Flags", guidance="constant"),
+            "guidance='constant' is of cfg, .* is 0",
+        ),
+        (lambda m: m.sample("Flags", guidance=TWICE), "guidance=<function .* is of cfg, .* is 0"),
+        (
+            lambda m: m.edit(IMAGES[0], (0, 0, 1, 1), cfg=1.0, guidance=TWICE),
+            "guidance is a function of logits with a class; give a label",
+        ),
         (lambda m: m.sample("Flags", cfg=-1.0), r"cfg=-1\.0; expected 0 to 1000"),
         (lambda m: m.encode(np.zeros((1, 9, 9, 3), np.uint8)), r"expected uint8 \(N, 32, 32, 3\)"),
         (lambda m: m.encode(np.zeros((1, 32, 32, 3), np.float32)), "images are float32 of shape"),

@@ -329,3 +329,10 @@ def test_a_mistake_in_what_a_config_imports_is_said(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(BadInput, match=r"mine.py, line 1: SyntaxError: .* in 'import helper_of"):
         load_config(str(tmp_path / "mine.py"))
+
+
+def test_guidance_of_a_class_that_is_never_withheld():
+    fields = {"train_transformer": {"steps": 9, "label_dropout": 0}}
+    with pytest.raises(BadInput, match=r"sampling\.cfg=1\.5 guides away .*label_dropout=0 never"):
+        from_dict(Config, fields)
+    from_dict(Config, fields | {"sampling": {"cfg": 0}})

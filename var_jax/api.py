@@ -31,6 +31,7 @@ from var_jax.sampling.arguments import (
     check_seed,
     is_whole,
     read_image,
+    short,
     to_numbers,
 )
 from var_jax.sampling.autoregressive import KnownTokens, Weights, sample_by_scale
@@ -42,7 +43,7 @@ from var_jax.sampling.generate import (
     image_keys,
     sampler_of,
 )
-from var_jax.sampling.guidance import Guidance
+from var_jax.sampling.guidance import Guidance, spatial_strength
 from var_jax.sampling.masks import as_box, as_mask, box_mask, known_mask, pool_mask
 from var_jax.schedule import Schedule, Size, name_of, num_tokens, px, shape_of
 from var_jax.sharding.mesh import check_mesh, using
@@ -201,12 +202,16 @@ class Model:
         most = len(self.patch_nums)
         if refiner is None or draft_scales is None:
             raise BadInput("refiner and draft_scales go together; one of them is missing.")
-        if not is_whole(draft_scales, 1) or draft_scales > most:
+        if not is_whole(draft_scales, 1) or draft_scales >= most:
             raise BadInput(
-                f"draft_scales={draft_scales!r}; expected 1 to {most}, of {most} scales."
+                f"draft_scales={draft_scales!r}; expected 1 to {most - 1}, as the refiner samples"
+                f" the others of {most} scales."
             )
         if refiner.models.tokenizer is not self.models.tokenizer:
-            raise BadInput("refiner has a tokenizer of its own; load it with load_refiner.")
+            raise BadInput(
+                "refiner has a tokenizer of its own; load it with load_refiner, and at the scales"
+                " that both were trained at: a refiner takes no other schedule."
+            )
         weights = weights._replace(refiner=refiner.models.transformer)
         return functools.partial(draw, draft_scales=int(draft_scales)), weights
 
@@ -323,7 +328,8 @@ class Model:
 
         `repaint` is true (or 1, or 255) where to, or a box (y0, x0, y1, x1) in fractions of the
         image; it snaps to the cells of the finest scale. With a `label` what is painted is of that
-        class. Outside, tokens are kept, and pixels up to how the tokenizer reconstructs them.
+        class, and without one there is no guidance. Outside, tokens are kept, and pixels up to how
+        the tokenizer reconstructs them.
 
         Raises: BadInput if nothing is left to repaint, or the arguments are out of range.
         """
@@ -458,6 +464,8 @@ class Model:
             raise BadInput(f"steps={steps!r}; expected a whole number of at least 1.")
         settings = dataclasses.replace(self.models.sampling, **given)
         settings.check(self.patch_nums)
+        if guidance is not None and not settings.cfg and not spatial_strength(guidance):
+            raise BadInput(f"guidance={short(guidance)} is of cfg, the guidance scale, which is 0.")
         return settings
 
     def check_kind(self, what: str, *kinds: str) -> None:
@@ -491,6 +499,8 @@ class Model:
     ) -> tuple[int, SamplingConfig]:
         """The number of a class, or "no class", whose guidance would change nothing."""
         if label is None:
+            if callable(settings.guidance):
+                raise BadInput("guidance is a function of logits with a class; give a label.")
             return len(self.class_names), dataclasses.replace(settings, cfg=0.0)
         return self.class_index(label), settings
 

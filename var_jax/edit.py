@@ -78,6 +78,8 @@ def main(args: flags.FlagValues) -> None:
     settings = model.settings(**sampling_flags.sampling_settings(args))
     if args.label is not None:
         model.class_index(args.label, "--label")
+    elif args.cfg:
+        raise BadInput(f"--cfg={args.cfg:g} strengthens the class of --label, which is not given.")
     samples, keep = model.edit_tokens(
         image, repaint, label=args.label, num=args.num, seed=args.seed, smooth=args.smooth,
         batch_size=min(args.batch_size, args.num), settings=settings,

@@ -99,6 +99,7 @@ def test_bad_input(untrained, photo, tmp_path):
         (*image, *box, "--task", "class"): "--task=class needs --label",
         (*image, *box, "--label", "dogs"): "--label holds 'dogs'; the classes of",
         (*image, *box, "--num", 0): "--num",
+        (*image, *box, "--cfg", 4): "--cfg=4 strengthens the class of --label, which is not given",
         (*image, *box, "--top_p", ".5,.4"): "top_p=0.5,0.4 has 2 numbers; expected one",
     }
     for flags, expected in said.items():

@@ -55,10 +55,11 @@ def test_a_later_token_changes_no_earlier_logit(raster):
 
 def test_cached_logits_are_those_of_teacher_forcing(raster):
     model, labels, tokens, run = raster
+    condition = model.condition(labels)
 
     def step(carry, t):
         x, cache = carry
-        logits, cache = model.decode(t, x, labels, cache)
+        logits, cache = model.decode(t, x, condition, cache)
         return (model.embed_inputs(tokens[:, t, None], t + 1), cache), logits[:, 0]
 
     start = model.embed_start(labels), model.empty_cache(2, model.config.num_tokens)

@@ -98,13 +98,13 @@ def large_scales(window, attention):
 def test_cached_logits_are_those_of_all_scales_at_once(window, attention):
     """From the first scale on, and from any later one that reads all before it anew."""
     model, labels, x, logits = large_scales(window, attention)
-    places = slices(model.config.patch_nums)
+    places, condition = slices(model.config.patch_nums), model.condition(labels)
     for first in range(4):
         cache = model.cache_for(2, 4)
         for k in range(first, 4):
             anew = k == first
             here = x[:, : places[k].stop] if anew else x[:, places[k]]
-            made, cache = model.decode(k, here, labels, cache, anew=anew)
+            made, cache = model.decode(k, here, condition, cache, anew=anew)
             np.testing.assert_allclose(made, logits[:, places[k]], atol=2e-3)
 
 
@@ -113,9 +113,10 @@ def test_cached_attention_of_cudnn(window, monkeypatch, cudnn_in_xla):
     """With lengths that are odd, which it does not take; the first of them are few."""
     monkeypatch.setattr(backbone, "choose", lambda *_: "cudnn")
     model, labels, x, logits = large_scales(window, "auto")
-    places, cache = slices(model.config.patch_nums), model.cache_for(2, 4)
+    places, condition = slices(model.config.patch_nums), model.condition(labels)
+    cache = model.cache_for(2, 4)
     for k, place in enumerate(places):
-        made, cache = model.decode(k, x[:, place], labels, cache)
+        made, cache = model.decode(k, x[:, place], condition, cache)
         np.testing.assert_allclose(made, logits[:, place], atol=2e-3)
     assert {(16, 18), (36, 78 if not window else 62)} <= {*cudnn_in_xla}
 
@@ -124,7 +125,7 @@ def test_the_layers_do_not_copy_the_cache():
     model, labels, x, _ = large_scales(0, "auto")
     cache, here = model.cache_for(2, 4), x[:, slices(model.config.patch_nums)[2]]
     step = jax.jit(lambda *rest: model.decode(2, *rest), donate_argnums=2)
-    text = step.lower(here, labels, cache).compile().as_text()
+    text = step.lower(here, model.condition(labels), cache).compile().as_text()
     whole = "f32[" + ",".join(map(str, cache.k.shape)) + "]"
     assert whole in text
     assert not [line for line in text.splitlines() if f"= {whole}" in line and " copy(" in line]

@@ -122,6 +122,13 @@ class Config:
                 f"train_transformer.encoder_dtype={self.train_transformer.encoder_dtype} is of"
                 " images that are encoded in the step; with data.tokens there are none."
             )
+        training = self.train_transformer
+        if training.steps and not (training.label_dropout or self.init_from) and self.sampling.cfg:
+            raise BadInput(
+                f"sampling.cfg={self.sampling.cfg} guides away from samples of no class, which"
+                " train_transformer.label_dropout=0 never trains; set the one to 0 or the other"
+                " above it."
+            )
         try:
             self.sampling.check(self.transformer.patch_nums)
         except BadInput as error:

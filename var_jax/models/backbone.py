@@ -4,6 +4,7 @@
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,14 @@ from jaxtyping import Array, Float, Int32, Key
 from var_jax.config import TransformerConfig
 from var_jax.models import backend, blocks
 from var_jax.models.attention import attention, choose
-from var_jax.models.blocks import drop_path, layer_norm, modulate, run_blocks, stack_blocks
+from var_jax.models.blocks import (
+    Modulation,
+    drop_path,
+    layer_norm,
+    modulate,
+    run_blocks,
+    stack_blocks,
+)
 from var_jax.models.cache import Attend, Cache
 from var_jax.sharding.mesh import BATCH, layout_of
 from var_jax.sharding.ops import (
@@ -30,6 +38,13 @@ LAYOUT = blocks.LAYOUT | {
     "class_embed": (None, "fsdp"),
     "pos_embed": (None, "fsdp"),
 }
+
+
+class Condition(NamedTuple):
+    """What a class says to all blocks and to the head (AdaLN): the same for every token."""
+
+    blocks: Modulation
+    head: Float[Array, "#B 2 D"]
 
 
 class Backbone(nnx.Module):
@@ -79,10 +94,17 @@ class Backbone(nnx.Module):
         keep = None if key is None else drop_path(self.config, key, x.shape[0])
         return run_blocks(self.blocks, x, self.block_cond(cond), attend, keep)
 
+    def condition(self, labels: Int32[Array, " B"]) -> Condition:
+        """What `run_cached` and `head_out` take, for those who call them many times."""
+        cond = self.embed_labels(labels)
+        block_cond = self.block_cond(cond)
+        of_block = lambda block: block.modulation(block_cond, self.dtype)
+        return Condition(jax.lax.map(of_block, self.blocks), self.head_modulation(cond))
+
     def run_cached(
         self,
         x: Float[Array, "B l D"],
-        cond: Float[Array, "B D"],
+        condition: Condition,
         cache: Cache,
         attend: Attend,
     ) -> tuple[Float[Array, "B l D"], Cache]:
@@ -90,13 +112,13 @@ class Backbone(nnx.Module):
 
         The layers only read the cache: some platforms copy what a loop reads and writes.
         """
-        block_cond = self.block_cond(cond)
 
         def layer(x, numbered_block):
-            number, block = numbered_block
-            return block(x, block_cond, functools.partial(attend, cache, number))
+            number, block, modulation = numbered_block
+            return block(x, modulation, functools.partial(attend, cache, number))
 
-        return jax.lax.scan(layer, x, (jnp.arange(self.config.depth), self.blocks))
+        numbers = jnp.arange(self.config.depth)
+        return jax.lax.scan(layer, x, (numbers, self.blocks, condition.blocks))
 
     def cached_attention(self) -> str:
         """The implementation of cached attention: kernel, cudnn or blocks.
@@ -114,14 +136,20 @@ class Backbone(nnx.Module):
         empty = lambda: reshard(jnp.zeros(shape, self.dtype), None, BATCH, None, "tensor")
         return Cache(empty(), empty())
 
+    def head_modulation(self, cond: Float[Array, "B D"]) -> Float[Array, "#B 2 D"]:
+        """Scale less 1 and shift ahead of the head."""
+        if not self.config.adaln:
+            return self.norm_offset[...][None]
+        return modulate(cond, self.head_ada, self.head_ada_bias, self.dtype)
+
     def head_out(
-        self, x: Float[Array, "B L D"], cond: Float[Array, "B D"], split: str | None = "tensor"
+        self,
+        x: Float[Array, "B L D"],
+        cond: Float[Array, "B D"] | Condition,
+        split: str | None = "tensor",
     ) -> Float[Array, "B L V"]:
         """The head, in float32; `split` is the axis of the mesh that its outputs lie on."""
-        if self.config.adaln:
-            ada = modulate(cond, self.head_ada, self.head_ada_bias, self.dtype)
-        else:
-            ada = self.norm_offset[...][None]
+        ada = cond.head if isinstance(cond, Condition) else self.head_modulation(cond)
         scale, shift = ada[:, 0, None], ada[:, 1, None]
         x = (layer_norm(x.astype(jnp.float32)) * (1 + scale) + shift).astype(self.dtype)
         head = self.head[...].astype(self.dtype)

@@ -37,6 +37,7 @@ LAYOUT = {
 }
 MAX_LOG_SCALE = math.log(100.0)  # attention temperature is clipped here
 T = TypeVar("T")
+Modulation = tuple[Float[Array, "*depth #B 1 D"], ...]  # gates, scales and shifts of AdaLN
 
 
 class Block(nnx.Module):
@@ -69,7 +70,7 @@ class Block(nnx.Module):
         self.fc2, self.fc2_bias = draw((F, D), out_std), zeros(D)
         self.config = config
 
-    def modulation(self, cond: Float[Array, "B ..."], dtype: DTypeLike) -> list[Array]:
+    def modulation(self, cond: Float[Array, "B ..."], dtype: DTypeLike) -> Modulation:
         """gamma1, gamma2, scale1, scale2, shift1, shift2, each (B,1,D); without AdaLN (1,1,D).
 
         `cond` is the class embedding (B,D), or under shared AdaLN its projection (B,6,D).
@@ -81,7 +82,7 @@ class Block(nnx.Module):
             ada = cond + self.ada_offset[...][None]
         else:
             ada = modulate(cond, self.ada, self.ada_bias, dtype)
-        return [ada[:, i, None].astype(dtype) for i in range(6)]
+        return tuple(ada[:, i, None].astype(dtype) for i in range(6))
 
     def project_qkv(
         self, x: Float[Array, "B L D"], scale: Float[Array, "#B 1 D"], shift: Float[Array, "#B 1 D"]
@@ -142,20 +143,21 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        cond: Float[Array, "B ..."],
+        cond: Float[Array, "B ..."] | Modulation,
         attend: Callable[..., tuple[Array, T]],
         keep: Float[Array, "2 B 1 1"] | None = None,
     ) -> tuple[Float[Array, "B L D"], T]:
         """One block; `attend(q, k, v, query)` gives the mixed values and whatever else it makes.
 
-        `keep` is drop-path's mask.
+        `cond` is as `modulation` takes it, or what that made of it; `keep` is drop-path's mask.
         """
         again = jax.checkpoint if self.config.remat == "selective" else lambda f, **_: f
         # Of unrolled layers XLA would find what it is to recompute among its results, and keep it.
         prevent_cse = backend.unrolls(self.config.depth, self.config.remat)
         part = lambda f, *args: again(f, prevent_cse=prevent_cse)(self, *args)
-        modulation = part(functools.partial(Block.modulation, dtype=x.dtype), cond)
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
+        if not isinstance(cond, tuple):
+            cond = part(functools.partial(Block.modulation, dtype=x.dtype), cond)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = cond
         keep1, keep2 = (1, 1) if keep is None else keep.astype(x.dtype)
         q, k, v = part(Block.project_qkv, x, scale1, shift1)
         mixed, new_kv = attend(*(self.heads(y, x) for y in (q, k, v)), self.query)

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32, Key
 
 from var_jax.config import TransformerConfig
-from var_jax.models.backbone import LAYOUT, Backbone, normal
+from var_jax.models.backbone import LAYOUT, Backbone, Condition, normal
 from var_jax.models.cache import Cache, add_token, attend_to_tokens
 from var_jax.models.quantizer import Quantizer
 from var_jax.sharding.mesh import layout_of
@@ -53,13 +53,12 @@ class Raster(Backbone):
         self,
         t: Int32[Array, ""],
         x_B1D: Float[Array, "B 1 D"],
-        labels: Int32[Array, " B"],
+        condition: Condition,
         cache: Cache,
     ) -> tuple[Float[Array, "B 1 V"], Cache]:
         """Logits of token t given the cached keys and values of those before it."""
-        cond = self.embed_labels(labels)
-        x, new = self.run_cached(x_B1D, cond, cache, attend_to_tokens(t))
-        return self.head_out(x, cond), add_token(t, cache, new)
+        x, new = self.run_cached(x_B1D, condition, cache, attend_to_tokens(t))
+        return self.head_out(x, condition), add_token(t, cache, new)
 
     def embed_start(self, labels: Int32[Array, " B"]) -> Float[Array, "B 1 D"]:
         """The input of the first token."""

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 
 from var_jax.config import TransformerConfig
 from var_jax.models.attention_tpu import whole_tiles
-from var_jax.models.backbone import Backbone, normal, zeros
+from var_jax.models.backbone import Backbone, Condition, normal, zeros
 from var_jax.models.cache import Cache, add_block, attend_to_blocks
 from var_jax.models.quantizer import Quantizer
 from var_jax.schedule import level_ids, num_tokens
@@ -74,7 +74,7 @@ class Transformer(Backbone):
         self,
         k: int,
         x_BMD: Float[Array, "B M D"],
-        labels: Int32[Array, " B"],
+        condition: Condition,
         cache: Cache,
         *,
         anew: bool = False,
@@ -85,11 +85,11 @@ class Transformer(Backbone):
         `x_BMD` are the inputs of scale k, and the cache is of scale k-1; or, `anew`, the inputs of
         all scales up to k, and the cache is empty.
         """
-        pattern, cond = self.config.pattern, self.embed_labels(labels)
+        pattern = self.config.pattern
         attend = attend_to_blocks(pattern, k, anew, self.cached_attention())
-        x, new = self.run_cached(x_BMD, cond, cache, attend)
+        x, new = self.run_cached(x_BMD, condition, cache, attend)
         cache = cache if last else add_block(pattern, k, anew, cache, new)
-        return self.head_out(x[:, -pattern.blocks[k] :], cond), cache
+        return self.head_out(x[:, -pattern.blocks[k] :], condition), cache
 
     def cache_for(self, batch: int, scales: int) -> Cache:
         """A zeroed cache for sampling the first `scales` scales of `batch` sequences."""

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Key, Shaped, UInt8
 
 from var_jax.config import PER_SCALE, SamplingConfig
+from var_jax.models.backbone import Condition
 from var_jax.models.cache import Cache
 from var_jax.models.tokenizer import Tokenizer, decode_latents
 from var_jax.sampling import filters
@@ -35,9 +36,10 @@ class KnownTokens(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where sampling is between two scales; with guidance labels and cache are of pairs."""
+    """Where sampling is between two scales; with guidance labels and so on are of pairs."""
 
     labels: Int32[Array, " P"]
+    condition: Condition
     inputs: tuple[Float[Array, "B l C"], ...]  # of each scale from the second to the next one
     cache: Cache
     f_hat: Float[Array, "B h w C"]  # the running sum of the scales so far
@@ -113,10 +115,16 @@ def sample_latent(
         settings["last"] = k + 1 in (drafted, scales)
         if k == drafted:
             weights = weights._replace(transformer=weights.refiner)
-            state = state._replace(cache=weights.transformer.cache_for(len(state.labels), scales))
+            state = with_refiner(weights.refiner, state, scales)
         state, idx_Bl = sample_scale(k, weights, state, keys, known, **settings)
         tokens.append(idx_Bl)
     return state.f_hat, jnp.concatenate(tokens, axis=1)
+
+
+def with_refiner(refiner: Any, state: State, scales: int) -> State:
+    """The state for another transformer, which has read nothing yet."""
+    cache = refiner.cache_for(len(state.labels), scales)
+    return state._replace(condition=refiner.condition(state.labels), cache=cache)
 
 
 def begin(weights: Weights, labels: Int32[Array, " B"], *, guided: bool, scales: int) -> State:
@@ -126,7 +134,8 @@ def begin(weights: Weights, labels: Int32[Array, " B"], *, guided: bool, scales:
     f_hat = reshard(jnp.zeros((len(labels), *latent)), BATCH)
     if guided:
         labels = pairs(labels, jnp.full_like(labels, transformer.config.num_classes))
-    return State(labels, (), transformer.cache_for(len(labels), scales), f_hat)
+    condition = transformer.condition(labels)
+    return State(labels, condition, (), transformer.cache_for(len(labels), scales), f_hat)
 
 
 def sample_scale(
@@ -181,7 +190,7 @@ def predict(
     """Guided logits of scale k; the state with the scale's keys and values in the cache."""
     patch_nums = transformer.config.patch_nums
     x = embed_inputs(transformer, state, slices(patch_nums)[k].stop, anew)
-    rest = state.labels, state.cache
+    rest = state.condition, state.cache
     logits, cache = transformer.decode(k, x, *rest, anew=anew, last=last)
     both = (logits, None) if cfg is None else unpaired(logits)
     logits, coarser = guided(guidance, *both, k, len(patch_nums), cfg), None

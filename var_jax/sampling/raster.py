@@ -33,9 +33,11 @@ def sample(
     if guided:
         labels = pairs(labels, jnp.full_like(labels, transformer.config.num_classes))
 
+    condition = transformer.condition(labels)
+
     def step(carry, t):
         x, cache = carry
-        logits, cache = transformer.decode(t, x, labels, cache)
+        logits, cache = transformer.decode(t, x, condition, cache)
         logits = logits if cfg is None else guide(*unpaired(logits), cfg)
         logits = filtered(logits, top_k, top_p, temperature)
         token_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, t)

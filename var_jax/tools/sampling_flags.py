@@ -71,7 +71,9 @@ def sweep(args: flags.FlagValues) -> dict[str, dict[str, Any]]:
         point: dict[str, Any] = dict(zip(lists, values, strict=True))
         name = "-".join(f"{key}{value:g}" for key, value in point.items())
         point |= {key: int(point[key]) for key in ("top_k", "steps") if key in point}
-        found[name] = point | {"guidance": args.guidance, "solver": args.solver}
+        without = len(lists.get("cfg", ())) > 1 and not point["cfg"]  # a point of a sweep
+        guidance = None if without else args.guidance
+        found[name] = point | {"guidance": guidance, "solver": args.solver}
     return found if len(found) > 1 else {"": next(iter(found.values()))}
 
 
