@@ -16,6 +16,7 @@ from var_jax.sampling.autoregressive import Weights
 from var_jax.sampling.diffusion import solve
 from var_jax.sampling.generate import generate_all, image_keys, sampler_of
 from var_jax.sharding.mesh import make_mesh
+from var_jax.training.diffusion import velocity_error
 
 LABELS = np.array([1, 2, 0, 1, 2], np.int32)
 SHARED = dict(vocab_size=16, latent_dim=8)
@@ -76,6 +77,31 @@ def test_the_flow_of_a_gaussian_gives_its_mean_and_covariance():
     end = np.asarray(solve(gaussian_velocity(MEAN, ROOT @ ROOT), noise, 30, "heun"))
     np.testing.assert_allclose(end.mean(0), MEAN, atol=0.03)
     np.testing.assert_allclose(np.cov(end.T), ROOT @ ROOT, atol=0.04)
+
+
+def test_training_prefers_the_velocity_that_the_solver_takes():
+    """The error of a Gaussian's velocity is the variance that is left, and no other's is lower."""
+    of_image, of_noise = jax.random.split(jax.random.key(0))
+    draw = lambda key: jax.random.normal(key, (20_000, 1, 1, 2))
+    x, noise, time = (
+        MEAN[None, None, None] + draw(of_image) @ ROOT,
+        draw(of_noise),
+        jnp.full(20_000, 0.3),
+    )
+    velocity = gaussian_velocity(MEAN, ROOT @ ROOT)
+
+    def loss(change):
+        dit = lambda labels, x, time, key: change(velocity(x.reshape(-1, 2), 0.3)).reshape(x.shape)
+        return float(velocity_error(dit, jnp.zeros(len(x), int), x, noise, time).mean())
+
+    covariance, unit = ROOT @ ROOT, jnp.eye(2)
+    with_x = 0.3 * unit - 0.7 * covariance
+    of_x = 0.7**2 * covariance + 0.3**2 * unit
+    left = unit + covariance - with_x @ jnp.linalg.solve(of_x, with_x)
+    least = loss(lambda v: v)
+    assert least == pytest.approx(float(jnp.trace(left)) / 2, rel=0.03)
+    for change in (jnp.negative, lambda v: v + 0.1, lambda v: 0.9 * v, lambda v: 1.1 * v):
+        assert loss(change) > least
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
