@@ -6,14 +6,15 @@
     python benchmarks/versus.py --study tries --seeds 1 --out runs/tries
     python benchmarks/versus.py --study speed --out runs/speed
 
-The first trains each model of configs/versus.py at three budgets with three seeds. Tuning is equal,
-at the middle budget and seed 0: three learning rates, of which the least validation loss counts,
-then three guidance scales, token noise or none and three values of top-p, of which the least
-Fréchet distance does (the DiT has neither tokens nor top-p). The second does so with coarser
-tokens, the third trains the rows of configs/ablation.py at the middle budget, the fourth what might
-bring VAR ahead of raster scan. They write points.csv, tuning.csv (trials that were not chosen),
-table.md and points.png. The last times samplers with random weights at 32 and 256 px. Compute is
-that of tools/flops.py, of the transformer alone. A stopped command continues.
+The first trains each model of configs/versus.py at three budgets with three seeds. Each is tuned at
+the middle budget and seed 0: three learning rates, of which the least validation loss counts, then
+three guidance scales, token noise or none and three values of top-p, of which the least Fréchet
+distance does: 11 trials, and 6 of the DiT, which has neither tokens nor top-p. The second does so
+with coarser tokens, the third trains the rows of configs/ablation.py at the middle budget, the
+fourth what might bring VAR ahead of raster scan. They write points.csv, tuning.csv (trials that
+were not chosen), table.md and points.png. The last times samplers with random weights at 32 px,
+with 8x8 and 4x4 tokens, and at 256 px, and writes speeds.csv and table.md. Compute is that of
+tools/flops.py, of the transformer alone. A stopped command continues.
 """
 
 import csv
@@ -49,7 +50,7 @@ from var_jax.tools import cli
 from var_jax.tools.configs import load_config
 from var_jax.tools.files import output_path, read_json, replacing
 from var_jax.tools.flops import matmul_flops, transformer_flops
-from var_jax.tools.images import curves
+from var_jax.tools.images import charts, save_charts
 from var_jax.tools.npz import NpzImages, is_whole, save_npz
 from var_jax.training.hooks import draw_samples
 from var_jax.training.run import train
@@ -83,6 +84,7 @@ OF_TOKENS = (  # fields that are tried in turn, of models that predict tokens
     ("train_transformer.token_noise=0", "train_transformer.token_noise=0.2"),
     ("sampling.top_p=0.95", "sampling.top_p=0.8", "sampling.top_p=0.6"),
 )
+SETTING = ("model", "budget", "seed", "learning rate", "token noise", "cfg", "top-p")
 FIGURES = ("FD", "KID", "precision", "recall", "class agreement", "near-copies")
 OF_TOKENIZER = ("rFD", "near-copies, real")  # of reconstructions: training set, validation set
 TERA = 1e12
@@ -116,17 +118,24 @@ def main(args: flags.FlagValues) -> None:
     out = output_path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     if args.study == "speed":
-        text = speeds(small_configs(), args.batches) + "\n" + speeds(large_configs(), ["1"])
+        rows = [
+            *speeds(small_configs(), args.batches),
+            *speeds(small_configs("_4x4"), args.batches),
+            *speeds(large_configs(), ["1"]),
+        ]
+        write_csv(out / "speeds.csv", rows)
+        text = speed_table(rows)
     else:
         study = Study(out, args.num, args.tokenizer_steps)
         budgets = [float(budget) for budget in args.budgets]
         points = STUDIES[args.study](study, budgets, args.seeds)
         rows = [study.row(point) for point in points]
         write_csv(out / "points.csv", rows)
-        if tuning := [trial for point, trial in study.trials.items() if point not in points]:
+        if tuning := not_chosen(rows, [*study.trials.values()]):
             write_csv(out / "tuning.csv", tuning, list(rows[0]))
-        draw(out / "points.png", rows)
-        text = table(rows, study.floor())
+        floor = study.floor()
+        draw(out / "points.png", rows, floor["FD"])
+        text = table(rows, floor)
     with replacing(out / "table.md") as beside:
         beside.write_text(text)
     print(text)
@@ -248,7 +257,8 @@ class Study:
         summary = self.train(config)
         loss = next(value for name, value in summary.items() if "validation loss" in name)
         about = {"model": point.model, "budget": point.budget, "seed": point.seed}
-        about |= {"learning rate": config.train_transformer.learning_rate, "validation loss": loss}
+        about |= {"learning rate": config.train_transformer.learning_rate}
+        about |= {"token noise": config.train_transformer.token_noise, "validation loss": loss}
         self.trials.setdefault(point, about)
         return loss
 
@@ -353,6 +363,21 @@ def write_csv(
         writer.writerows(rows)
 
 
+def not_chosen(
+    rows: Sequence[dict[str, Any]], trials: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Trials whose setting no row has, each once, however a point spells it.
+
+    Of some only the training is known; they go where a row or another trial has that training.
+    """
+    same = lambda trial, row: all(row.get(key) == trial[key] for key in SETTING if key in trial)
+    found: list[dict[str, Any]] = []
+    for trial in sorted(trials, key=len, reverse=True):  # those that were sampled first
+        if not any(same(trial, row) for row in [*rows, *found]):
+            found.append(trial)
+    return sorted(found, key=trials.index)
+
+
 def grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float], list[dict[str, Any]]]:
     """Rows that differ in the seed alone."""
     key = lambda row: (row["model"], row["budget"])
@@ -363,13 +388,14 @@ def table(rows: Sequence[dict[str, Any]], floor: dict[str, float]) -> str:
     """Means of the seeds with their standard deviations, in Markdown."""
     tuned = ("learning rate", "cfg", "token noise", "top-p")
     names = (*FIGURES, *OF_TOKENIZER)
-    head = ("model", "TFLOPs", "images", *tuned, *names)
-    real = "real images", *("",) * 6, *(shown(floor[n]) if n in floor else "" for n in names)
+    head = ("model", "TFLOPs", "images", *tuned, "passes", "GFLOPs an image", *names)
+    real = "real images", *("",) * 8, *(shown(floor[n]) if n in floor else "" for n in names)
     lines = [head, ("---",) * len(head), real]
     for (model, budget), group in grouped(rows).items():
         first = group[0]
         how = [first[name] for name in tuned]
         how = [shown(value) if isinstance(value, float) else value for value in how]
+        how += [str(first["passes"]), shown(first["sampling GFLOPs"])]
         cells = [spread([row[name] for row in group]) for name in names]
         lines.append((model, f"{budget:g}", f"{first['images']:,}", *how, *cells))
     hours = sum({row["minutes"] for row in rows}) / 60
@@ -388,24 +414,36 @@ def shown(value: float) -> str:
     return f"{value:.3g}"
 
 
-def draw(path: epath.Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A chart for each figure: over compute, or of an ablation over its rows."""
-    groups, one_budget = grouped(rows), len({row["budget"] for row in rows}) == 1
-    series: dict[str, dict[str, tuple]] = {name: {} for name in FIGURES}
-    for name in FIGURES:
-        mean = {key: statistics.mean(row[name] for row in group) for key, group in groups.items()}
-        if one_budget:
-            series[name][""] = [model for model, _ in mean], list(mean.values())
-        for model in {} if one_budget else dict.fromkeys(model for model, _ in mean):
-            points = [(budget, y) for (of, budget), y in mean.items() if of == model]
-            series[name][model] = tuple(zip(*points, strict=True))
-    curves(path, series, "" if one_budget else "TFLOPs of training")
+def draw(path: epath.Path, rows: Sequence[dict[str, Any]], floor: float) -> None:
+    """A chart for each figure, over compute, or of an ablation over its rows.
+
+    Lines join the means of the seeds, dots are the seeds; `floor` is the distance of real images.
+    """
+    one_budget = len({row["budget"] for row in rows}) == 1
+    names = [name for name in FIGURES if name != "near-copies"]  # 0 of most: it is in the table
+    lines: dict[str, list[list[dict[str, Any]]]] = {}
+    for (model, _), group in grouped(rows).items():
+        lines.setdefault("" if one_budget else model, []).append(group)
+    figure, axes = charts(len(names))
+    for axis, name in zip(axes, names, strict=True):
+        for label, groups in lines.items():
+            at = [group[0]["model" if one_budget else "budget"] for group in groups]
+            means = [statistics.mean(row[name] for row in group) for group in groups]
+            (line,) = axis.plot(at, means, label=label, linewidth=1.6)
+            seeds = [(x, row[name]) for x, group in zip(at, groups, strict=True) for row in group]
+            axis.plot(*zip(*seeds, strict=True), "o", color=line.get_color(), ms=3.5, alpha=0.6)
+        axis.set(title=name, xlabel="" if one_budget else "TFLOPs of training")
+    axes[0].axhline(floor, color="0.6", linewidth=1.2)
+    where = dict(xycoords=("axes fraction", "data"), textcoords="offset points", xytext=(0, 3))
+    axes[0].annotate("real images", (0.02, floor), **where, color="0.4", fontsize=8)
+    save_charts(path, figure, axes)
 
 
-def small_configs() -> dict[str, ConfigDict]:
+def small_configs(variant: str = "") -> dict[str, ConfigDict]:
     """The models of the comparison, with guidance; raster scan also without, as it was best."""
-    found = {model: load_config(f"versus:{model}") for model in MODELS}
-    return found | {"raster, no guidance": load_config("versus:raster", ["sampling.cfg=0"])}
+    found = {model: load_config(f"versus:{model}{variant}") for model in MODELS}
+    plain = load_config(f"versus:raster{variant}", ["sampling.cfg=0"])
+    return found | {"raster, no guidance": plain}
 
 
 def large_configs() -> dict[str, ConfigDict]:
@@ -423,20 +461,37 @@ def large_configs() -> dict[str, ConfigDict]:
     return found
 
 
-def speeds(configs: dict[str, ConfigDict], batches: Sequence[str]) -> str:
-    """A table of what sampling costs with random weights."""
-    head = ("model", "pixels", "passes", "GFLOPs an image", "batch", "s", "times VAR")
-    lines = [head, ("---",) * len(head)]
+def speeds(configs: dict[str, ConfigDict], batches: Sequence[str]) -> list[dict[str, Any]]:
+    """What sampling costs with random weights: a row for each model, batch and round."""
+    rows = []
     for batch in map(int, batches):
         tasks = [sampling(from_dict(Config, config), batch) for config in configs.values()]
         for compiling in tasks:
             compiling()
         times = interleaved(tasks, 5)
         for (name, config), taken in zip(configs.items(), times, strict=True):
-            ratio = statistics.median(b / a for a, b in zip(times[0], taken, strict=True))
-            passes, flops = cost(from_dict(Config, config))
-            cells = name, config.data.size, passes, shown(flops / 1e9), batch
-            lines.append((*map(str, cells), shown(statistics.median(taken)), f"{ratio:.2f}"))
+            fixed = from_dict(Config, config)
+            side, (passes, flops) = fixed.tokenizer.patch_nums[-1], cost(fixed)
+            about = {"model": name, "pixels": fixed.data.size, "tokens": f"{side}x{side}"}
+            about |= {"passes": passes, "GFLOPs an image": flops / 1e9, "batch": batch}
+            rows += [about | {"round": i, "s": seconds} for i, seconds in enumerate(taken)]
+    return rows
+
+
+def speed_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Medians of the rounds, and of the ratios to VAR's time in the same round, in Markdown."""
+    about = ("model", "pixels", "tokens", "passes", "GFLOPs an image", "batch")
+    head = (*about, "s", "times VAR")
+    lines = [head, ("---",) * len(head)]
+    several: dict[tuple, list[float]] = {}
+    for row in rows:
+        several.setdefault(tuple(row[name] for name in about), []).append(row["s"])
+    for key, taken in several.items():
+        if key[0] == "var":  # the first of its group
+            var = taken
+        ratio = statistics.median(b / a for a, b in zip(var, taken, strict=True))
+        cells = [shown(cell) if isinstance(cell, float) else str(cell) for cell in key]
+        lines.append((*cells, shown(statistics.median(taken)), f"{ratio:.2f}"))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

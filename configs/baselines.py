@@ -9,8 +9,8 @@ same depth and width. The raster-scan model has the tokens of one scale, 8x8 of 
 has the latents of `fashion`'s own tokenizer.
 
 raster:227m, raster:1.4b (VQGAN; VAR, table 1) and dit:xl2 (DiT, table 4) have the sizes of the
-papers at 256 px, for `aot`; 227 M are with the tokenizer, 1.4 B and 675 M without. Published FID
-at 256 px: 18.65, 15.78 and 2.27.
+papers at 256 px, for `aot`: 1.4 B and 675 M without the tokenizer. 227 M are taken to be with it:
+the transformer has 173 M, with our tokenizer 246 M. Published FID at 256 px: 18.65, 15.78 and 2.27.
 """
 
 from collections.abc import Callable

@@ -76,6 +76,49 @@ def test_every_model_has_the_same_budgets_and_tuning(script, study):
         assert {p.fields for p in points if p.model == model} == {best if trials > 6 else ""}
 
 
+def test_trials_have_no_chosen_setting_and_none_twice(script):
+    """A point spells a setting in several ways: the config's own, or the same said of it."""
+    point = script.Point("raster", "versus:raster_4x4", 3.6, cfg=0.0)
+    same = "train_transformer.token_noise=0 sampling.top_p=0.95"
+    spelled = [point, point._replace(fields=same.split()[0]), point._replace(fields=same)]
+    for each in spelled[1:]:
+        assert script.config_of(each) == script.config_of(point)
+    chosen = {"model": "raster", "budget": 3.6, "seed": 0, "learning rate": 0.04}
+    chosen |= {"token noise": 0.0, "cfg": 0.0, "top-p": "0.95", "FD": 61.0}
+    trained = {key: chosen[key] for key in list(chosen)[:5]} | {"validation loss": 2.0}
+    slower, guided = trained | {"learning rate": 0.02}, chosen | {"cfg": 1.0, "FD": 62.0}
+    noise = chosen | {"token noise": 0.2}
+    trials = [slower, trained, guided, chosen, chosen | {}, noise, guided | {}]
+    assert script.not_chosen([chosen], trials) == [slower, guided, noise]
+    assert script.not_chosen([noise | {"seed": 1}], trials) == [slower, guided, chosen, noise]
+
+
+def test_committed_trials_are_those_that_were_not_chosen(script):
+    def read(name):
+        with (SCRIPT.parent / "versus" / name).open() as file:
+            return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+    tuning = read("coarse_tuning.csv")
+    assert script.not_chosen(read("coarse.csv"), tuning) == tuning
+
+
+def test_every_round_of_each_model_is_timed(script, tmp_path, monkeypatch):
+    for variant in ("", "_4x4"):
+        configs, speeds = script.small_configs(variant), script.speeds
+        monkeypatch.setitem(speeds.__globals__, "sampling", lambda config, batch: lambda: None)
+        monkeypatch.setitem(speeds.__globals__, "cost", lambda config: (4, 5e8))
+        rows = speeds(configs, ["1", "64"])
+        assert len(rows) == 4 * 2 * 5 and {row["round"] for row in rows} == {*range(5)}
+        assert {row["tokens"] for row in rows} == {"4x4" if variant else "8x8"}
+    script.write_csv(tmp_path / "speeds.csv", rows)
+    assert len((tmp_path / "speeds.csv").read_text().splitlines()) == 41
+    for row in rows:
+        row["s"] = {"var": 2.0, "dit": 6.0}.get(row["model"], 3.0) * (row["round"] + 1)
+    lines = script.speed_table(rows).splitlines()
+    assert len(lines) == 2 + 4 * 2
+    assert "| dit | 32 | 4x4 | 4 | 0.5 | 64 | 18 | 3.00 |" in lines
+
+
 @pytest.mark.parametrize("kind", ["var", "raster", "dit"])
 def test_coarse_tokens_are_4x4_and_nothing_else_differs(script, kind):
     fine, coarse = (
@@ -174,9 +217,10 @@ def test_a_study_of_one_step(tmp_path):
     points, tuning, table = found[0]
     (row,) = csv.DictReader(points.splitlines())
     trials = [*csv.DictReader(tuning.splitlines())]
-    rates = {float(each["learning rate"]) for each in trials}
-    assert len(rates) == 3 and float(row["FD"]) > 0 and row["top-p"] == "0.8"
-    assert float(row["validation loss"]) == min(float(each["validation loss"]) for each in trials)
+    losses = {float(each["learning rate"]): float(each["validation loss"]) for each in trials}
+    assert len(losses | {float(row["learning rate"]): 0}) == 3
+    assert float(row["FD"]) > 0 and row["top-p"] == "0.8"
+    assert float(row["validation loss"]) <= min(losses.values())
     assert "| raster | 0.01 |" in table
 
 
@@ -192,13 +236,16 @@ def test_the_table_has_means_and_deviations(script, tmp_path):
         "top-p": "0.8",
         "rFD": 7,
         "near-copies, real": 0.01,
+        "passes": 9,
+        "sampling GFLOPs": 0.19032,
     }
     rows = [row | figures | {"seed": s, "FD": 40.0 + s, "minutes": 3.0 + s} for s in (0, 1, 2)]
     lines = script.table(rows, figures | {"FD": 5.0}).splitlines()
-    assert lines[2].startswith("| real images |  |  |  |  |  |  | 5 | 0.5 |")
-    assert lines[3].startswith("| var | 1.8 | 8,256 | 0.02 | 1 | 0.2 | 0.8 | 41 ± 1 | 0.5 ± 0 |")
+    assert lines[2].startswith("| real images |  |  |  |  |  |  |  |  | 5 | 0.5 |")
+    setting = "| var | 1.8 | 8,256 | 0.02 | 1 | 0.2 | 0.8 | 9 | 0.19 |"
+    assert lines[3].startswith(f"{setting} 41 ± 1 | 0.5 ± 0 |")
     assert lines[-1] == "0.2 hours of training."
-    script.draw(tmp_path / "points.png", rows)
+    script.draw(tmp_path / "points.png", rows, 5.0)
     script.write_csv(tmp_path / "points.csv", rows)
     assert (tmp_path / "points.png").stat().st_size > 10_000
     assert len((tmp_path / "points.csv").read_text().splitlines()) == 4

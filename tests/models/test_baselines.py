@@ -10,9 +10,11 @@ import pytest
 from flax import nnx
 
 from var_jax import BadInput
-from var_jax.config import TransformerConfig
+from var_jax.config import Config, TransformerConfig, from_dict
 from var_jax.models.dit import Statistics, from_patches, patches, sincos_positions
+from var_jax.models.patch_codec import make_tokenizer
 from var_jax.models.transformer import make_transformer
+from var_jax.tools.configs import load_config
 from var_jax.tools.flops import matmul_flops, transformer_flops
 
 SIZES = dict(depth=2, width=32, num_heads=2, vocab_size=16, latent_dim=8, num_classes=3)
@@ -28,8 +30,8 @@ def random(config, seed=0):
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), abstract)
 
 
-def parameters(config):
-    model = jax.eval_shape(lambda: make_transformer(config, rngs=nnx.Rngs(0)))
+def parameters(config, make=make_transformer):
+    model = jax.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
@@ -126,6 +128,11 @@ def test_sizes_are_those_of_the_papers():
     gpt = dict(kind="raster", patch_nums=(16,), vocab_size=16_384, adaln=False)
     vqgan = TransformerConfig(**gpt, depth=48, width=1536, num_heads=24, num_classes=1000)
     assert parameters(vqgan) == pytest.approx(1.4e9, rel=0.01)
+    small = from_dict(Config, load_config("baselines:raster:227m"))
+    tokenizer = parameters(small.tokenizer, make_tokenizer)
+    assert parameters(small.transformer) == pytest.approx(173e6, rel=0.005)
+    # The paper's 227 million are taken to be with a tokenizer; with ours it is 9 % more.
+    assert parameters(small.transformer) + tokenizer == pytest.approx(246e6, rel=0.005)
     dit = dict(kind="dit", patch_nums=(32,), patch_size=2)
     xl = TransformerConfig(**dit, depth=28, width=1152, num_heads=16, **shared)
     assert parameters(xl) == pytest.approx(675e6, rel=0.001)
