@@ -98,7 +98,8 @@ def test_the_kernel_of_sampling_is_lowered_for_tpus(new_tokens):
     shape = lambda *sides: jax.ShapeDtypeStruct(sides, jnp.bfloat16)
     q, kept = shape(2, new_tokens, 4, 64), shape(3, 2, 48, 256)
     query = {"q_bias": jnp.zeros((4, 64)), "scale": jnp.ones(4), "qk_norm": True}
-    run = jax.jit(lambda *arrays: cached(*arrays, jnp.asarray(1), kept=13, interpret=False, **query))
+    how = {"kept": 13, "interpret": False, **query}
+    run = jax.jit(lambda *arrays: cached(*arrays, jnp.asarray(1), **how))
     with backend.assume("tpu"):
         text = run.trace(q, q, q, kept, kept).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("@tpu_custom_call") == 1
