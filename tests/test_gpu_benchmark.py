@@ -64,6 +64,20 @@ def test_no_part_begins_that_would_pass_the_deadline(tmp_path, monkeypatch, caps
     assert "| check | good |" in said.out
 
 
+def test_attention_is_checked_at_an_even_and_an_odd_length():
+    script = runpy.run_path(str(SCRIPT))
+    lengths = [sum(side * side for side in sides) for sides in script["PATTERNS"]]
+    assert [length % 2 for length in lengths] == [0, 1]
+
+
+@pytest.mark.slow
+def test_attention_is_checked_against_the_masked_one():
+    script = runpy.run_path(str(SCRIPT))
+    name, verdict = script["check_attention"]((1, 2))
+    assert name == "attention blocks against masked, 5 tokens"
+    assert verdict.startswith("values and gradients within")
+
+
 def test_a_part_that_is_too_slow_is_stopped():
     part = runpy.run_path(str(SCRIPT))["start"]("check", None, True, 0.01)
     assert part == {"failed": "stopped after 0 s"}
