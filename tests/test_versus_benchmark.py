@@ -196,13 +196,18 @@ def write_idx(path, array):
         file.write(array.tobytes())
 
 
+def write_images(folder):
+    """100 images of noise to train on and 50 others, as Fashion-MNIST has them."""
+    for split, count in (("train", 100), ("t10k", 50)):
+        images = np.random.default_rng(count).integers(0, 256, (count, 28, 28), np.uint8)
+        write_idx(folder / f"{split}-images-idx3-ubyte", images)
+        write_idx(folder / f"{split}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8) % 10)
+
+
 @pytest.mark.slow
 def test_a_study_of_one_step(tmp_path):
     """It trains, samples and measures; again it does none of that, and writes the same."""
-    for split, count in (("train", 100), ("t10k", 50)):
-        images = np.random.default_rng(count).integers(0, 256, (count, 28, 28), np.uint8)
-        write_idx(tmp_path / f"{split}-images-idx3-ubyte", images)
-        write_idx(tmp_path / f"{split}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8) % 10)
+    write_images(tmp_path)
     out = tmp_path / "out"
     flags = ("--budgets=0.01", "--seeds=1", "--num=10", "--tokenizer_steps=1", f"--out={out}")
     paths = os.pathsep.join((str(SCRIPT.parent), str(SCRIPT.parents[1])))

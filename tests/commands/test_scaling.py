@@ -14,7 +14,14 @@ from running import complaint, run
 
 from var_jax import scaling
 from var_jax.config import Config, TransformerConfig, from_dict, settings
-from var_jax.evaluation.scaling_report import best_rates, budgets_of
+from var_jax.evaluation.scaling_report import (
+    best_rates,
+    budgets,
+    budgets_of,
+    equal_data,
+    frontier_law,
+    whole_schedules,
+)
 from var_jax.sampling.exports import build
 from var_jax.tools import cli
 from var_jax.tools.configs import load_config
@@ -115,6 +122,45 @@ def test_iso_flop_curves_are_of_whole_runs_where_three_sizes_ended_alike():
     assert [each.budget for each in found] == [1e13, 4e13]
     assert [each.N.tolist() for each in found] == [[1e5, 3e5, 1e6], [3e5, 1e6, 3e6]]
     assert all((each.loss < 9).all() for each in found)
+
+
+def test_budgets_are_compute_within_2_percent():
+    compute = np.array([1.0, 3.0, 1.019, 1.03, 3.0])
+    assert budgets(compute).tolist() == [1.0, 3.0, 1.0, 1.03, 3.0]
+
+
+def ended(parameters, budget, loss=1.0, step=10):
+    """A row of a run of ten steps, as far as laws of compute read it."""
+    run = f"{parameters}-{budget}"
+    row = {"run": run, "parameters": parameters, "steps": 10, "step": step}
+    return row | {"images": budget // parameters, "compute": budget, "loss_all": loss}
+
+
+def test_laws_of_compute_are_of_ends_where_three_budgets_have_them():
+    three = [ended(N, C) for C in (1000, 2000, 4000) for N in (1, 2, 4)]
+    on_the_way = [ended(N, 8000, step=5) for N in (1, 2, 4)]
+    assert whole_schedules([*three, *on_the_way]) == three
+    assert whole_schedules([*three[:-1], *on_the_way]) == []
+
+
+def test_a_frontier_has_a_run_a_budget():
+    """A bad run just below a budget is not on it, and runs off it do not narrow intervals."""
+    E, A, alpha, *_ = SURFACE
+    C = np.geomspace(1e-3, 1, 6)
+    compute = np.concatenate([C, C * 0.999, C * 1.005])
+    y = np.concatenate([E + A * C**-alpha, 1.5 * (E + A * C**-alpha), 2 * (E + A * C**-alpha)])
+    law = frontier_law(compute, y, np.arange(len(y)))
+    np.testing.assert_array_equal(law.y, y[:6])
+    assert law.runs == 6
+    assert law.fit.alpha[0] == pytest.approx(alpha, rel=0.01)
+
+
+def test_equal_data_is_of_the_most_sizes():
+    """Of numbers of images that as many sizes have seen, the largest."""
+    rows = [ended(N, N * D) for D, sizes in {5: 4, 7: 4, 9: 3}.items() for N in range(1, sizes + 1)]
+    assert [(row["parameters"], row["images"]) for row in equal_data(rows)] == [
+        (1, 7), (2, 7), (3, 7), (4, 7),
+    ]  # fmt: skip
 
 
 def test_sizes_of_a_budget_spend_it_all():

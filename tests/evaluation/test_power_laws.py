@@ -34,6 +34,11 @@ def noisy(y, seed):
     return y * (1 + NOISE * np.random.default_rng(seed).normal(size=y.shape))
 
 
+def inside(value, ends):
+    low, high = ends
+    return low - 1e-9 <= value <= high + 1e-9
+
+
 @pytest.mark.parametrize("metric", PAPER)
 def test_exact_points_give_back_the_law(metric):
     E, A, alpha = paper_law(metric)
@@ -48,14 +53,29 @@ def test_exact_points_give_back_the_law(metric):
 def test_intervals_cover_as_often_as_they_claim(metric, grid):
     truth, N = paper_law(metric), GRIDS[grid]
     E, A, alpha = truth
-    covered, seeds = np.zeros(3), 30
+    covered, seeds = np.zeros(4), 30
     for seed in range(seeds):
         y = noisy(E + A * N**-alpha, seed)
         found = fit_power_law(N, y, resample(np.arange(len(N)), N, 200, seed))
-        ends = [interval(samples, len(N)) for samples in found]
         covered += [
-            low - 1e-9 <= x <= high + 1e-9 for x, (low, high) in zip(truth, ends, strict=True)
+            inside(x, interval(samples, len(N)))
+            for x, samples in zip((*truth, PAPER[metric][0]), (*found, found.beta), strict=True)
         ]
+    assert (covered >= CONFIDENCE * seeds).all(), covered / seeds
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("metric", PAPER)
+def test_the_largest_run_is_within_the_interval_of_its_prediction(metric, grid):
+    """The run that was not fitted, with its noise, and the law without noise."""
+    (E, A, alpha), N = paper_law(metric), GRIDS[grid]
+    law, runs = E + A * N**-alpha, np.arange(len(N) - 1)  # the largest comes last
+    covered, seeds = np.zeros(2), 30
+    for seed in range(seeds):
+        y = noisy(law, seed)
+        found = fit_power_law(N[:-1], y[:-1], resample(runs, N[:-1], 200, seed))
+        ends = interval(found(N[-1:])[:, 0], len(runs))
+        covered += inside(y[-1], ends), inside(law[-1], ends)
     assert (covered >= CONFIDENCE * seeds).all(), covered / seeds
 
 

@@ -13,6 +13,7 @@ from var_jax.evaluation.power_laws import (
     FEWEST,
     OF_SURFACE,
     PAPER,
+    PAPER_OF_COMPUTE,
     RESAMPLES,
     IsoFlop,
     PowerLaw,
@@ -27,9 +28,12 @@ from var_jax.evaluation.power_laws import (
 )
 from var_jax.tools.images import charts, save_charts
 
+PUBLISHED = {"N": PAPER, "C": PAPER_OF_COMPUTE}
 METRICS = ("loss_last", "loss_all", "error_last", "error_all")
-BILLION, PETA = 1e9, 1e15
+BILLION, TERA, PETA = 1e9, 1e12, 1e15
+WEIGHTS = "weights of the blocks, billions"
 BUDGETS = 16
+POINTS = "points of L(C) and L(N, D)"
 NOTES = """\
 VAR §5.1 (arXiv 2404.02905) contradicts itself. It subtracts irreducible losses of 4.5 and 5 instead
 of fitting them; by its laws, the log of the released d16 (5.345 at the last scale, 6.046 over all,
@@ -79,11 +83,14 @@ def make_report(rows: Sequence[dict[str, Any]]) -> Report:
     """Fits everything. Raises: BadInput if fewer than three sizes saw equally many images."""
     rows = best_rates(rows)
     final = equal_data(rows)
-    N, C = column(final, "parameters") / BILLION, column(rows, "compute") / PETA
+    N = column(final, "parameters") / BILLION
+    ended = whole_schedules(rows)
+    points = ended or rows
+    C = column(points, "compute") / PETA
     of_size, of_compute, held_out, residuals = {}, {}, {}, {}
     for metric in METRICS:
         of_size[metric] = law(N, column(final, metric), numbers(final))
-        of_compute[metric] = frontier_law(C, column(rows, metric), numbers(rows))
+        of_compute[metric] = frontier_law(C, column(points, metric), numbers(points))
         if len(np.unique(N)) > FEWEST:
             held_out[metric], residuals[metric] = predict_largest(of_size[metric], final)
     about = {
@@ -91,12 +98,12 @@ def make_report(rows: Sequence[dict[str, Any]]) -> Report:
         "runs of equal data": len(final),
         "images": int(final[0]["images"]),
         "sizes": sorted({int(row["parameters"]) for row in final}),
+        POINTS: "ends of runs" if ended else "all validations",
         "learning_rates": {str(row["parameters"]): row["learning_rate"] for row in final},
     }
     curves = {metric: curves_of(rows, metric) for metric in METRICS}
-    return Report(
-        of_size, of_compute, held_out, residuals, surface_of(rows), budgets_of(rows), curves, about
-    )
+    surface, iso_flops = surface_of(points), budgets_of(rows)
+    return Report(of_size, of_compute, held_out, residuals, surface, iso_flops, curves, about)
 
 
 def column(rows: Iterable[dict[str, Any]], name: str) -> Float[np.ndarray, " n"]:
@@ -124,16 +131,25 @@ def best_rates(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["run"] in kept]
 
 
-def equal_data(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last rows of runs over equally many images: the most that three sizes have seen.
+def last_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The row with which each run ended."""
+    return [row for row in rows if row["step"] == row["steps"]]
 
-    Raises: BadInput if there are no three such sizes.
+
+def equal_data(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last rows of runs over equally many images: as many as the most sizes have seen.
+
+    Of numbers of images that equally many sizes have seen, the largest. Raises: BadInput if there
+    are no three such sizes.
     """
-    final = [row for row in rows if row["step"] == row["steps"]]
-    for images in sorted({row["images"] for row in final}, reverse=True):
-        group = [row for row in final if row["images"] == images]
-        if len({row["parameters"] for row in group}) >= FEWEST:
-            return group
+    final = last_rows(rows)
+    seen: dict[int, set[int]] = {}
+    for row in final:
+        seen.setdefault(row["images"], set()).add(row["parameters"])
+    sizes_of = lambda images: len(seen[images])
+    images = max(seen, key=lambda images: (sizes_of(images), images), default=0)
+    if seen and sizes_of(images) >= FEWEST:
+        return [row for row in final if row["images"] == images]
     sizes = ", ".join(f"{n:,}" for n in sorted({row["parameters"] for row in final}))
     raise BadInput(
         f"--runs: a law needs {FEWEST} sizes trained on equally many images; found sizes of"
@@ -147,17 +163,36 @@ def law(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], runs: Int[np.nda
     return Law(x, y, len(np.unique(runs)), fit_power_law(x, y), fit_power_law(x, y, weights))
 
 
+def whole_schedules(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The ends of the runs, if at three budgets three sizes ended; else none.
+
+    On its way a run has not lowered its learning rate yet: its loss is not the least that its
+    compute can buy.
+    """
+    return last_rows(rows) if len(equal_compute(rows)) >= FEWEST else []
+
+
+def budgets(compute: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """The budget of each point: the least compute of those within 2 % of each other."""
+    found: list[float] = []
+    for value in np.unique(compute):
+        if not found or value >= 1.02 * found[-1]:
+            found.append(value)
+    return np.array(found)[np.searchsorted(found, compute, side="right") - 1]
+
+
 def frontier_law(
     compute: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], runs: Int[np.ndarray, " n"]
 ) -> Law:
-    """A law of the least loss for each amount of compute, whichever run has it."""
+    """A law of the least loss for each budget, whichever run has it."""
+    compute = budgets(compute)
     front = frontier(compute, y, np.ones((1, len(y))))
     weights = resample(runs, compute, RESAMPLES)
     weights = weights * frontier(compute, y, weights)
     weights = weights[(weights > 0).sum(axis=1) >= FEWEST]
     fit = fit_power_law(compute, y, front.astype(float))
     every = fit_power_law(compute, y, weights)
-    return Law(compute[front[0]], y[front[0]], len(np.unique(runs)), fit, every)
+    return Law(compute[front[0]], y[front[0]], len(np.unique(runs[front[0]])), fit, every)
 
 
 def predict_largest(
@@ -215,19 +250,14 @@ def budgets_of(rows: Sequence[dict[str, Any]]) -> list[IsoFlop]:
 
 def equal_compute(rows: Sequence[dict[str, Any]]) -> list[IsoFlop]:
     """The curve of each budget with which runs of three sizes ended, give or take 2 %."""
-    final = [row for row in rows if row["step"] == row["steps"]]
-    groups: list[list[dict[str, Any]]] = []
-    for row in sorted(final, key=lambda row: row["compute"]):
-        if groups and row["compute"] < 1.02 * groups[-1][0]["compute"]:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    found = []
-    for group in groups:
+    final = last_rows(rows)
+    of_row, found = budgets(column(final, "compute")), []
+    for budget in np.unique(of_row):
+        group = [row for row, its in zip(final, of_row, strict=True) if its == budget]
         sizes = np.unique(column(group, "parameters"))
         of_size = [[row["loss_all"] for row in group if row["parameters"] == n] for n in sizes]
         if len(sizes) >= FEWEST:
-            found.append(parabola(group[0]["compute"], sizes, np.array([*map(np.mean, of_size)])))
+            found.append(parabola(float(budget), sizes, np.array([*map(np.mean, of_size)])))
     return found
 
 
@@ -265,14 +295,20 @@ def summary(report: Report) -> dict[str, Any]:
         "largest, held out": report.held_out,
         "loss_all(N, D)": report.surface,
         "isoFLOP": {
-            "growth of the best N": None if slope is None else float(slope),
+            "growth of the best N, by parabolas": None if slope is None else float(slope),
             "budgets": [
                 {"PFLOPs": b.budget / PETA, "N": (b.N / BILLION).tolist(), "loss": b.loss.tolist()}
                 | {"best N": b.best and b.best / BILLION}
                 for b in report.iso_flops
             ],
         },
-        "published": {"VAR §5.1": {m: {"beta": p[0], "alpha": p[1]} for m, p in PAPER.items()}},
+        "published": {
+            "VAR §5.1": {
+                f"{metric}({variable})": {"beta": beta, "alpha": alpha}
+                for variable, found in PUBLISHED.items()
+                for metric, (beta, alpha) in found.items()
+            }
+        },
     }
 
 
@@ -281,34 +317,37 @@ def draw(report: Report, path: str | PurePath) -> None:
     figure, axes = charts(6)
     names = {"loss": ("loss_last", "loss_all"), "error": ("error_last", "error_all")}
     for axis, (kind, metrics) in zip(axes, names.items(), strict=False):
-        draw_laws(axis, {name: report.of_size[name] for name in metrics})
-        axis.set(title=f"{kind}(N)", xlabel="weights of the blocks, billions", xscale="log")
+        draw_laws(axis, "N", {name: report.of_size[name] for name in metrics})
+        axis.set(title=f"{kind}(N)", xlabel=WEIGHTS, xscale="log")
     for axis, (kind, metrics) in zip(axes[3:], names.items(), strict=False):
         for curve in (c for name in metrics for c in report.curves[name].values()):
             axis.plot(*curve, color="0.8", linewidth=0.8, zorder=0)
-        draw_laws(axis, {name: report.of_compute[name] for name in metrics})
+        draw_laws(axis, "C", {name: report.of_compute[name] for name in metrics})
         axis.set(title=f"{kind}(C), least for each C", xlabel="PFLOPs of training", xscale="log")
     for name, (x, percent) in report.residuals.items():
         axes[2].plot(x, percent, "o", ms=3.5, label=name)
         axes[2].plot(x[x == x.max()], percent[x == x.max()], "o", ms=9, mfc="none", color="0.3")
     axes[2].axhline(0, color="0.7", linewidth=0.8)
-    axes[2].set(title="residual, %; the largest is held out", xlabel="weights", xscale="log")
+    axes[2].set(title="measured / law - 1, %; the largest held out", xlabel=WEIGHTS, xscale="log")
     for each in report.iso_flops:
-        points = axes[5].plot(each.N / BILLION, each.loss, "o", ms=3.5)
+        label = f"{each.budget / TERA:.2g} TFLOPs"
+        points = axes[5].plot(each.N / BILLION, each.loss, "o", ms=3.5, label=label)
         N = np.geomspace(each.N[0], each.N[-1])
         color = points[0].get_color()
         axes[5].plot(N / BILLION, np.polyval(each.parabola, np.log(N)), color=color, linewidth=1)
-    axes[5].set(title="isoFLOP: loss_all at equal C", xlabel="weights, billions", xscale="log")
+    axes[5].set(title="isoFLOP: loss_all at equal C", xlabel=WEIGHTS, xscale="log")
+    low, high = axes[5].get_ylim()
+    axes[5].set_ylim(low, high + 0.45 * (high - low))  # room for the legend
     save_charts(path, figure, axes)
 
 
-def draw_laws(axis: Any, laws: dict[str, Law]) -> None:
-    """Points and fitted laws."""
+def draw_laws(axis: Any, variable: str, laws: dict[str, Law]) -> None:
+    """Points and fitted laws, with their formulas."""
     for name, each in laws.items():
         points = axis.plot(each.x, each.y, "o", ms=3.5)
         x = np.geomspace(each.x.min(), each.x.max())
-        alpha, E = each.fit.alpha[0], each.fit.E[0]
-        label = f"{name}: {E:.3g} + …^-{alpha:.3g}"
+        E, A, alpha = (values[0] for values in each.fit)
+        label = f"{name}: {E:.3g} + {A:.3g}·${variable}^{{-{alpha:.3g}}}$"
         axis.plot(x, each.fit(x)[0], color=points[0].get_color(), linewidth=1.4, label=label)
 
 
@@ -323,11 +362,12 @@ def table(report: Report) -> str:
             cells = (show(found["E"]), show(found["alpha"]))
             text = "".join(f"{cell:26s}" for cell in cells) + f"{beta or np.nan:<11.3g}"
             lines.append(f"{metric}({variable})".ljust(15) + text + (f"{r:.4f}" if r else "-"))
-            if variable == "N":
-                paper_beta, paper_alpha = PAPER[metric]
+            if metric in PUBLISHED[variable]:
+                paper_beta, paper_alpha = PUBLISHED[variable][metric]
                 lines.append(
                     f"{'  VAR §5.1':15s}{'subtracted':26s}{paper_alpha:<26g}{paper_beta:g}"
                 )
+    lines.append(f"L(C) and L(N, D) are fitted to: {report.about[POINTS]}")
     for metric, each in report.held_out.items():
         predicted = each["predicted"]
         lines.append(
