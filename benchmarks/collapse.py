@@ -36,12 +36,13 @@ from var_jax.sharding.rows import in_batches
 from var_jax.tools import cli
 from var_jax.tools.configs import load_config
 from var_jax.tools.files import output_path, read_json, replacing
-from var_jax.tools.images import curves
+from var_jax.tools.images import charts, save_charts
 from var_jax.tools.npz import NpzImages, save_npz
 from var_jax.training.hooks import draw_samples
 from var_jax.training.run import train
 
 DATASETS = {"fashion": "fashion", "emoji": "emoji:64"}  # and their configs
+DEFAULT = "train_tokenizer.restart_by_scale=false train_tokenizer.codebook_restart=0.03"
 OPTIONS = {
     "default": "",  # moving averages with restarts
     "no_restart": "train_tokenizer.codebook_restart=0",
@@ -55,6 +56,7 @@ OPTIONS = {
     "rotation": "train_tokenizer.rotation=true",
     "single_scale": "tokenizer.patch_nums={last} train_transformer.steps=0 sampling.top_p=0",
 }
+DRAWN = (*OPTIONS, "entropy_moving_average")  # of collapse/runs.csv, which is refused today
 FIGURES = ("psnr", "lpips", "used", "fair", "rfd", "pfd", "fd")  # of table.md
 BY_SCALE = {  # of the PNGs
     "psnr_scale": "PSNR after each scale, dB",
@@ -109,8 +111,7 @@ def config_of(args: flags.FlagValues, dataset: str, option: str, seed: int) -> C
         f"train_transformer.steps={args.transformer_steps}", "transformer.depth=2",
         "transformer.width=128", "transformer.num_heads=2", "export_dtype=float32",
         f"every.save={max(args.steps, args.transformer_steps)}", "every.evaluate=0",
-        "every.sample=0", "train_tokenizer.restart_by_scale=false",
-        *OPTIONS[option].format(last=last).split(),
+        "every.sample=0", *DEFAULT.split(), *OPTIONS[option].format(last=last).split(),
     ]  # fmt: skip
     config = load_config(DATASETS[dataset], fields)
     config.report = ""
@@ -169,21 +170,33 @@ def write(out: epath.Path) -> None:
         writer.writerows(rows)
     lines = ["| data | option | seeds | " + " | ".join(FIGURES) + " |"]
     lines.append("|---" * (3 + len(FIGURES)) + "|")
-    charts: dict[str, dict[str, dict[str, tuple]]] = {}
     for dataset, option in dict.fromkeys((row["dataset"], row["option"]) for row in rows):
         some = [row for row in rows if (row["dataset"], row["option"]) == (dataset, option)]
         cells = [cell([row[name] for row in some if name in row]) for name in FIGURES]
         lines.append(f"| {dataset} | {option} | {len(some)} | {' | '.join(cells)} |")
-        for prefix, title in BY_SCALE.items():
-            scales = [k for k in range(1, 65) if f"{prefix}{k}" in some[0]]
-            line = scales, [mean(row[f"{prefix}{k}"] for row in some) for k in scales]
-            if len(scales) > 1:
-                charts.setdefault(dataset, {}).setdefault(title, {})[option] = line
     with replacing(out / "table.md") as beside:
         beside.write_text("\n".join(lines) + "\n")
-    for dataset, each in charts.items():
-        curves(out / f"{dataset}.png", each, "scale", ordered=False)
+    draw(out, rows)
     print("\n".join(lines))
+
+
+def draw(out: epath.Path, rows: list[dict[str, Any]]) -> None:
+    """DATASET.png: an option has the same colour in each, and the default lies on top."""
+    from matplotlib import colormaps
+
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        figure, axes = charts(len(BY_SCALE))
+        for axis, (prefix, title) in zip(axes, BY_SCALE.items(), strict=True):
+            axis.set(title=title, xlabel="scale")
+            for i, option in enumerate(DRAWN):
+                some = [r for r in rows if (r["dataset"], r["option"]) == (dataset, option)]
+                scales = [k for k in range(1, 65) if some and f"{prefix}{k}" in some[0]]
+                if len(scales) > 1:
+                    line = [mean(row[f"{prefix}{k}"] for row in some) for k in scales]
+                    thick = {"linewidth": 3, "zorder": 3} if option == "default" else {}
+                    colour = colormaps["tab20"](i)
+                    axis.plot(scales, line, label=option, color=colour, marker="o", ms=3.5, **thick)
+        save_charts(out / f"{dataset}.png", figure, axes)
 
 
 def cell(values: list[float]) -> str:

@@ -158,6 +158,18 @@ def test_bad_training(fields, sentence):
             {"gan": {"weight": 1, "layers": 2, "start": 2}, "kmeans_steps": 3},
             r"gan\.start=2 lets .* learn in the first kmeans_steps=3, .* expected at least 3",
         ),
+        (
+            {"gan": {"weight": 1, "layers": 2, "learning_rate": 0}},
+            r"gan\.learning_rate=0\.0 leaves the discriminator of weight=1\.0 as random as it st",
+        ),
+        (
+            {"gan": {"discriminator": "dino", "layers": 2}},
+            r"gan\.layers=2 is of discriminator='patchgan', not 'dino'; expected 3,",
+        ),
+        (
+            {"gan": {"discriminator": "dino", "channels": 32}},
+            r"gan\.channels=32 is of discriminator='patchgan', not 'dino'; expected 64,",
+        ),
         ({"entropy_weight": 0.1}, r"entropy_weight=0\.1 moves .* codebook_decay=0\.99 makes them"),
         ({"kmeans_steps": 1, "codebook_decay": 0}, r"codebook_decay=0 learns codes by gradient"),
         ({"kmeans_steps": 9}, r"kmeans_steps=9 leaves nothing of steps=9"),

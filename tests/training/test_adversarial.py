@@ -23,7 +23,9 @@ from var_jax.models.discriminator import (
 from var_jax.models.features.lpips import load_lpips
 from var_jax.models.quantizer import Quantizer, neighbours, rotation
 from var_jax.tools.trees import path_name
+from var_jax.training import adversarial
 from var_jax.training.adversarial import logits
+from var_jax.training.loop import finite
 from var_jax.training.loss_networks import abstract_loss_networks, loss_networks
 from var_jax.training.losses import (
     adaptive_weight,
@@ -140,6 +142,9 @@ def test_lpips_of_the_network_that_is_named(network):
 @pytest.mark.slow
 def test_a_spectral_convolution_gets_the_largest_singular_value():
     discriminator = [SpectralConv(6, 4, 3, rngs=nnx.Rngs(0))]
+    first = discriminator[0]
+    largest = np.linalg.svd(np.asarray(first.matrix), compute_uv=False)[0]
+    assert np.linalg.norm(first.matrix @ first.u[...]) == pytest.approx(largest, rel=0.01)
     for _ in range(100):
         discriminator = power_iteration(discriminator)
     conv = discriminator[0]
@@ -181,6 +186,31 @@ def test_scales_left_out_and_codes_replaced():
     codebook = np.asarray(quantizer.codebook[...])
     away = np.linalg.norm(codebook - codebook[plain.idx[0, 5]], axis=1)
     assert nearest[0, 5] == np.argsort(away)[1]
+
+
+def test_an_image_counts_up_to_its_last_scale():
+    quantizer = Quantizer(TOKENIZER, rngs=nnx.Rngs(0))
+    f = jax.random.normal(jax.random.key(1), (2, 4, 4, 16))
+    assert quantizer(f).counts is None
+    counts = quantizer(f, jnp.array([3, 2])).counts
+    np.testing.assert_array_equal(counts.sum(1), [21, 5])
+    assert counts[1, :5].all()
+
+
+def test_each_image_and_each_use_of_chance_has_a_key_of_its_own(monkeypatch):
+    seen = []
+    monkeypatch.setattr(adversarial, "augment", lambda image, key: seen.append(key) or image)
+
+    def discriminator(both, keys, features, dtype):
+        crops.extend(jax.random.key_data(keys).tolist())
+        return both[:, 0, 0]
+
+    crops, image = [], jnp.zeros((3, 4, 4, 3), jnp.uint8)
+    keys = jax.random.split(jax.random.key(0), 3)
+    monkeypatch.setattr(jax, "vmap", lambda f, *axes: lambda *args: jnp.stack([*map(f, *args)]))
+    logits(GAN, jnp.float32, (discriminator, None), image, image.astype(jnp.float32), keys)
+    used = [tuple(key) for key in (*crops, *(jax.random.key_data(k).tolist() for k in seen))]
+    assert len(used) == len(set(used)) == 12
 
 
 def test_rotation_gives_the_code_and_keeps_the_angle_of_the_gradient():
@@ -317,6 +347,19 @@ def test_before_its_start_the_discriminator_changes_nothing():
     chex.assert_trees_all_equal(without.autoencoder, waiting.autoencoder)
     start = jax.device_get(jax.jit(task_of(CONFIG).init)(jax.random.key(0)))
     chex.assert_trees_all_equal(waiting.adversary, start.adversary)
+
+
+@pytest.mark.slow
+def test_logs_have_figures_of_the_discriminator_from_its_start_on():
+    """And no step before it is skipped."""
+    task, key = task_of(CONFIG), jax.random.key(0)
+    state, step, seen = jax.jit(task.init)(key), jax.jit(task.step), []
+    for _ in range(GAN.start + 1):
+        state, skipped, metrics = step(state, jnp.int32(0), data(), {}, key)
+        assert not skipped
+        seen.append(finite(jax.device_get(metrics)))
+    figures = {"generator_loss", "discriminator_loss", "discriminator_accuracy"}
+    assert figures <= seen[-1].keys() and not figures & seen[-2].keys()
 
 
 @pytest.mark.slow

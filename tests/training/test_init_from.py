@@ -144,7 +144,9 @@ def test_a_tokenizer_takes_every_weight_on_another_schedule(num_phi):
 
 def fine_tuning(export, source=None, **change):
     """The config of a tokenizer's training that starts from an export."""
-    sizes = {name: change.pop(name) for name in ("patch_nums", "vocab_size") if name in change}
+    sizes = {
+        name: change.pop(name) for name in ("patch_nums", "vocab_size", "beta") if name in change
+    }
     others = {name: change.pop(name) for name in ("data", "export_dtype") if name in change}
     tokenizer = dataclasses.replace(TOKENIZER, **sizes)
     return Config(
@@ -159,6 +161,11 @@ def fine_tuning(export, source=None, **change):
     [
         ({"vocab_size": 32}, r"holds a tokenizer with vocab_size=64, but config.* is 32"),
         ({"source": "", "decoder_only": True}, r"decoder_only=True keeps the encoder of a trained"),
+        (
+            {"decoder_only": True, "patch_nums": (1, 2, 3, 8)},
+            r"tokenizer\.patch_nums=\(1, 2, 3, 8\) is another than in .* expected \(1, 2, 4\)",
+        ),
+        ({"decoder_only": True, "beta": 0.5}, r"tokenizer\.beta=0\.5 is another .* expected 0\.25"),
         ({"data": DataConfig(size=16, tokens="cache")}, r"data\.tokens=cache .*steps=3 change"),
     ],
 )
@@ -171,6 +178,33 @@ def test_what_fine_tuning_may_change(export):
     check_tokenizer(fine_tuning(export, patch_nums=(1, 2, 3, 8)))
     tokens = DataConfig(size=16, tokens="cache")
     check_tokenizer(fine_tuning(export, decoder_only=True, data=tokens))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"lr_scale": "quantizer=0", "kmeans_steps": 2}, r"=quantizer=0 freezes .*kmeans_steps=2"),
+        ({"lr_scale": "quantizer=0.1"}, r"quantizer\.codebook by 0\.1, but .*codebook_decay=0\.99"),
+        ({"lr_scale": ".=0"}, r"lr_scale=\.=0 freezes all weights; expected a factor above 0"),
+        (
+            {"lr_scale": "decoder|post_conv|synthesis=0", "decoder_only": True},
+            r"synthesis=0 freezes the decoder, and train_tokenizer\.decoder_only=True all others",
+        ),
+    ],
+)
+def test_rates_that_train_nothing(export, change, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        check_start(fine_tuning(export, **change))
+
+
+def test_rates_that_train_something(export):
+    for change in (
+        {"lr_scale": "quantizer=0"},
+        {"lr_scale": "quantizer.codebook=1,quantizer=0.1"},
+        {"lr_scale": "quantizer=0.1", "codebook_decay": 0.0},
+        {"lr_scale": "quantizer=0.1,post_conv=0", "decoder_only": True},
+    ):
+        check_start(fine_tuning(export, **change))
 
 
 def test_an_encoder_that_is_kept_is_not_rounded(export):

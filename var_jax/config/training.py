@@ -80,6 +80,18 @@ class GanConfig:
         )  # fmt: skip
         if self.discriminator not in ("patchgan", "dino"):
             raise BadInput(f"discriminator={self.discriminator!r} is not one of patchgan, dino.")
+        if self.weight and not self.learning_rate:
+            raise BadInput(
+                f"learning_rate={self.learning_rate} leaves the discriminator of"
+                f" weight={self.weight} as random as it starts; expected above 0."
+            )
+        for name in ("channels", "layers"):
+            value, default = getattr(self, name), getattr(GanConfig, name)
+            if self.discriminator == "dino" and value != default:
+                raise BadInput(
+                    f"{name}={value} is of discriminator='patchgan', not 'dino'; expected"
+                    f" {default}, which is the default."
+                )
         if self.dino_file and self.discriminator != "dino":
             raise BadInput(
                 f"dino_file={self.dino_file} is of discriminator='dino', not"
@@ -107,7 +119,8 @@ class TrainTokenizerConfig(TrainConfig):
     scale_dropout: float = 0.0  # share of images of which random last scales are left out
     perturbation: float = 0.0  # share of images of which codes are replaced by neighbours
     entropy_weight: float = 0.0  # of the codebook entropy loss
-    decoder_only: bool = False  # encoder and codes stay as they are, so an image's tokens do
+    # Encoder and codes stay as they are, so an image's tokens do; what moves codes has no effect.
+    decoder_only: bool = False
     dtype: str = "auto"  # of activations: bfloat16 on accelerators, float32 on CPU
 
     def __post_init__(self):

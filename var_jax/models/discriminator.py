@@ -18,6 +18,7 @@ from var_jax.models.tokenizer import conv, group_norm
 from var_jax.schedule import Size, shape_of
 
 MAX_WIDTH = 8  # of PatchGAN's convolutions, in `channels`
+FIRST_ITERATIONS = 15  # of the power method where a network begins, as torch's
 SHIFT, CUTOUT = 1 / 8, 0.2  # of DiffAug, in sides of the image
 
 
@@ -65,7 +66,8 @@ class SpectralConv(nnx.Module):
         bound = (c_in * size) ** -0.5
         draw = lambda *shape: jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
         self.kernel, self.bias = nnx.Param(draw(size, c_in, c_out)), nnx.Param(draw(c_out))
-        self.u = nnx.Param(unit(jax.random.normal(rngs.params(), (c_out,))))
+        u = unit(jax.random.normal(rngs.params(), (c_out,)))
+        self.u = nnx.Param(jax.lax.fori_loop(0, FIRST_ITERATIONS, lambda _, u: self.follow(u), u))
 
     def __call__(self, x: Float[Array, "B P C"]) -> Float[Array, "B P F"]:
         u, around = jax.lax.stop_gradient(self.u[...]), self.kernel.shape[0] // 2
@@ -75,6 +77,10 @@ class SpectralConv(nnx.Module):
         layout = ("NHWC", "HWIO", "NHWC")  # of images one pixel high
         x = backend.convolve(x[:, None], kernel[None], (1, 1), "VALID", dimension_numbers=layout)
         return x[:, 0] + self.bias[...].astype(x.dtype)[None, None]
+
+    def follow(self, u: Float[Array, " F"]) -> Float[Array, " F"]:
+        """A step of power iteration."""
+        return unit(unit(self.matrix @ u) @ self.matrix)
 
     @property
     def matrix(self) -> Float[Array, "kC F"]:
@@ -140,7 +146,7 @@ def power_iteration(discriminator: Any) -> Any:
     def step(module):
         if isinstance(module, SpectralConv):
             module = jax.tree.map(lambda leaf: leaf, module)  # a copy
-            module.u = nnx.Param(unit(unit(module.matrix @ module.u[...]) @ module.matrix))
+            module.u = nnx.Param(module.follow(module.u[...]))
         return module
 
     return jax.tree.map(step, discriminator, is_leaf=lambda x: isinstance(x, SpectralConv))

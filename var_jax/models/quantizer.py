@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from var_jax.config import TokenizerConfig
 from var_jax.models import backend
@@ -23,7 +23,7 @@ from var_jax.models.resize import (
     resize_all,
     upsample,
 )
-from var_jax.schedule import num_tokens, phi_indices, shapes, slices
+from var_jax.schedule import level_ids, num_tokens, phi_indices, shapes, slices
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -67,6 +67,7 @@ class Quantized(NamedTuple):
     idx: Int32[Array, "B L"]
     residual: Float[Array, "B L C"]
     loss: Float[Array, " B"]
+    counts: Bool[Array, "B L"] | None = None  # which tokens do; None: all
 
 
 class SoftCodes(NamedTuple):
@@ -150,7 +151,7 @@ class Quantizer(nnx.Module):
     ) -> Quantized:
         """Quantizes, with each image's loss (VAR eq. 5): mean of codebook + beta · commitment.
 
-        Of an image only the first `scales_B` scales count, in f_hat and loss (quantizer dropout:
+        Of an image only the first `scales_B` scales count (quantizer dropout:
         SoundStream, arXiv 2107.03312, §III-C). Where `rank_BL` is r ≥ 0, f_hat has the neighbour of
         rank r in place of the code (latent perturbation: RobustTok, arXiv 2503.08354). The gradient
         passes straight through, or by `rotation`.
@@ -164,13 +165,14 @@ class Quantizer(nnx.Module):
         ]
         sums = code.sums if rank_BL is None else self.decode(self.perturb(code.idx, rank_BL))
         if scales_B is None:
-            loss, f_hat = jnp.mean(jnp.stack(losses), axis=0), sums[-1]
+            loss, f_hat, counts_BL = jnp.mean(jnp.stack(losses), axis=0), sums[-1], None
         else:
             counts = jnp.arange(len(sums))[:, None] < scales_B[None]
             loss = jnp.mean(jnp.stack(losses), axis=0, where=counts)
             f_hat = jnp.stack(sums)[scales_B - 1, jnp.arange(len(scales_B))]
+            counts_BL = jnp.array(level_ids(self.config.patch_nums))[None] < scales_B[:, None]
         f_hat = rotation(f_BhwC, f_hat) if rotate else f_BhwC + fixed(f_hat - f_BhwC)
-        return Quantized(f_hat, code.idx, fixed(code.residual), loss)
+        return Quantized(f_hat, code.idx, fixed(code.residual), loss, counts_BL)
 
     def soft_codes(
         self, f_BhwC: Float[Array, "B h w C"], residual_BLC: Float[Array, "B L C"]
@@ -200,6 +202,15 @@ class Quantizer(nnx.Module):
         self, idx_BL: Int32[Array, "B L"], rank_BL: Int32[Array, "B L"]
     ) -> Int32[Array, "B L"]:
         """Codes, replaced by the neighbour of rank r, nearest first, where r is not -1."""
+
+        def replaced():
+            nearest = self.neighbours_of_codes()
+            return jnp.where(rank_BL < 0, idx_BL, nearest[idx_BL, rank_BL.clip(0)])
+
+        return jax.lax.cond((rank_BL >= 0).any(), replaced, lambda: idx_BL)
+
+    def neighbours_of_codes(self) -> Int32[Array, "V n"]:
+        """The neighbours of each code, nearest first."""
         codebook = jax.lax.stop_gradient(self.codebook[...])
         if self.config.codebook_znorm:
             codebook = codebook / jnp.linalg.norm(codebook, axis=-1, keepdims=True).clip(1e-12)
@@ -208,7 +219,7 @@ class Quantizer(nnx.Module):
         itself = jnp.eye(len(codebook), dtype=bool)
         nearness = jnp.where(itself, -jnp.inf, nearness)
         _, nearest = jax.lax.top_k(nearness, neighbours(len(codebook)))
-        return jnp.where(rank_BL < 0, idx_BL, nearest[idx_BL, rank_BL.clip(0)])
+        return nearest
 
     def decode(self, idx_BL: Int32[Array, "B L"]) -> list[Float[Array, "B h w C"]]:
         """The running sum after each scale, from codes (algorithm 2)."""

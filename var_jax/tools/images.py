@@ -112,15 +112,14 @@ def curves(
     path: str | PurePath,
     series: dict[str, dict[str, tuple]],
     x_label: str = "step",
-    ordered: bool = True,
 ) -> None:
     """Writes a PNG with one small line chart for each title: {title: {label: (x, y)}}.
 
-    Many lines go from dark to light in their order, if they have one.
+    Many lines go from dark to light in their order.
     """
     figure, axes = charts(len(series))
     for axis, (title, lines) in zip(axes, series.items(), strict=False):
-        if len(lines) > 5 and ordered:
+        if len(lines) > 5:
             from matplotlib import colormaps
 
             axis.set_prop_cycle(color=colormaps["viridis"](np.linspace(0, 0.9, len(lines))))

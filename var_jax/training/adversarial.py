@@ -70,7 +70,9 @@ def adversarial_step(
 
     def idle():
         _, _, metrics = jax.eval_shape(active)
-        return jnp.zeros_like(batch.output), adversary, {name: jnp.zeros(()) for name in metrics}
+        # Of nothing, so that logs leave them out; a norm that is not finite would skip the step.
+        nothing = {name: jnp.full((), 0.0 if "norm" in name else jnp.nan) for name in metrics}
+        return jnp.zeros_like(batch.output), adversary, nothing
 
     if not config.gan.start:
         return active()
@@ -129,10 +131,11 @@ def logits(
     """The logits of images and of reconstructions, each augmented by itself. Single-device code."""
     discriminator, features = weights
     both = jnp.concatenate([to_float(image), output])
-    keys = jnp.concatenate([keys, jax.vmap(jax.random.fold_in, (0, None))(keys, 1)])
+    keys = jax.vmap(lambda key: jax.random.split(key, (2, 2)))(keys)
+    keys = jnp.concatenate([keys[:, 0], keys[:, 1]])  # two of an image, two of its reconstruction
     if gan.augment:
-        both = jax.vmap(augment)(both, keys)
-    real, fake = jnp.split(discriminator(both, keys, features, dtype), 2)
+        both = jax.vmap(augment)(both, keys[:, 0])
+    real, fake = jnp.split(discriminator(both, keys[:, 1], features, dtype), 2)
     return real, fake
 
 

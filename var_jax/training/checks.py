@@ -5,14 +5,17 @@ import dataclasses
 import jax
 
 from var_jax import BadInput
-from var_jax.config import Config, TrainConfig, parse_lr_scale
+from var_jax.config import Config, TrainConfig, TrainTokenizerConfig, parse_lr_scale
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.sampling.exports import abstract_models, as_exported, build
 from var_jax.sharding.mesh import check_batch
 from var_jax.tools.trees import path_name
 from var_jax.training.init_from import check_source
+from var_jax.training.optimizer import rate_factor
+from var_jax.training.tokenizer import with_kept
 
 FINE_TUNED = ("patch_nums", "beta")  # no weight's shape or meaning depends on these
+CODEBOOK = "quantizer.codebook"
 
 
 def with_classes(config: Config, classes: int) -> Config:
@@ -61,6 +64,13 @@ def check_tokenizer(config: Config) -> None:
     if config.pretrained_tokenizer:
         _, _, parts = abstract_models(config.pretrained_tokenizer)
         wanted, found = map(dataclasses.asdict, (config.tokenizer, parts["tokenizer"].config))
+        for name in FINE_TUNED if training.steps and training.decoder_only else ():
+            if found[name] != wanted[name]:
+                raise BadInput(
+                    f"tokenizer.{name}={wanted[name]} is another than in"
+                    f" {config.pretrained_tokenizer}, whose encoder and tokens"
+                    f" train_tokenizer.decoder_only=True keeps; expected {found[name]}."
+                )
         for name in wanted:
             if found[name] != wanted[name] and not (training.steps and name in FINE_TUNED):
                 raise BadInput(
@@ -111,3 +121,27 @@ def check_start(config: Config) -> None:
                     f"train_{name}.lr_scale: no weight of the {name} is called {rule.pattern!r};"
                     f" they are {known}, ..."
                 )
+        if config.train_tokenizer.steps and name == "tokenizer" and rules:
+            check_rates(config.train_tokenizer, [path_name(path) for path, _ in paths])
+
+
+def check_rates(config: TrainTokenizerConfig, names: list[str]) -> None:
+    """Raises BadInput where `lr_scale` leaves the tokenizer's weights or codes untrained."""
+    at = "train_tokenizer."
+    given, config = f"{at}lr_scale={config.lr_scale}", with_kept(config)
+    if not any(rate_factor(config, name) for name in names):
+        also = f", and {at}decoder_only=True all others" if config.decoder_only else ""
+        what = "the decoder" if config.decoder_only else "all weights"
+        raise BadInput(f"{given} freezes {what}{also}; expected a factor above 0.")
+    factor = rate_factor(config, CODEBOOK)
+    if config.kmeans_steps and not factor:
+        raise BadInput(
+            f"{given} freezes {CODEBOOK}, which alone learns in the first"
+            f" {at}kmeans_steps={config.kmeans_steps}; set one of them."
+        )
+    if config.codebook_decay and factor not in (0, 1):
+        raise BadInput(
+            f"{given} scales the learning rate of {CODEBOOK} by {factor:g}, but with"
+            f" {at}codebook_decay={config.codebook_decay} codes are moving averages and have none;"
+            f" expected 0 or 1, as by {CODEBOOK}=1 ahead of the other rules."
+        )

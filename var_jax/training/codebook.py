@@ -38,22 +38,26 @@ def update_codebook(
     decay: float,
     restart: float,
     patch_nums: Schedule = (),
-) -> tuple[Float[Array, "V C"], CodebookStats, Bool[Array, " V"]]:
-    """The codebook after a batch, its statistics, and which codes were restarted.
+    counts_BL: Bool[Array, "B L"] | None = None,
+) -> tuple[Float[Array, "V C"], CodebookStats, Bool[Array, " V"], Float[Array, ""]]:
+    """The codebook after a batch, its statistics, which codes restarted, perplexity before that.
 
     With a `decay` of 0 codes are learned by gradient and only restarted here: those that are used
     less than `restart` times the mean. They restart at residuals of any tokens, or of each scale of
-    `patch_nums` alike.
+    `patch_nums` alike. Tokens that do not count by `counts_BL` move no code, and a code that would
+    restart at one waits for another batch.
     """
     V, moving_average = codebook.shape[0], bool(decay)
     decay = decay or 0.99
     B, L = idx_BL.shape
     rows = random_tokens(key, V, B, L, patch_nums)
-    hits, total, fresh = batch_stats(idx_BL, residual_BLC, rows)
+    hits, total, fresh, counted = batch_stats(idx_BL, residual_BLC, rows, counts_BL)
+    mean_hits = hits.sum() / V
     hits = decay * stats.hits + (1 - decay) * hits
     total = decay * stats.total + (1 - decay) * total
-    mean_hits = idx_BL.size / V
-    dead = hits < restart * mean_hits
+    share = hits / hits.sum()
+    perplexity = jnp.exp(-jnp.sum(share * jnp.log(share + 1e-12)))
+    dead = (counted > 0) & (hits < restart * mean_hits)
     if moving_average:
         used = hits[:, None] > 1e-12
         codebook = jnp.where(used, total / jnp.maximum(hits, 1e-12)[:, None], codebook)
@@ -61,7 +65,7 @@ def update_codebook(
     # A restarted code counts as used a few times, so that the next batches can move it.
     hits = jnp.where(dead, 3 * restart * mean_hits, hits)
     total = jnp.where(dead[:, None], fresh * hits[:, None], total)
-    return codebook, CodebookStats(hits, total), dead
+    return codebook, CodebookStats(hits, total), dead, perplexity
 
 
 def random_tokens(
@@ -82,30 +86,39 @@ def random_tokens(
 
 
 def batch_stats(
-    idx_BL: Int32[Array, "B L"], residual_BLC: Float[Array, "B L C"], rows_V: Int32[Array, " V"]
-) -> tuple[Float[Array, " V"], Float[Array, "V C"], Float[Array, "V C"]]:
-    """Hits a code, sum of residuals a code, and the residuals numbered `rows_V` in the batch.
+    idx_BL: Int32[Array, "B L"],
+    residual_BLC: Float[Array, "B L C"],
+    rows_V: Int32[Array, " V"],
+    counts_BL: Bool[Array, "B L"] | None = None,
+) -> tuple[Float[Array, " V"], Float[Array, "V C"], Float[Array, "V C"], Float[Array, " V"]]:
+    """Hits a code, sum of residuals a code, the residuals numbered `rows_V`, 1 where these count.
+
+    All tokens do, or those of `counts_BL`.
 
     Each device counts its own part of the batch; results are the same on every mesh, but for the
     order in which floats are summed.
     """
     V, C = rows_V.shape[0], residual_BLC.shape[-1]
 
-    def count(idx, residual, rows, part: Array | int = 0):
+    def count(idx, residual, counts, rows, part: Array | int = 0):
         idx, residual = idx.reshape(-1), residual.reshape(-1, C)
-        hits = jnp.zeros(V).at[idx].add(1.0)
-        total = jnp.zeros((V, C)).at[idx].add(residual)
+        weight = jnp.ones(idx.shape) if counts is None else counts.reshape(-1).astype(jnp.float32)
+        hits = jnp.zeros(V).at[idx].add(weight)
+        total = jnp.zeros((V, C)).at[idx].add(residual * weight[:, None])
         here = rows - part * idx.shape[0]
         mine = (here >= 0) & (here < idx.shape[0])
-        return hits, total, jnp.where(mine[:, None], residual[here.clip(0, idx.shape[0] - 1)], 0.0)
+        here = here.clip(0, idx.shape[0] - 1)
+        pick = lambda x: jnp.where(mine[:, None], x[here], 0.0)
+        return hits, total, pick(residual), pick(weight[:, None])[:, 0]
 
-    def count_and_sum(idx, residual, rows):
-        return jax.lax.psum(count(idx, residual, rows, jax.lax.axis_index(BATCH)), BATCH)
+    def count_and_sum(*batch):
+        return jax.lax.psum(count(*batch, part=jax.lax.axis_index(BATCH)), BATCH)
 
+    batch = idx_BL, residual_BLC, counts_BL, rows_V
     if not on_mesh():
-        return count(idx_BL, residual_BLC, rows_V)
-    over_batch = jax.shard_map(count_and_sum, in_specs=(P(BATCH), P(BATCH), P()), out_specs=P())
-    return over_batch(idx_BL, residual_BLC, rows_V)
+        return count(*batch)
+    specs = P(BATCH), P(BATCH), P(BATCH), P()
+    return jax.shard_map(count_and_sum, in_specs=specs, out_specs=P())(*batch)
 
 
 def codes_by_scale(

@@ -235,12 +235,12 @@ class Run:
         A transformer of `pretrained_tokenizer` whose tokens stayed as they are comes along.
         """
         config, names = self.config, self.train.class_names
-        if self.pretrained and config.train_tokenizer.decoder_only and "transformer" not in parts:
-            same = self.pretrained.config.patch_nums == config.tokenizer.patch_nums
-            if same and "transformer" in abstract_models(config.pretrained_tokenizer)[2]:
-                kept = load_models(config.pretrained_tokenizer, self.mesh)
-                parts, names = {**parts, "transformer": kept.transformer}, kept.class_names
-                config = dataclasses.replace(config, sampling=kept.sampling)
+        decoder_only = self.pretrained and config.train_tokenizer.decoder_only
+        given = abstract_models(config.pretrained_tokenizer)[2] if decoder_only else {}
+        if "transformer" in given and "transformer" not in parts:
+            kept = load_models(config.pretrained_tokenizer, self.mesh)
+            parts, names = {**parts, "transformer": kept.transformer}, kept.class_names
+            config = dataclasses.replace(config, sampling=kept.sampling)
         save_models(self.workdir / "checkpoint", parts, names, config)
 
     def open_cache(self, fingerprint: str) -> tuple[TokenCache, TokenCache]:

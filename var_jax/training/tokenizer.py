@@ -59,9 +59,7 @@ def tokenizer_task(model_config: TokenizerConfig, config: TrainTokenizerConfig) 
 
     `frozen` holds the networks of the losses that the config has: see `loss_networks`.
     """
-    if config.decoder_only:
-        rules = ",".join(filter(None, (KEPT, config.lr_scale)))
-        config = dataclasses.replace(config, lr_scale=rules)
+    config = with_kept(config)
     optimizer, schedule = make_optimizer(config), learning_rate(config)
     patch_nums = model_config.patch_nums
 
@@ -74,18 +72,17 @@ def tokenizer_task(model_config: TokenizerConfig, config: TrainTokenizerConfig) 
 
     def train_step(state: TokenizerState, batch: Batch, frozen: Frozen, key: Key[Array, ""]):
         key = jax.random.fold_in(key, state.step)
+        of_losses = jax.random.fold_in(key, 3)  # none of the three that restarts split `key` into
         gradients, adversary, code, metrics = differentiate(
-            config, model_config, state, batch["image"], frozen, key
+            config, model_config, state, batch["image"], frozen, of_losses
         )
         if config.codebook_decay:  # then the codebook is not the optimizer's
             gradients = with_codebook(gradients, jnp.zeros_like(state.codebook.total))
-        learner, stats, dead = update(config, optimizer, state, gradients, code, key)
-        share = stats.hits / stats.hits.sum()
+        learner, stats, of_codes = update(config, optimizer, state, gradients, code, key)
         used = codes_by_scale(code.idx, model_config.vocab_size, patch_nums)
         return TokenizerState(state.step + 1, learner, stats, adversary), {
             **metrics,
-            "codebook_perplexity": jnp.exp(-jnp.sum(share * jnp.log(share + 1e-12))),
-            "codes_restarted": dead.sum(),
+            **of_codes,
             **{f"codes_scale{k + 1}": used[k] for k in range(len(patch_nums))},
             "grad_norm": optax.tree.norm(gradients),
             "learning_rate": schedule(updates(state)),
@@ -99,6 +96,13 @@ def tokenizer_task(model_config: TokenizerConfig, config: TrainTokenizerConfig) 
     without = dataclasses.replace(config, gan=GanConfig())
     image_flops = lambda step: flops(config if step > config.gan.start else without)
     return Task("tokenizer", config, init, train_step, eval_step, replicated, image_flops)
+
+
+def with_kept(config: TrainTokenizerConfig) -> TrainTokenizerConfig:
+    """The config, with the rule of `lr_scale` that `decoder_only` stands for."""
+    if not config.decoder_only:
+        return config
+    return dataclasses.replace(config, lr_scale=",".join(filter(None, (KEPT, config.lr_scale))))
 
 
 def step_flops(model_config: TokenizerConfig, config: TrainTokenizerConfig) -> float:
@@ -124,7 +128,7 @@ def differentiate(
     key: Key[Array, ""],
 ) -> tuple[Tokenizer, Adversary | None, Quantized, Metrics]:
     """Gradients of the tokenizer, the discriminator after the step, the quantization, metrics."""
-    of_discriminator, of_quantizer = (jax.random.fold_in(key, i) for i in (1, 2))
+    of_discriminator, of_quantizer = jax.random.split(key)
     dtype = backend.compute_dtype(config.dtype)
     scales, ranks = regularization(config, model_config, len(image), state.step, of_quantizer)
 
@@ -166,8 +170,8 @@ def update(
     gradients: Tokenizer,
     code: Quantized,
     key: Key[Array, ""],
-) -> tuple[Learner, CodebookStats, Bool[Array, " V"]]:
-    """The tokenizer after a step, the statistics of its codes, and which of these restarted."""
+) -> tuple[Learner, CodebookStats, Metrics]:
+    """The tokenizer after a step, the statistics of its codes, metrics of these."""
     old = state.autoencoder.params
     learner = apply_gradients(state.autoencoder, gradients, optimizer)
     if config.kmeans_steps:
@@ -175,12 +179,12 @@ def update(
         learner = learner._replace(params=jax.tree.map(held, learner.params, old))
     trained = (old if config.codebook_decay else learner.params).quantizer.codebook[...]
     patch_nums = old.quantizer.config.patch_nums if config.restart_by_scale else ()
-    codebook, stats, dead = update_codebook(
-        trained, state.codebook, code.idx, code.residual, key,
-        config.codebook_decay, config.codebook_restart, patch_nums,
+    frozen = rate_factor(config, "quantizer.codebook") == 0  # not averaged or restarted either
+    codebook, stats, dead, perplexity = update_codebook(
+        trained, state.codebook, code.idx, code.residual, key, config.codebook_decay,
+        0.0 if frozen else config.codebook_restart, patch_nums, code.counts,
     )  # fmt: skip
-    if rate_factor(config, "quantizer.codebook") == 0:  # frozen: not averaged or restarted either
-        codebook, dead = trained, jnp.zeros_like(dead)
+    codebook = trained if frozen else codebook
     learner = learner._replace(
         params=with_codebook(learner.params, codebook),
         opt_state=forget_codes(learner.opt_state, dead),
@@ -189,7 +193,7 @@ def update(
     if learner.ema is not None:  # an average with a dead code would bring it back
         kept = jnp.where(dead[:, None], codebook, learner.ema.quantizer.codebook[...])
         learner = learner._replace(ema=with_codebook(learner.ema, kept))
-    return learner, stats, dead
+    return learner, stats, {"codebook_perplexity": perplexity, "codes_restarted": dead.sum()}
 
 
 def reconstruct(

@@ -150,6 +150,16 @@ def dino_in_numpy(tensors, image):
     return found
 
 
+@pytest.mark.parametrize("name", ["head.weight", "blocks.12.norm1.bias"])
+def test_what_has_more_tensors_than_dino_is_refused(tmp_path, name):
+    """A supervised DeiT-S/16 has the same names, and a head."""
+    tensors = dino_tensors() | {name: np.zeros(3, np.float32)}
+    write_pth(tmp_path / "deit.pth", tensors)
+    sentence = f"deit.pth: tensor '{name}' is of another network; expected DINO ViT-S/16"
+    with pytest.raises(BadInput, match=sentence):
+        load_dino_s16(tmp_path / "deit.pth")
+
+
 @pytest.mark.slow
 def test_dino_s16(tmp_path):
     tensors = dino_tensors()

@@ -94,16 +94,25 @@ def load_dino_s16(path: str | Path) -> DinoV2:
     with expecting(path, f"DINO ViT-S/16, dino_deitsmall16_pretrain.pth, from {URL_S16}"):
         names = [f"blocks.{i}.ls{j}.gamma" for i in range(DEPTH_S16) for j in (1, 2)]
         # Its blocks have no such scales.
-        tensors = dict(open_tensors(path)) | {name: np.ones(D, np.float32) for name in names}
+        found = open_tensors(path)
+        tensors = dict(found) | {name: np.ones(D, np.float32) for name in names}
         blocks = [take_block(tensors, f"blocks.{i}", D) for i in range(DEPTH_S16)]
         position = take_position(tensors, D, SIZE // PATCH_S16)
-        return DinoV2(
+        weights = DinoV2(
             take_conv(tensors, "patch_embed.proj", PATCH_S16, PATCH_S16, 3, D),
             take(tensors, "cls_token", 1, 1, D)[0, 0] + position[0],
             position[1:],
             jax.tree.map(lambda *leaves: np.stack(leaves), *blocks),
             take_linear(tensors, "norm", D),
         )
+        # A supervised DeiT-S/16 has the same tensors, and a head.
+        layers = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        layers = [f"blocks.{i}.{layer}" for i in range(DEPTH_S16) for layer in layers]
+        layers += ["patch_embed.proj", "norm"]
+        known = {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+        if extra := found.keys() - known - {"cls_token", "pos_embed"}:
+            raise BadInput(f"tensor {min(extra)!r} is of another network")
+        return weights
 
 
 def abstract_dino_s16() -> DinoV2:
