@@ -143,8 +143,19 @@ def test_train_sample_and_evaluate(kind, tmp_path):
         assert found["loss"] < 4.3 and found["bits_per_image"] == pytest.approx(
             16 * found["loss"] / np.log(2), rel=1e-5
         )
-    code, _, err = run("evaluate", *flags[:2], "--num", 64, "--cfg", "0,1", "--reference", "emoji",
-                       "--out", tmp_path / "quality")  # fmt: skip
+    emoji, reference = open_source("emoji", "train", 16), tmp_path / "reference.npz"
+    np.savez(reference, np.stack([emoji[i]["image"] for i in range(64)]))
+    compared = (
+        "--reference",
+        reference,
+        "--num",
+        64,
+        "--cfg",
+        "0,1",
+        "--out",
+        tmp_path / "quality",
+    )
+    code, _, err = run("evaluate", *flags[:2], *compared)
     assert code == 0, err
     found = json.loads((tmp_path / "quality" / "metrics.json").read_text())
     assert {"cfg0", "cfg1"} <= set(found["sets"])
