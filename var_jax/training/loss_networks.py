@@ -27,8 +27,7 @@ def loss_networks(config: TrainTokenizerConfig) -> Frozen:
     """
     found: Frozen = {}
     if config.steps and config.lpips_weight:
-        files = filter(None, config.lpips_file.split(","))
-        found["lpips"] = load_lpips(config.lpips_network, *files)
+        found["lpips"] = load_lpips("vgg", *filter(None, config.lpips_file.split(",")))
     if config.steps and has_dino(config):
         if not config.gan.dino_file:
             raise BadInput(
@@ -42,8 +41,7 @@ def loss_networks(config: TrainTokenizerConfig) -> Frozen:
 
 def abstract_loss_networks(config: TrainTokenizerConfig) -> Frozen:
     """The shapes of `loss_networks`, for which no files are needed."""
-    network = config.lpips_network
-    found: Frozen = {"lpips": abstract_lpips(network)} if config.lpips_weight else {}
+    found: Frozen = {"lpips": abstract_lpips("vgg")} if config.lpips_weight else {}
     return found | ({"dino": abstract_dino_s16()} if has_dino(config) else {})
 
 
