@@ -6,7 +6,7 @@
 # [VAR](https://arxiv.org/abs/2404.02905) generates an image as a sequence of token maps, from 1×1
 # up to the full resolution: *next-scale prediction*. `var_jax` is VAR in JAX. Here you sample from a
 # checkpoint that comes with the package, edit an image, and train a model of your own.
-# It runs on a CPU, a GPU or a TPU.
+# It has been run on CPUs; it is written for GPUs and TPUs too.
 
 # %% {"cellView": "form"}
 # @title Install
