@@ -162,7 +162,7 @@ def write(out: epath.Path) -> None:
         (option, seed), dataset = path.parent.name.rsplit("-", 1), path.parent.parent.name
         about = {"dataset": dataset, "option": option, "seed": int(seed)}
         rows.append(about | read_json(path)["figures"])
-    rows.sort(key=lambda row: (row["dataset"], list(OPTIONS).index(row["option"]), row["seed"]))
+    rows.sort(key=lambda row: (row["dataset"], DRAWN.index(row["option"]), row["seed"]))
     names = list(dict.fromkeys(name for row in rows for name in row))
     with replacing(out / "runs.csv") as beside, beside.open("w") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")

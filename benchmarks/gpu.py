@@ -193,10 +193,11 @@ def compare(
     for name, program in programs.items():
         try:
             program.run()
-            row["memory"][name] = program.memory()
             ready[name] = program.run
+            row["memory"][name] = program.memory()
         except Exception as error:  # out of memory, or what torch.compile cannot take
-            row[name] = "—"
+            if name not in ready:
+                row[name] = "—"
             tell(name, error)
     times: dict[str, list[float]] = {name: [] for name in ready}
     try:

@@ -78,7 +78,11 @@ def main(args: flags.FlagValues) -> None:
 
 def train_once(config: Config, workdir: epath.Path) -> None:
     """Trains unless that is done. Raises: BadInput if it was done with other settings."""
-    kept(workdir.parent / f"{workdir.name}.json", settings(config), lambda: train(config, workdir))
+    about = settings(config)  # but where the folder is, and what changes no number
+    about["data"].pop("source")
+    for name in ("pretrained_tokenizer", "every", "mesh"):
+        del about[name]
+    kept(workdir.parent / f"{workdir.name}.json", about, lambda: train(config, workdir))
 
 
 def config_of(out: epath.Path, steps: int, losses: dict | None = None) -> Config:

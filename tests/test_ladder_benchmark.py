@@ -13,7 +13,7 @@ from test_versus_benchmark import write_images
 from var_jax.training.results import read_rows
 
 ROOT = Path(__file__).parents[1]
-STEPS = 200
+STEPS = 600
 SMALL = """
 import os, ladder
 from var_jax.tools import cli
@@ -46,8 +46,9 @@ def test_a_ladder_that_was_stopped_continues(tmp_path):
     run = out / "d1-seed0"
     stopped = start(tmp_path, out)
     try:
+        deadline = time.monotonic() + 400
         while not (metrics := run / "metrics.jsonl").exists() or not metrics.read_text():
-            assert stopped.poll() is None
+            assert stopped.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         stopped.send_signal(signal.SIGTERM)
         said, _ = stopped.communicate(timeout=200)

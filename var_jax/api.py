@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int32, Shaped, UInt8
 from PIL import Image
 
 from var_jax import BadInput
-from var_jax.config import PER_SCALE, SamplingConfig, TokenizerConfig, from_dict
+from var_jax.config import PER_SCALE, SamplingConfig, TokenizerConfig, from_dict, parse_guidance
 from var_jax.data.classes import Label, class_index
 from var_jax.data.decoding import Unreadable, crop, upright
 from var_jax.evaluation.likelihood import log_likelihood
@@ -31,7 +31,6 @@ from var_jax.sampling.arguments import (
     check_seed,
     is_whole,
     read_image,
-    short,
     to_numbers,
 )
 from var_jax.sampling.autoregressive import KnownTokens, Weights, sample_by_scale
@@ -43,7 +42,7 @@ from var_jax.sampling.generate import (
     image_keys,
     sampler_of,
 )
-from var_jax.sampling.guidance import Guidance, spatial_strength
+from var_jax.sampling.guidance import Guidance
 from var_jax.sampling.masks import as_box, as_mask, box_mask, known_mask, pool_mask
 from var_jax.schedule import Schedule, Size, name_of, num_tokens, px, shape_of
 from var_jax.sharding.mesh import check_mesh, using
@@ -137,7 +136,8 @@ class Model:
         (guidance scale, 0: none); `top_k` (0: all codes), `top_p` (0: all) and `temperature` (which
         divides the logits that these leave), each one number or one a scale; `guidance`, where
         `cfg` applies ("ramp", "constant", "interval=3-8", "ssg=0.5", or a function (cond, uncond,
-        k) of the logits of scale k, counted from 0); `steps` and `solver` (euler, heun) of a
+        k) of the logits of scale k, counted from 0, of which `uncond` is None where `cfg` is 0);
+        `steps` and `solver` (euler, heun) of a
         diffusion transformer, which has no codes. `smooth` mixes codes, which is nicer to look at
         and not for metrics. With a `refiner` (see `load_refiner`) this model draws the first
         `draft_scales` scales, the refiner the others.
@@ -464,8 +464,9 @@ class Model:
             raise BadInput(f"steps={steps!r}; expected a whole number of at least 1.")
         settings = dataclasses.replace(self.models.sampling, **given)
         settings.check(self.patch_nums)
-        if guidance is not None and not settings.cfg and not spatial_strength(guidance):
-            raise BadInput(f"guidance={short(guidance)} is of cfg, the guidance scale, which is 0.")
+        given_name = parse_guidance(guidance)[0] if isinstance(guidance, str) else ""
+        if given_name in ("constant", "interval") and not settings.cfg:
+            raise BadInput(f"guidance={guidance} is of cfg, the guidance scale, which is 0.")
         return settings
 
     def check_kind(self, what: str, *kinds: str) -> None:
@@ -499,8 +500,6 @@ class Model:
     ) -> tuple[int, SamplingConfig]:
         """The number of a class, or "no class", whose guidance would change nothing."""
         if label is None:
-            if callable(settings.guidance):
-                raise BadInput("guidance is a function of logits with a class; give a label.")
             return len(self.class_names), dataclasses.replace(settings, cfg=0.0)
         return self.class_index(label), settings
 

@@ -78,8 +78,6 @@ def main(args: flags.FlagValues) -> None:
     settings = model.settings(**sampling_flags.sampling_settings(args))
     if args.label is not None:
         model.class_index(args.label, "--label")
-    elif args.cfg:
-        raise BadInput(f"--cfg={args.cfg:g} strengthens the class of --label, which is not given.")
     samples, keep = model.edit_tokens(
         image, repaint, label=args.label, num=args.num, seed=args.seed, smooth=args.smooth,
         batch_size=min(args.batch_size, args.num), settings=settings,
@@ -97,6 +95,8 @@ def read_box(args: flags.FlagValues) -> Box | None:
         raise BadInput("say what to repaint: either --box or --mask.")
     if args.task == "class" and args.label is None:
         raise BadInput("--task=class needs --label, the class to paint.")
+    if args.cfg and args.label is None:
+        raise BadInput(f"--cfg={args.cfg:g} strengthens the class of --label, which is not given.")
     if args.box is None:
         if args.task == "outpaint":
             raise BadInput("--task=outpaint goes with --box; what --mask has white is repainted.")

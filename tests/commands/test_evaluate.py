@@ -719,6 +719,7 @@ SAVED |= {"size": np.array((16, 16)), "count": np.array(40), "fingerprint": np.a
         ("--reference", SAVED | {"features": np.full((9, 12), "a")}, "expected (N,D)"),
         ("--reference", SAVED | {"sigma": -np.eye(12)}, "sigma is no covariance"),
         ("--reference", SAVED | {"sigma": np.eye(12, k=1)}, "sigma is no covariance"),
+        ("--reference", SAVED | {"sigma": 5.0 - 4 * np.eye(12)}, "sigma is no cov"),
         ("--reference", SAVED | {"sigma": 1j * np.eye(12)}, "expected floats (D,) and (D,D)"),
         ("--reference", SAVED | {"sigma": np.full((12, 12), np.nan)}, "not finite"),
     ],
@@ -743,6 +744,13 @@ def test_a_reference_is_refused_before_samples_are_drawn(untrained, tmp_path, me
     flags = ("--checkpoint", untrained, "--num", 4, "--reference", tmp_path / "few.npz")
     assert "3 images are too few" in complaint("evaluate", *flags, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "folder").mkdir()
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)):
+        PIL.Image.fromarray(image).save(tmp_path / f"folder/{i}.png")
+    path = tmp_path / "folder/4.png"
+    path.write_bytes(path.read_bytes()[:-300])  # its header is whole
+    said = complaint("evaluate", *flags[:-1], tmp_path / "folder", "--out", tmp_path / "out")
+    assert "4.png" in said and not (tmp_path / "out" / "samples").exists()
 
 
 @pytest.mark.parametrize(

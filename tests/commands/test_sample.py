@@ -102,7 +102,7 @@ def test_bad_input(untrained, tmp_path, monkeypatch):
         ("--labels", 3, "--draft_scales", 2): "refiner and draft_scales go together",
         ("--labels", 3, "--refiner", untrained): "refiner and draft_scales go together",
         ("--labels", 3, "--refiner", untrained, "--draft_scales", 3): "draft_scales=3; expected 1",
-        ("--labels", 3, "--cfg", 0, "--guidance", "constant"): "guidance='constant' is of cfg, the",
+        ("--labels", 3, "--cfg", 0, "--guidance", "constant"): "guidance=constant is of cfg, the",
         ("--labels", 3, "--refiner", "emoji", "--draft_scales", 2): "has patch_nums=(1, 1, 1, 2,",
         ("--labels", "3:²"): "--labels holds '3:²'",
         ("--labels", 3, "--smooth", "--show_scales"): "--show_scales needs tokens",

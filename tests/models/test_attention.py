@@ -113,6 +113,15 @@ def test_cudnn_gets_what_it_takes(name, cudnn_in_xla):
     assert {*cudnn_in_xla} == {(even, even)}
 
 
+def test_cudnn_splits_over_a_mesh(cudnn_in_xla):
+    """Its mask, too, which a run on one GPU has a mesh for as well."""
+    plain = results("masked", True, batch=4, heads=4)
+    for shape in ((1, 1, 1), (2, 2, 2)):
+        with jax.set_mesh(make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])):
+            assert_same(results("cudnn", True, batch=4, heads=4), plain)
+    assert {*cudnn_in_xla} == {(296, 296)}
+
+
 def test_bfloat16_agrees_with_float32():
     plain = results("masked", True)
     for implementation in ("masked", "blocks", "kernel"):

@@ -126,8 +126,8 @@ class Config:
         if training.steps and not (training.label_dropout or self.init_from) and self.sampling.cfg:
             raise BadInput(
                 f"sampling.cfg={self.sampling.cfg} guides away from samples of no class, which"
-                " train_transformer.label_dropout=0 never trains; set the one to 0 or the other"
-                " above it."
+                " train_transformer.label_dropout=0 never trains; set sampling.cfg=0, or"
+                " label_dropout above 0."
             )
         try:
             self.sampling.check(self.transformer.patch_nums)

@@ -213,17 +213,23 @@ def published(arrays: dict[str, np.ndarray], path: str) -> dict[str, tuple[np.nd
             raise BadInput(
                 f"{path}: {' and '.join(names)} are {shapes}; expected floats (D,) and (D,D)."
             )
-        if (np.diag(covariance) < 0).any() or not symmetric(covariance):
+        if not np.isfinite(mean).all() or not np.isfinite(covariance).all():
+            raise BadInput(f"{path}: {' and '.join(names)} hold values that are not finite.")
+        if not is_covariance(covariance):
             raise BadInput(
-                f"{path}: {names[1]} is no covariance: that is symmetric, with no variance below 0."
+                f"{path}: {names[1]} is no covariance: that is symmetric, with no variance below 0"
+                " in any direction."
             )
         found[kind] = mean, covariance
     return found
 
 
-def symmetric(matrix: Float[np.ndarray, "D D"]) -> bool:
-    """Whether a matrix is its transpose, up to rounding; NaN is left for others to find."""
-    return np.allclose(matrix, matrix.T, 1e-3, 1e-4 * np.abs(matrix).max(initial=0), equal_nan=True)
+def is_covariance(matrix: Float[np.ndarray, "D D"]) -> bool:
+    """Whether a matrix is its transpose with no eigenvalue below 0, both up to rounding."""
+    largest = np.abs(matrix).max(initial=0)
+    if not np.allclose(matrix, matrix.T, 1e-3, 1e-4 * largest):
+        return False
+    return bool(np.linalg.eigvalsh(matrix).min(initial=0) >= -1e-3 * np.linalg.norm(matrix))
 
 
 def distance_name(network: Network) -> str:

@@ -146,10 +146,12 @@ def cudnn(
     mask = np.pad(mask, ((0, L % 2), (0, S % 2)))
     mask[L:, 0] = True  # an added query must see something
     even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
-    given = None if mask.all() else jnp.asarray(mask)[None, None]
-    run = lambda q, k, v: jax.nn.dot_product_attention(
-        q, k, v, mask=given, scale=1.0, implementation="cudnn"
-    )
+
+    def run(q, k, v):  # the mask is made here: an array from outside would lie on the mesh
+        given = None if mask.all() else jnp.asarray(mask)[None, None]
+        how = {"mask": given, "scale": 1.0, "implementation": "cudnn"}
+        return jax.nn.dot_product_attention(q, k, v, **how)
+
     return per_device(run)(even(q), even(k), even(v))[:, :L]
 
 

@@ -1,8 +1,8 @@
 """Guidance: how the logits of a scale come from those with the class and those without it.
 
 `SamplingConfig.guidance` chooses by name. A function (cond, uncond, k) → logits may stand in its
-place: logits (B,l,V), k from 0; `uncond` is None where there is no guidance scale, which `Model`
-refuses. A new function is a new program.
+place: logits (B,l,V), k from 0; `uncond` is None where there is no guidance scale. A new function
+is a new program.
 """
 
 import functools

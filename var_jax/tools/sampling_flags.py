@@ -7,6 +7,7 @@ from typing import Any
 from absl import flags
 
 from var_jax import BadInput
+from var_jax.config import parse_guidance
 from var_jax.schedule import Schedule
 from var_jax.tools import cli
 
@@ -71,8 +72,9 @@ def sweep(args: flags.FlagValues) -> dict[str, dict[str, Any]]:
         point: dict[str, Any] = dict(zip(lists, values, strict=True))
         name = "-".join(f"{key}{value:g}" for key, value in point.items())
         point |= {key: int(point[key]) for key in ("top_k", "steps") if key in point}
-        without = len(lists.get("cfg", ())) > 1 and not point["cfg"]  # a point of a sweep
-        guidance = None if without else args.guidance
+        guidance = args.guidance
+        if guidance and len(lists.get("cfg", ())) > 1 and not point["cfg"]:  # a point without
+            guidance = guidance if parse_guidance(guidance)[0] == "ssg" else "ramp"
         found[name] = point | {"guidance": guidance, "solver": args.solver}
     return found if len(found) > 1 else {"": next(iter(found.values()))}
 
