@@ -294,14 +294,15 @@ def quality(
     check_count(count)
     originals = check_reference(args.reference, network, split, size)
     held_out, remark = floor_of(args, split, count, size)
+    settings = {} if model is None else sweep(args, model)
     if isinstance(originals, SourceImages):
         note(summarize(args.reference, {split: originals.source}))
     # Ahead of the samples, which take long: what it holds may be refused.
     reference = open_reference(args.reference, network, folder, split, size, args.batch_size)
-    if model is not None:
-        for name, settings in sweep(args, model).items():
-            place = out / (name or "samples")
-            sets[name] = NpzImages(draw(args, model, settings, count, place))
+    for name, each in settings.items():
+        assert model is not None
+        place = out / (name or "samples")
+        sets[name] = NpzImages(draw(args, model, each, count, place))
     if held_out:
         sets[HELD_OUT] = held_out
     found = {
