@@ -108,7 +108,8 @@ def test_cached_logits_are_those_of_all_scales_at_once(window, attention):
             np.testing.assert_allclose(made, logits[:, places[k]], atol=2e-3)
 
 
-@pytest.mark.parametrize("window", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [0, 2])
 def test_cached_attention_of_cudnn(window, monkeypatch, cudnn_in_xla):
     """With lengths that are odd, which it does not take; the first of them are few."""
     monkeypatch.setattr(backbone, "choose", lambda *_: "cudnn")

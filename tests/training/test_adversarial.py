@@ -178,6 +178,7 @@ def test_scales_left_out_and_codes_replaced():
     assert nearest[0, 5] == np.argsort(away)[1]
 
 
+@pytest.mark.slow
 def test_an_image_counts_up_to_its_last_scale():
     quantizer = Quantizer(TOKENIZER, rngs=nnx.Rngs(0))
     f = jax.random.normal(jax.random.key(1), (2, 4, 4, 16))
