@@ -167,7 +167,7 @@ def test_a_tokenizer_trained_with_every_option_is_one_of_the_release(tmp_path):
     for _ in range(2):  # the first one is of k-means
         state, metrics = step(state, {"image": images}, {}, key)
         weights.append(metrics["adversarial_weight"])
-    assert weights[0] == 0 < weights[1]
+    assert np.isnan(weights[0]) and weights[1] > 0  # the discriminator waits for a step
     trained, torch, back = (tmp_path / name for name in ("trained", "torch", "back"))
     save_models(trained, {"tokenizer": state.autoencoder.params}, (), config)
     code, said, err = convert("--checkpoint", trained, "--to_torch", torch)
