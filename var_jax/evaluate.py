@@ -295,14 +295,14 @@ def quality(
     originals = check_reference(args.reference, network, split, size)
     held_out, remark = floor_of(args, split, count, size)
     settings = {} if model is None else sweep(args, model)
-    if isinstance(originals, SourceImages):
-        note(summarize(args.reference, {split: originals.source}))
     # Ahead of the samples, which take long: what it holds may be refused.
     reference = open_reference(args.reference, network, folder, split, size, args.batch_size)
     for name, each in settings.items():
         assert model is not None
         place = out / (name or "samples")
         sets[name] = NpzImages(draw(args, model, each, count, place))
+    if isinstance(originals, SourceImages):
+        note(summarize(args.reference, {split: originals.source}))
     if held_out:
         sets[HELD_OUT] = held_out
     found = {
