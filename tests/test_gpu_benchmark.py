@@ -197,7 +197,7 @@ def test_without_torch_or_the_release_only_ours_is_measured(missing, monkeypatch
 
 @pytest.fixture
 def release(monkeypatch):
-    """The release's programs with a torch that has a GPU, and says what it is told."""
+    """The release's programs, on a stand-in of torch with a GPU that keeps its settings."""
     said = []
     tell = lambda name, answer=None: lambda *args: said.append((name, *args)) or answer
     cuda = SimpleNamespace(

@@ -145,17 +145,8 @@ def test_train_sample_and_evaluate(kind, tmp_path):
         )
     emoji, reference = open_source("emoji", "train", 16), tmp_path / "reference.npz"
     np.savez(reference, np.stack([emoji[i]["image"] for i in range(64)]))
-    compared = (
-        "--reference",
-        reference,
-        "--num",
-        64,
-        "--cfg",
-        "0,1",
-        "--out",
-        tmp_path / "quality",
-    )
-    code, _, err = run("evaluate", *flags[:2], *compared)
+    compared = ("--reference", reference, "--num", 64, "--cfg", "0,1")
+    code, _, err = run("evaluate", *flags[:2], *compared, "--out", tmp_path / "quality")
     assert code == 0, err
     found = json.loads((tmp_path / "quality" / "metrics.json").read_text())
     assert {"cfg0", "cfg1"} <= set(found["sets"])
