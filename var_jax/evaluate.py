@@ -23,9 +23,12 @@ compares loss on training and validation images, and tells how near samples come
 """
 
 import contextlib
+import functools
 import itertools
 import subprocess
 import sys
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +47,12 @@ from var_jax.data.sources import SPLITS, Source, open_source
 from var_jax.evaluation.features import (
     EFFICIENTNET,
     FEWEST,
+    Features,
     Network,
     check_count,
     extract,
     feature_sizes,
+    fingerprint,
     load_network,
 )
 from var_jax.evaluation.image_sets import (
@@ -63,6 +68,7 @@ from var_jax.evaluation.memorization import (
     neighbours_of,
 )
 from var_jax.evaluation.quality import (
+    Reference,
     check_reference,
     distance,
     distance_name,
@@ -71,7 +77,7 @@ from var_jax.evaluation.quality import (
     open_reference,
     reference_of,
 )
-from var_jax.evaluation.results import HELD_OUT, write
+from var_jax.evaluation.results import HELD_OUT, save, show
 from var_jax.evaluation.tokenizer import Perturbed, Reconstructions, similarities
 from var_jax.models.features.lpips import NETS, SMALLEST, Lpips, load_lpips
 from var_jax.models.tokenizer import Tokenizer
@@ -87,8 +93,9 @@ from var_jax.tools.npz import NpzImages
 from var_jax.tools.paths import user_path
 
 MODES = ("likelihood", "classify", "tokenizer", "memorization")
-OF_SAMPLING = (*sampling_flags.SWEPT, "guidance", "solver", "patch_nums", "num", "seed")
+OF_SAMPLING = (*sampling_flags.SWEPT, "guidance", "solver", "patch_nums", "seed")
 GO_WITH = {  # flags that not all measurements take
+    "num": ("reference", "likelihood", "classify", "memorization"),
     "source": MODES,
     "split": ("reference", "likelihood", "classify", "tokenizer"),
     "features": ("reference", "tokenizer", "memorization"),
@@ -98,7 +105,7 @@ GO_WITH = {  # flags that not all measurements take
 }
 FLAGS = (
     "checkpoint", "samples", "reference", "held_out", "features", "source", "split", "size",
-    "lpips", *OF_SAMPLING, *MODES,
+    "lpips", "num", *OF_SAMPLING, "batch_size", *MODES,
 )  # fmt: skip
 
 
@@ -127,8 +134,9 @@ def define_flags() -> None:
         "size", None, "Side of the reference's images. Default: the samples' size.", 1
     )
     flags.DEFINE_integer(
-        "num", None, "How many images, in turn over the classes. Default: 50,000; with"
-        " --memorization as many as the validation set has.", FEWEST,
+        "num", None, "How many images are sampled, in turn over the classes, 50,000 by default,"
+        " with --memorization as many as the validation set has; or so many of --source, evenly"
+        " spread, all by default.", FEWEST,
     )  # fmt: skip
     sampling_flags.define_sweep()
     sampling_flags.define_schedule()
@@ -147,7 +155,8 @@ def main(args: flags.FlagValues) -> None:
     sampled = args.reference or args.memorization
     if (args.checkpoint is None) == (args.samples is None) or (args.samples and not sampled):
         raise BadInput("give --checkpoint, or --samples with --reference or --memorization.")
-    given = [name for name in OF_SAMPLING if args[name].present]
+    of_sampling = (*OF_SAMPLING, "num") if sampled else OF_SAMPLING
+    given = [name for name in of_sampling if args[name].present]
     if given and not (sampled and args.checkpoint):
         raise BadInput(f"--{given[0]} is of sampling, and nothing is sampled here.")
     for name, others in GO_WITH.items():
@@ -163,21 +172,21 @@ def main(args: flags.FlagValues) -> None:
     mesh = mesh_for_sampling(args.checkpoint) if args.checkpoint else data_mesh()
     model = load(args, mesh)
     network = load_network(args.features) if sampled or args.tokenizer else None
-    more: dict[str, Any] = {}
     with using(mesh):
+        settings = about(args, network, model)  # on all hosts: a fingerprint may gather weights
         if isinstance(model, Tokenizer):
             assert network is not None
-            found = {"": reconstruction(args, network, model, out)}
+            found = reconstruction(args, network, model, out, settings)
         elif network is None:
             assert model is not None
-            found = {"": likelihood(args, model)}
+            found = {"": likelihood(args, model, out)}
         elif args.reference:
-            found, more = quality(args, network, model, out)
+            found = quality(args, network, model, out, settings)
         else:
             found = memorized(args, network, model, out)
-    settings = about(args, network, model) | more  # on all hosts: a fingerprint may gather weights
     if jax.process_index() == 0:
-        write(out, found, settings)
+        save(out, found, settings)
+        show(out, found)
     sync_global_devices("figures are written")  # hosts that end earlier would take others along
 
 
@@ -216,23 +225,36 @@ def called(name: str | None) -> str:
     return "none" if name is None else repr(name)
 
 
-def likelihood(args: flags.FlagValues, model: var_jax.Model) -> dict[str, float]:
-    """How likely a model finds the images of --source, or their classes."""
+def likelihood(args: flags.FlagValues, model: var_jax.Model, out: epath.Path) -> dict[str, float]:
+    """How likely a model finds the images of --source, or their classes; on process 0."""
     model.check_kind("likelihood", "var", "raster")
     source = validation_source(args, model.image_size)
     check_classes(args, source, model)
     run = likelihood_figures if args.likelihood else classification_figures
-    found = run(model.models.tokenizer, model.models.transformer, source, args.batch_size)
-    return {"images": len(source)} | found
+    models, folder = model.models, folder_of(args, model, out)
+    found = run(models.tokenizer, models.transformer, source, folder, args.batch_size, args.num)
+    return {"images": min(args.num or len(source), len(source))} | found
+
+
+def folder_of(args: flags.FlagValues, model: var_jax.Model, out: epath.Path) -> epath.Path:
+    """Where what is done of likelihoods is kept: a folder for each checkpoint."""
+    prints = "".join(fingerprints(args, model).values())
+    return out / "likelihood" / f"{zlib.crc32(prints.encode()):08x}"
 
 
 def reconstruction(
-    args: flags.FlagValues, network: Network, tokenizer: Tokenizer, out: epath.Path
-) -> dict[str, float]:
-    """What the tokenizer makes of the images of --source; on process 0."""
+    args: flags.FlagValues,
+    network: Network,
+    tokenizer: Tokenizer,
+    out: epath.Path,
+    settings: dict[str, Any],
+) -> dict[str, dict[str, float]]:
+    """What the tokenizer makes of the images of --source, on process 0; `settings` tells LPIPS."""
     size, count, folder = tokenizer.config.image_size, args.batch_size, out / "features"
     images = SourceImages(validation_source(args, size))
-    again = Reconstructions(tokenizer, images, count, similarities(perceptual(args, size), count))
+    lpips = perceptual(args, size)
+    settings["lpips"] = {name: fingerprint(weights) for name, weights in lpips.items()}
+    again = Reconstructions(tokenizer, images, count, similarities(lpips, count))
     originals, reconstructed = (extract(network, each, folder, count) for each in (images, again))
     perturbed = extract(network, Perturbed(again), folder, count)
     if jax.process_index() > 0:
@@ -240,12 +262,8 @@ def reconstruction(
     warn_of_few(network, size, {f"{args.split or 'validation'} images": originals.count})
     reference, name = reference_of(originals), distance_name(network)
     distances = {f"r{key}": x for key, x in figures(network, reconstructed, reference).items()}
-    return (
-        {"images": images.shape[0]}
-        | again.figures()
-        | distances
-        | {f"p{name}": distance(perturbed, reference)}
-    )
+    distances[f"p{name}"] = distance(perturbed, reference)
+    return {"": {"images": images.shape[0]} | again.figures() | distances}
 
 
 def perceptual(args: flags.FlagValues, size: Size) -> dict[str, Lpips]:
@@ -276,56 +294,82 @@ def note(text: str) -> None:
 
 
 def quality(
-    args: flags.FlagValues, network: Network, model: var_jax.Model | None, out: epath.Path
-) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    """The figures of samples, of each setting of a sweep, and of held-out images.
+    args: flags.FlagValues,
+    network: Network,
+    model: var_jax.Model | None,
+    out: epath.Path,
+    settings: dict[str, Any],
+) -> dict[str, dict[str, float]]:
+    """The figures of samples, of each setting of a sweep, and of held-out images, on process 0.
 
-    And what tells the reference from others, and samples that were there. Empty on processes above
-    0.
+    `settings` tells which images they are of. Those of a sweep are saved as they come.
     """
     split, folder = args.split or "train", out / "features"
-    sets: dict[str, ImageSet] = {}
-    if model is None:
-        sets[""] = open_images(args.samples)
-        _, height, width, _ = sets[""].shape
-        count, size = sets[""].shape[0], args.size or size_of((height, width))
-    else:
-        count, size = args.num or 50_000, args.size or model.image_size
+    sets, count, size = sets_of(args, model, out)
     check_count(count)
     originals = check_reference(args.reference, network, split, size)
     held_out, remark = floor_of(args, split, count, size)
-    settings = {} if model is None else sweep(args, model)
     # Ahead of the samples, which take long: what it holds may be refused.
     reference = open_reference(args.reference, network, folder, split, size, args.batch_size)
-    for name, each in settings.items():
-        assert model is not None
-        place = out / (name or "samples")
-        sets[name] = NpzImages(draw(args, model, each, count, place))
-    if isinstance(originals, SourceImages):
-        note(summarize(args.reference, {split: originals.source}))
-    if held_out:
-        sets[HELD_OUT] = held_out
-    found = {
-        name: extract(network, each, folder, args.batch_size, name or "samples")
-        for name, each in sets.items()
+    if reference is not None:
+        settings["reference"] = images_of(reference)
+    scores: dict[str, dict[str, float]] = {}
+    floor: dict[str, dict[str, float]] = {}
+    for number, (name, images) in enumerate(sets.items()):
+        samples = images()  # first of all: where they are to be may hold others
+        if held_out and number == 0:
+            found = extract(network, held_out, folder, args.batch_size, HELD_OUT)
+            if reference is not None:
+                settings["held_out"] = images_of(found)
+                floor[HELD_OUT] = measured(network, found, reference)
+        found = extract(network, samples, folder, args.batch_size, name or "samples")
+        if reference is None:
+            continue
+        if model is None:
+            settings["samples"] = images_of(found)
+        scores[name] = measured(network, found, reference)
+        if len(sets) > 1:
+            save(out, scores | floor, settings)
+            note(f"{name}: {', '.join(f'{key} {x:.6g}' for key, x in scores[name].items())}")
+    if reference is not None:
+        if isinstance(originals, SourceImages):
+            note(summarize(args.reference, {split: originals.source}))
+        warn_of_few(network, size, {"samples": count, "reference images": reference.count})
+        if remark:
+            note(remark)
+        for name in (name for name, each in scores.items() if "inception_score_adm" in each):
+            note(
+                f"warning: {name or 'samples'} lie in the order of their classes: inception_score"
+                " takes them in another order, inception_score_adm in blocks of the file."
+            )
+    return scores | floor
+
+
+def sets_of(
+    args: flags.FlagValues, model: var_jax.Model | None, out: epath.Path
+) -> tuple[Mapping[str, Callable[[], ImageSet]], int, Size]:
+    """--samples, or what draws those of each setting; how many images each is, and their size."""
+    if model is None:
+        samples = open_images(args.samples)
+        count, height, width, _ = samples.shape
+        return {"": lambda: samples}, count, args.size or size_of((height, width))
+    count, points = args.num or 50_000, sweep(args, model)
+    place = lambda name: out / (name or "samples")
+    sets = {
+        name: functools.partial(draw, args, model, point, count, place(name))
+        for name, point in points.items()
     }
-    if reference is None or jax.process_index() > 0:
-        return {}, {}
-    scores = {
-        name: {"images": each.count} | figures(network, each, reference)
-        for name, each in found.items()
-    }
-    warn_of_few(network, size, {"samples": count, "reference images": reference.count})
-    if remark:
-        note(remark)
-    for name in (name for name, each in scores.items() if "inception_score_adm" in each):
-        note(
-            f"warning: {name or 'samples'} lie in the order of their classes: inception_score takes"
-            " them in another order, inception_score_adm in blocks of the file."
-        )
-    of = {"images": reference.count or None, "fingerprint": reference.fingerprint}
-    given = {} if model else {"samples": found[""].fingerprint}
-    return scores, {"reference": of} | given
+    return sets, count, args.size or model.image_size
+
+
+def measured(network: Network, found: Features, reference: Reference) -> dict[str, float]:
+    """The figures of a set of images, and how many they are."""
+    return {"images": found.count} | figures(network, found, reference)
+
+
+def images_of(found: Features | Reference) -> dict[str, Any]:
+    """What tells a set of images from others."""
+    return {"images": found.count or None, "fingerprint": found.fingerprint}
 
 
 def warn_of_few(network: Network, size: Size, counts: dict[str, int]) -> None:
@@ -385,8 +429,8 @@ def memorized(
         sources = open_splits(args.source, model.image_size)
         check_classes(args, sources["train"], model)
         num = args.num or len(sources["validation"])
-        samples = NpzImages(draw(args, model, settings, num, out / "samples"))
-        losses = losses_on(args, sources, model)
+        samples = draw(args, model, settings, num, out / "samples")
+        losses = losses_on(args, sources, model, out)
     folder = out / "features"
     found = compare_with_training(network, samples, sources, folder, args.batch_size, tokenizer)
     if found is None:
@@ -405,17 +449,18 @@ def open_splits(spec: str, size: Size) -> dict[str, Source]:
 
 
 def losses_on(
-    args: flags.FlagValues, sources: dict[str, Source], model: var_jax.Model
+    args: flags.FlagValues, sources: dict[str, Source], model: var_jax.Model, out: epath.Path
 ) -> dict[str, dict[str, float]]:
     """The loss on both splits, on as many images of each as the validation set has."""
     tokenizer, transformer = model.models.tokenizer, model.models.transformer
     if model.kind == "dit":
         note("losses are left out: a dit predicts no tokens.")
         return {}
-    found, count = {}, len(sources["validation"])
+    found, count, folder = {}, len(sources["validation"]), folder_of(args, model, out)
     for split, source in sources.items():
-        run = likelihood_figures(tokenizer, transformer, source, args.batch_size, count)
-        found[split] = {name: run[name] for name in ("loss", "accuracy", "bits_per_image")}
+        run = likelihood_figures(tokenizer, transformer, source, folder, args.batch_size, count)
+        names = {"loss", "accuracy", "bits_per_image"}
+        found[split] = {name: value for name, value in run.items() if name in names}
     return found
 
 
@@ -439,8 +484,8 @@ def draw(
     settings: SamplingConfig,
     num: int,
     folder: epath.Path,
-) -> epath.Path:
-    """samples.npz of these settings, unless it is there.
+) -> NpzImages:
+    """The samples of these settings, in samples.npz; what is there is not drawn again.
 
     Raises: BadInput if the folder holds samples of others.
     """
@@ -448,7 +493,8 @@ def draw(
     prints = "".join(fingerprints(args, model).values())
     about = settings.flags(model.kind) | {"weights": prints, "num": num, "seed": args.seed}
     about["patch_nums"] = None if args.patch_nums is None else str(model.patch_nums)
-    return Job(*model.sampler(settings), labels, folder, args.batch_size, args.seed).once(about)
+    job = Job(*model.sampler(settings), labels, folder, args.batch_size, args.seed)
+    return NpzImages(job.once(about))
 
 
 def fingerprints(args: flags.FlagValues, model: var_jax.Model | Tokenizer) -> dict[str, str]:
@@ -471,7 +517,10 @@ def about(
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or not of this file
         git("ls-files", "--error-unmatch", Path(__file__).name)
         commit = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip()
-    found: dict[str, Any] = {"version": var_jax.__version__, "commit": commit}
+    found: dict[str, Any] = {
+        "version": var_jax.__version__, "commit": commit, "jax": jax.__version__,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }  # fmt: skip
     if network is not None:
         found["features"] = {"network": network.name, "fingerprint": network.fingerprint}
     if model is not None:

@@ -22,6 +22,7 @@ from var_jax.data.sources import open_source
 from var_jax.evaluate import define_flags, perceptual
 from var_jax.evaluation import features
 from var_jax.evaluation.image_sets import SourceImages
+from var_jax.evaluation.quality import figures
 from var_jax.evaluation.scores import inception_score
 from var_jax.evaluation.statistics import Moments
 from var_jax.models.features.weights import in_package
@@ -426,16 +427,33 @@ def test_an_adm_batch_through_inception(tmp_path):
         traces -= 2 * np.sqrt(scale) * np.sqrt(np.linalg.eigvalsh(covariance).clip(0)).sum()
         wanted = ((rows.mean(0) - mean) ** 2).sum() + traces
         np.testing.assert_allclose(scores[1][score], wanted, rtol=1e-5)
+    np.savez(tmp_path / "alone.npz", mu=statistics["mu"], sigma=statistics["sigma"])
+    code, _, err = run("evaluate", *flags, tmp_path / "alone.npz")
+    assert code == 0, err
+    alone = metrics(tmp_path / "out")
+    assert [alone[name] for name in ("fid", "inception_score")] == [
+        scores[1][name] for name in ("fid", "inception_score")
+    ]
+    assert not {"sfid", "kid", "precision", "recall_adm"} & {*alone}
     np.savez(tmp_path / "of_others.npz", arr_0=given, mu=np.zeros(768), sigma=np.eye(768))
-    said = complaint("evaluate", *flags, tmp_path / "of_others.npz")
-    assert "mu has 768 numbers; expected 2048 of the network inception" in said
+    np.savez(tmp_path / "of_others_alone.npz", mu=np.zeros(768), sigma=np.eye(768))
+    for name in ("of_others.npz", "of_others_alone.npz"):
+        said = complaint("evaluate", *flags, tmp_path / name)
+        assert "mu has 768 numbers; expected 2048 of the network inception" in said
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_sampled_and_swept(tmp_path, untrained, mean_colours):
+def test_a_checkpoint_is_sampled_and_swept(tmp_path, untrained, mean_colours, monkeypatch):
     flags = ("--checkpoint", untrained, "--reference", "emoji", "--num", 18, "--batch_size", 16)
+    with monkeypatch.context() as patched:  # stopped at the second point, it has the first
+        calls = iter([figures, figures])
+        patched.setattr("var_jax.evaluate.figures", lambda *args: next(calls)(*args))
+        with pytest.raises(StopIteration):
+            run("evaluate", *flags, "--cfg", "0,1.5", "--out", tmp_path / "out")
+    assert {*metrics(tmp_path / "out")["sets"]} == {"cfg0", "held-out images"}
     code, _, err = run("evaluate", *flags, "--cfg", "0,1.5", "--out", tmp_path / "out")
-    assert code == 0, err
+    assert code == 0 and "cfg0: images 18, fd_quarters" in err, err
+    assert not (tmp_path / "out" / "metrics-1.json").exists()
     sets = metrics(tmp_path / "out")["sets"]
     assert {"cfg0", "cfg1.5", "held-out images"} == {*sets}
     assert (tmp_path / "out" / "curve.png").exists()
@@ -500,6 +518,11 @@ def test_a_checkpoint_on_data(tmp_path, untrained, mean_colours):
     assert run("evaluate", *flags, "--likelihood")[0] == 0
     found = likelihood = metrics(tmp_path / "out")
     assert found["images"] == 194
+    assert run("evaluate", *flags, "--likelihood", "--num", 50)[0] == 0
+    few = metrics(tmp_path / "out")
+    assert few["images"] == 50 and few["loss"] != found["loss"]
+    assert run("evaluate", *flags, "--classify", "--num", 5)[0] == 0
+    assert metrics(tmp_path / "out")["images"] == 5
     by_scale = [found[f"bits_scale{k}"] for k in (1, 2, 3)]
     np.testing.assert_allclose(sum(by_scale), found["bits_per_image"])
     np.testing.assert_allclose(found["bits_per_image"] * np.log(2) / 21, found["loss"])
@@ -608,6 +631,7 @@ def test_hosts_find_the_same_use_of_the_codes(tmp_path, untrained):
         (("--samples", "x", "--reference", "emoji", "--cfg", "2"), "--cfg is of sampling"),
         (("--samples", "x", "--memorization", "--source", "x", "--num=9"), "--num is of sampling"),
         (("--checkpoint", "emoji", "--classify", "--source", "x", "--top_k=9"), "--top_k is of"),
+        (("--checkpoint", "x", "--tokenizer", "--source", "x", "--num=9"), "--num goes with"),
         (
             ("--samples", "x", "--reference", "x", "--source", "x"),
             "--source goes with --likelihood, --classify, --tokenizer, --memorization, not with",

@@ -23,7 +23,7 @@ def test_a_sweep_has_a_curve_without_the_held_out_images(tmp_path, monkeypatch, 
     score = lambda start: {name: start + i for i, name in enumerate(names)}
     sets = {"cfg1": score(10.0), "cfg2": score(20.0), results.HELD_OUT: score(90.0)}
     about = {"flags": {"reference": "x"}}
-    results.write(epath.Path(tmp_path), {**sets}, about)
+    results.save(epath.Path(tmp_path), sets, about)
     x, y = axes
     line = (
         [sets[name][x] for name in ("cfg1", "cfg2")],

@@ -4,8 +4,8 @@ They are kept on disk part by part: a stopped run goes on, and a sweep computes 
 """
 
 import dataclasses
+import functools
 import hashlib
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,17 +17,17 @@ from jaxtyping import Array, Float, UInt8
 from var_jax import BadInput
 from var_jax.checkpoints.torch.convert import open_tensors
 from var_jax.evaluation.image_sets import ImageSet, spread
+from var_jax.evaluation.parts import in_parts
 from var_jax.evaluation.statistics import Moments
 from var_jax.models.features.dino import dinov2, load_dinov2
 from var_jax.models.features.efficientnet import efficientnet, load_efficientnet
 from var_jax.models.features.inception import WANTED, inception, load_inception
 from var_jax.models.features.weights import expecting
 from var_jax.schedule import Size, shape_of
-from var_jax.sharding.mesh import of_first
 from var_jax.sharding.ops import data_parallel
 from var_jax.sharding.rows import in_batches, replicate, round_up
 from var_jax.tools.logs import progress
-from var_jax.tools.npz import is_whole, load_npz, save_npz
+from var_jax.tools.npz import load_npz
 
 PART = 1024  # images of a file of features
 FEWEST = 4  # images of a set
@@ -73,10 +73,15 @@ def pool_of(run: Callable[..., Array]) -> Callable[..., dict[str, Array]]:
 
 
 def name_network(name: str, run: Callable[..., dict[str, Array]], weights: Any) -> Network:
+    return Network(name, jax.jit(data_parallel(run)), weights, fingerprint(weights))
+
+
+def fingerprint(weights: Any) -> str:
+    """The digest of arrays on the host."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(weights):
         digest.update(np.ascontiguousarray(leaf).tobytes())
-    return Network(name, jax.jit(data_parallel(run)), weights, digest.hexdigest())
+    return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,19 +136,10 @@ def extract(
 
     Raises: BadInput for fewer than four images.
     """
-    count, paths, start, weights = images.shape[0], [], 0, None
+    count, folder = images.shape[0], epath.Path(folder)
     check_count(count)
+    weights = functools.cache(lambda: replicate(network.weights))  # not at all if all is there
     with progress(count, 0, f"features of {name}") as bar:
-        for part in images.batches(PART):
-            stem = f"{network.name}-{network.fingerprint[:8]}-{start:08d}"
-            path = folder / f"{stem}-{zlib.crc32(part.tobytes()):08x}.npz"
-            if of_first(lambda path=path: np.array(is_whole(path)), (), bool):
-                bar.update(len(part))
-            else:
-                weights = replicate(network.weights) if weights is None else weights
-                found = in_batches(network.run, weights, part, batch_size, bar.update)
-                if jax.process_index() == 0:
-                    save_npz(path, **found)
-            paths.append(path)
-            start += len(part)
-    return Features(tuple(paths), count)
+        run = lambda part: in_batches(network.run, weights(), part, batch_size, bar.update)
+        stem = folder / f"{network.name}-{network.fingerprint[:8]}"
+        return Features(in_parts(stem, images.batches(PART), run, bar.update), count)

@@ -5,10 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from etils import epath
+from jaxtyping import Array, Float, Int, Int32
 
 from var_jax.data.sources import Source
 from var_jax.evaluation.image_sets import spread
+from var_jax.evaluation.parts import in_parts
 from var_jax.evaluation.reading import in_order
 from var_jax.models.backbone import Backbone
 from var_jax.models.quantizer import Quantizer
@@ -17,8 +19,9 @@ from var_jax.models.var import score_tokens
 from var_jax.schedule import lengths, slices
 from var_jax.sharding.rows import in_batches
 from var_jax.tools.logs import progress
+from var_jax.tools.npz import load_npz
 
-PART = 1024  # images in memory
+PART = 256  # images in memory, and of a file
 
 
 def log_likelihood(
@@ -77,25 +80,33 @@ def likelihood_figures(
     tokenizer: Tokenizer,
     transformer: Backbone,
     source: Source,
+    folder: epath.Path,
     batch_size: int = 64,
     count: int | None = None,
 ) -> dict[str, float]:
     """What a set costs: nats a token, bits an image and accuracy, of all scales and of each.
 
     Of all its images, or of `count` that are evenly spread. Labels are never dropped; no image
-    counts twice, whatever the batch size, but where it stands in for one that cannot be read.
+    counts twice, whatever the batch size, but where it stands in for one that cannot be read. What
+    is done is kept in `folder`, which is of these models alone; on process 0.
     """
-    sides = transformer.config.patch_nums
-    cost, right = np.zeros(len(sides)), np.zeros(len(sides))
-    chosen = spread(len(source), count)
+    sides, chosen = transformer.config.patch_nums, spread(len(source), count)
     with progress(len(chosen), 0, "likelihood") as bar:
-        for batch in in_order(source, PART, chosen):
-            tokens = in_batches(encode_images, tokenizer, batch["image"], batch_size)
-            rows = {"tokens": tokens, "labels": batch["label"]}
+
+        def run(part):
+            tokens = in_batches(encode_images, tokenizer, part["image"], batch_size)
             weights = tokenizer.quantizer, transformer
+            rows = {"tokens": tokens, "labels": part["label"]}
             found, hits = in_batches(_by_scale, weights, rows, batch_size, bar.update)
-            cost -= found.sum(0, dtype=np.float64)
-            right += hits.sum(0, dtype=np.float64)
+            return {"log_likelihood": found, "hits": hits}
+
+        paths = in_parts(folder / "likelihood", in_order(source, PART, chosen), run, bar.update)
+    if jax.process_index() > 0:
+        return {}
+    total = lambda name: np.sum(
+        [load_npz(path, name)[name].sum(0, dtype=np.float64) for path in paths], axis=0
+    )
+    cost, right = -total("log_likelihood"), total("hits")
     length, bits = len(chosen) * np.array(lengths(sides)), cost / np.log(2) / len(chosen)
     figures = {"loss": cost.sum() / length.sum(), "accuracy": right.sum() / length.sum()}
     figures["bits_per_image"] = bits.sum()
@@ -106,23 +117,42 @@ def likelihood_figures(
 
 
 def classification_figures(
-    tokenizer: Tokenizer, transformer: Backbone, source: Source, batch_size: int = 64
+    tokenizer: Tokenizer,
+    transformer: Backbone,
+    source: Source,
+    folder: epath.Path,
+    batch_size: int = 64,
+    count: int | None = None,
 ) -> dict[str, float]:
     """How often the class of an image is the likeliest one, or among the five likeliest.
 
-    A class that is as likely as others comes after them.
+    A class that is as likely as others comes after them. Of all images, or of `count` that are
+    evenly spread. What is done is kept in `folder`, which is of these models alone; on process 0.
     """
-    first = fifth = 0
-    with progress(len(source), 0, "classifying") as bar:
-        for batch in in_order(source, batch_size):
-            tokens = in_batches(encode_images, tokenizer, batch["image"], batch_size)
-            each = class_log_likelihoods(tokenizer.quantizer, transformer, tokens, batch_size)
-            less = each < np.take_along_axis(each, batch["label"][:, None], 1)
-            rank = (~less).sum(1)  # of NaN the last
-            first, fifth = first + (rank == 1).sum(), fifth + (rank <= 5).sum()
+    chosen, quantizer = spread(len(source), count), tokenizer.quantizer
+    with progress(len(chosen), 0, "classifying") as bar:
+
+        def run(part):
+            tokens = in_batches(encode_images, tokenizer, part["image"], batch_size)
+            each = class_log_likelihoods(quantizer, transformer, tokens, batch_size)
             bar.update(len(tokens))
-    top = {"accuracy": first, "accuracy_top5": fifth}
-    return {f"zero_shot_{name}": float(hits / len(source)) for name, hits in top.items()}
+            return {"log_likelihood": each, "label": part["label"]}
+
+        batches = in_order(source, batch_size, chosen)
+        paths = in_parts(folder / "classes", batches, run, bar.update)
+    if jax.process_index() > 0:
+        return {}
+    rank = np.concatenate([rank_of_label(**load_npz(path)) for path in paths])
+    top = {"accuracy": 1, "accuracy_top5": 5}
+    return {f"zero_shot_{name}": float(np.mean(rank <= most)) for name, most in top.items()}
+
+
+def rank_of_label(
+    log_likelihood: Float[np.ndarray, "N C"], label: Int32[np.ndarray, " N"]
+) -> Int[np.ndarray, " N"]:
+    """The place of the class of each image among all classes, 1 the likeliest; of NaN the last."""
+    less = log_likelihood < np.take_along_axis(log_likelihood, label[:, None], 1)
+    return (~less).sum(1)
 
 
 @jax.jit

@@ -1,6 +1,5 @@
 """The figures of a set of images beside a reference, under the names that papers use."""
 
-import hashlib
 import json
 import zlib
 from collections.abc import Sequence
@@ -14,7 +13,14 @@ from jaxtyping import Float
 from var_jax import BadInput
 from var_jax.data.inventory import describe_data
 from var_jax.data.sources import ArraySource
-from var_jax.evaluation.features import Features, Network, check_count, extract, feature_sizes
+from var_jax.evaluation.features import (
+    Features,
+    Network,
+    check_count,
+    extract,
+    feature_sizes,
+    fingerprint,
+)
 from var_jax.evaluation.frechet import frechet
 from var_jax.evaluation.image_sets import (
     ImageSet,
@@ -25,7 +31,7 @@ from var_jax.evaluation.image_sets import (
 from var_jax.evaluation.scores import BLOCK, inception_score, kernel_distance, precision_recall
 from var_jax.schedule import Size, shape_of
 from var_jax.sharding.mesh import of_first
-from var_jax.tools.npz import is_npz, is_whole, load_npz, load_others, save_npz
+from var_jax.tools.npz import has_images, is_npz, is_whole, load_npz, load_others, save_npz
 
 MOST_NEIGHBOURS = 10_000  # images of a reference that precision and recall compare with, as ADM's
 MOST_SAMPLES = 50_000  # images whose neighbours are looked for, as many as papers sample
@@ -33,7 +39,7 @@ STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # names 
 
 
 class Reference(NamedTuple):
-    """What samples are compared with: means and covariances by kind, and some features."""
+    """What samples are compared with: means and covariances by kind, and some features, or none."""
 
     statistics: dict[str, tuple[np.ndarray, np.ndarray]]
     pool: Float[np.ndarray, "M D"]
@@ -44,7 +50,7 @@ class Reference(NamedTuple):
 def open_reference(
     spec: str, network: Network, folder: epath.Path, split: str, size: Size, batch_size: int = 64
 ) -> Reference | None:
-    """The reference that `spec` names: statistics saved before, an ADM batch, or any images.
+    """The reference that `spec` names: statistics, an ADM batch, or any images.
 
     Statistics of images are saved in `folder`, in a file for each reference; those of the same data
     source are found again. None on processes above 0.
@@ -52,8 +58,8 @@ def open_reference(
     Raises: BadInput if it holds neither, or features of another network.
     """
     given = load_others(spec) if is_npz(spec) else {}
-    if "features" in given:
-        return saved_by_us(spec, given, network)
+    if known := without_images(spec, given, network):
+        return known
     images, of = open_images(spec, split, size), ""
     if isinstance(images, SourceImages):
         of = identity(network, spec, split, images)
@@ -65,11 +71,8 @@ def open_reference(
         return None
     reference = reference_of(found)
     if network.name == "inception" and (stated := published(given, spec)):
-        digest = hashlib.sha256(found.fingerprint.encode())
-        for array in jax.tree.leaves(stated):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        statistics = reference.statistics | stated
-        reference = Reference(statistics, reference.pool, 0, digest.hexdigest())
+        digest = fingerprint((np.array(found.fingerprint), stated))
+        reference = Reference(reference.statistics | stated, reference.pool, 0, digest)
     named = {
         name: array
         for kind, arrays in reference.statistics.items()
@@ -95,9 +98,9 @@ def check_reference(spec: str, network: Network, split: str, size: Size) -> Imag
     Returns its images, unless it is saved statistics.
     """
     given = load_others(spec) if is_npz(spec) else {}
-    saved = saved_by_us(spec, given, network) if "features" in given else None
-    statistics = saved.statistics if saved else published(given, spec)
-    if not saved and network.name != "inception":
+    known = without_images(spec, given, network)
+    statistics = known.statistics if known else published(given, spec)
+    if not known and network.name != "inception":
         statistics = {}
     sizes = feature_sizes(network, size) if statistics else {}
     for kind, (mean, _) in statistics.items():
@@ -106,8 +109,9 @@ def check_reference(spec: str, network: Network, split: str, size: Size) -> Imag
                 f"{spec}: {STATISTICS[kind][0]} has {len(mean)} numbers; expected {sizes[kind]} of"
                 f" the network {network.name}."
             )
-    if saved:
+    if "features" in given:
         check_size(spec, given["size"], size)
+    if known:
         return None
     images = open_images(spec, split, size)
     check_count(images.shape[0])
@@ -123,6 +127,20 @@ def check_size(spec: str, found: Sequence[int] | np.ndarray, size: Size) -> None
             f"{spec} is of images of {height} by {width} pixels; expected {h} by {w}, the size of"
             " the samples or --size."
         )
+
+
+def without_images(spec: str, given: dict[str, np.ndarray], network: Network) -> Reference | None:
+    """The reference that an .npz holds besides its images: statistics that were saved here, or of
+    one without images those of InceptionV3 that others saved.
+
+    Raises: BadInput if they are of another network, or damaged.
+    """
+    if "features" in given:
+        return saved_by_us(spec, given, network)
+    if network.name != "inception" or not {*STATISTICS["pool"]} <= {*given} or has_images(spec):
+        return None
+    statistics = published(given, spec)
+    return Reference(statistics, np.zeros((0, 0), np.float32), 0, fingerprint(statistics))
 
 
 def saved_by_us(spec: str, given: dict[str, np.ndarray], network: Network) -> Reference:
@@ -255,23 +273,28 @@ def figures(network: Network, found: Features, reference: Reference) -> dict[str
     order of predicted classes it takes a fixed shuffle, and `inception_score_adm` is that of the
     file. Of more than 50,000 images KID, precision and recall take so many, evenly spread.
     """
-    pool = found.rows("pool", MOST_SAMPLES)
-    precision, recall = precision_recall(pool, reference.pool)
-    kid = kernel_distance(pool, reference.pool)
+    others = compared(network, found, reference) if len(reference.pool) else {}
     if network.name != "inception":
-        shared = {"kid": kid, "precision": precision, "recall": recall}
-        return {distance_name(network): distance(found, reference)} | {
-            f"{name}_{network.name}": value for name, value in shared.items()
-        }
+        named = {f"{name}_{network.name}": value for name, value in others.items()}
+        return {distance_name(network): distance(found, reference)} | named
     logits = found.rows("logits")
     mixes = len(logits) > BLOCK and grouped_by_class(logits.argmax(1))
     in_file = inception_score(logits)
     score, deviation = inception_score(mixed(logits)) if mixes else in_file
-    adm = precision_recall(pool, reference.pool, adm=True)
-    return {
-        "fid": distance(found, reference), "sfid": distance(found, reference, "spatial"),
-        "inception_score": score, "inception_score_std": deviation,
-        **({"inception_score_adm": in_file[0]} if mixes else {}),
-        "precision": precision, "recall": recall,
-        "precision_adm": adm[0], "recall_adm": adm[1], "kid": kid,
-    }  # fmt: skip
+    names = {"fid": "pool", "sfid": "spatial"}
+    names = {name: kind for name, kind in names.items() if kind in reference.statistics}
+    distances = {name: distance(found, reference, kind) for name, kind in names.items()}
+    scores = {"inception_score": score, "inception_score_std": deviation}
+    return distances | scores | ({"inception_score_adm": in_file[0]} if mixes else {}) | others
+
+
+def compared(network: Network, found: Features, reference: Reference) -> dict[str, float]:
+    """KID, precision and recall; of Inception features precision and recall as ADM's as well."""
+    pool = found.rows("pool", MOST_SAMPLES)
+    precision, recall = precision_recall(pool, reference.pool)
+    kid = kernel_distance(pool, reference.pool)
+    scores = {"kid": kid, "precision": precision, "recall": recall}
+    if network.name == "inception":
+        adm = precision_recall(pool, reference.pool, adm=True)
+        scores |= {"precision_adm": adm[0], "recall_adm": adm[1]}
+    return scores

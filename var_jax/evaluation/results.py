@@ -12,26 +12,32 @@ from var_jax.tools.files import read_json, replacing
 from var_jax.tools.images import curves, going_on_without
 
 HELD_OUT = "held-out images"
+MADE_BY = ("version", "commit", "jax", "devices")  # keys that tell no figures from others
 
 
-def write(out: epath.Path, found: dict[str, dict[str, float]], about: dict[str, Any]) -> None:
-    """Prints the figures, and writes metrics.json and of a sweep curve.png.
+def save(out: epath.Path, found: dict[str, dict[str, float]], about: dict[str, Any]) -> None:
+    """Writes the figures to metrics.json, and of a sweep curve.png.
 
     Figures that are in `out` and of something else are kept beside, as metrics-1.json and so on.
     """
     keep_others(out, about)
-    single = found.pop("", None)
+    sets = {name: each for name, each in found.items() if name}
     with replacing(out / "metrics.json") as beside:
-        text = (single or {}) | ({"sets": found} if found else {}) | about
+        text = found.get("", {}) | ({"sets": sets} if sets else {}) | about
         beside.write_text(json.dumps(text, indent=2) + "\n")
-    points = [each for name, each in found.items() if name != HELD_OUT]
+    points = {name: each for name, each in sets.items() if name != HELD_OUT}
     if len(points) > 1 and about["flags"]["reference"]:
-        x, y = ("inception_score", "fid") if "fid" in points[0] else list(points[0])[-1:-3:-1]
-        line = [point[x] for point in points], [point[y] for point in points]
-        named = {name: ([found[name][x]], [found[name][y]]) for name in found if name != HELD_OUT}
+        first = next(iter(points.values()))
+        x, y = ("inception_score", "fid") if "fid" in first else list(first)[-1:-3:-1]
+        line = [each[x] for each in points.values()], [each[y] for each in points.values()]
+        named = {name: ([each[x]], [each[y]]) for name, each in points.items()}
         with going_on_without("curve.png"):
             curves(out / "curve.png", {y: {"": line} | named}, x)
-    print(table(({"samples": single} if single else {}) | found))
+
+
+def show(out: epath.Path, found: dict[str, dict[str, float]]) -> None:
+    """Prints the figures, and where they are."""
+    print(table({name or "samples": each for name, each in found.items()}))
     print(f"figures are in {out / 'metrics.json'}")
 
 
@@ -43,7 +49,7 @@ def keep_others(out: epath.Path, about: dict[str, Any]) -> None:
     with contextlib.suppress(BadInput):  # damaged: of nothing that is known
         then = read_json(path)
     now = json.loads(json.dumps(about))
-    if all(then.get(name) == now[name] for name in now.keys() - {"version", "commit"}):
+    if all(then.get(name) == now[name] for name in now.keys() - {*MADE_BY}):
         return
     names = (out / f"metrics-{number}.json" for number in itertools.count(1))
     other = next(name for name in names if not name.exists())

@@ -150,6 +150,13 @@ def load_others(path: str | PurePath) -> dict[str, np.ndarray]:
             return {name: arrays[name] for name in arrays if name != "arr_0"}
 
 
+def has_images(path: str | PurePath) -> bool:
+    """Whether a user's npz has an `arr_0`. Raises: BadInput if it cannot be read."""
+    path = user_path(path)
+    with reading(path), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return "arr_0" in arrays
+
+
 def load_npz(path: str | PurePath, *names: str) -> dict[str, np.ndarray]:
     """The named arrays of an npz, all of them by default. Raises: BadInput if it is damaged."""
     with (
