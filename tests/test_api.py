@@ -68,6 +68,15 @@ def test_another_number_of_labels_seldom_compiles_another_program(model):
     assert sample._cache_size() == programs
 
 
+def test_other_settings_compile_no_other_program(model):
+    draw = functools.partial(model.sample, ["Flags"] * 3, seed=3)
+    images = draw(cfg=1.5, top_k=5, top_p=0.9, temperature=1.0)
+    programs = sample._cache_size()
+    several = (draw(cfg=2.0, top_k=9, top_p=0.8), draw(cfg=1.5, top_k=5, top_p=0.9, temperature=2))
+    assert all((each != images).any() for each in several)
+    assert sample._cache_size() == programs
+
+
 @pytest.mark.parametrize(
     "setting",
     [

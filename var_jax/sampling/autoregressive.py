@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Key, Shaped, UInt8
 
 from var_jax.config import PER_SCALE, SamplingConfig
@@ -14,6 +13,7 @@ from var_jax.models.backbone import Condition
 from var_jax.models.cache import Cache
 from var_jax.models.tokenizer import Tokenizer, decode_latents
 from var_jax.sampling import filters
+from var_jax.sampling.filters import Count, Number
 from var_jax.sampling.guidance import Guidance, guided, spatial, spatial_strength
 from var_jax.schedule import shape_of, slices
 from var_jax.sharding.mesh import BATCH
@@ -46,10 +46,7 @@ class State(NamedTuple):
     coarser: Float[Array, "B m V"] | None = None  # logits of the scale before, if SSG wants them
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("top_k", "top_p", "temperature", "guidance", "smooth", "draft_scales"),
-)
+@functools.partial(jax.jit, static_argnames=("guidance", "smooth", "draft_scales"))
 def sample(
     weights: Weights,
     labels: Int32[Array, " B"],
@@ -57,9 +54,9 @@ def sample(
     known: KnownTokens | None = None,
     *,
     cfg: Float[Array, ""] | float | None = 1.5,
-    top_k: int | tuple[int, ...] = 900,
-    top_p: float | tuple[float, ...] = 0.96,
-    temperature: float | tuple[float, ...] = 1.0,
+    top_k: Count | tuple[Count, ...] = 900,
+    top_p: Number | None | tuple[Number | None, ...] = 0.96,
+    temperature: Number | tuple[Number, ...] = 1.0,
     guidance: Guidance = "ramp",
     smooth: bool = False,
     draft_scales: int | None = None,
@@ -67,9 +64,9 @@ def sample(
     """Images and their tokens, under a guidance scale `cfg` that applies as `guidance` says.
 
     A label of num_classes means "no class". Without a guidance scale (None) the work is halved.
-    `top_k`, `top_p` and `temperature` are of all scales or of each. `smooth` mixes code vectors
-    instead of picking one: nicer to look at, not for metrics. After `draft_scales` scales the
-    refiner takes over.
+    `top_k`, `top_p` and `temperature` are of all scales or of each; other values compile nothing
+    anew. `smooth` mixes code vectors instead of picking one: nicer to look at, not for metrics.
+    After `draft_scales` scales the refiner takes over.
     """
     settings = {
         "cfg": cfg, "top_k": top_k, "top_p": top_p, "temperature": temperature,
@@ -92,9 +89,9 @@ def sample_latent(
     known: KnownTokens | None = None,
     *,
     cfg: Float[Array, ""] | float | None,
-    top_k: int | tuple[int, ...],
-    top_p: float | tuple[float, ...],
-    temperature: float | tuple[float, ...] = 1.0,
+    top_k: Count | tuple[Count, ...],
+    top_p: Number | None | tuple[Number | None, ...],
+    temperature: Number | tuple[Number, ...] = 1.0,
     guidance: Guidance = "ramp",
     smooth: bool = False,
     draft_scales: int | None = None,
@@ -105,8 +102,7 @@ def sample_latent(
     the first `draft_scales` scales; the refiner reads them all at once and samples the others.
     """
     scales, tokens = len(weights.transformer.config.patch_nums), []
-    each = lambda values: np.broadcast_to(values, scales).tolist()
-    per_scale = zip(each(top_k), each(top_p), each(temperature), strict=True)
+    per_scale = zip(*(each_of(scales, x) for x in (top_k, top_p, temperature)), strict=True)
     shared = {"cfg": cfg, "guidance": guidance, "smooth": smooth}
     drafted = draft_scales or scales
     state = begin(weights, labels, guided=cfg is not None, scales=drafted)
@@ -146,9 +142,9 @@ def sample_scale(
     known: KnownTokens | None = None,
     *,
     cfg: Float[Array, ""] | float | None,
-    top_k: Int32[Array, ""] | int,
-    top_p: Float[Array, ""] | float,
-    temperature: Float[Array, ""] | float = 1.0,
+    top_k: Count,
+    top_p: Number | None,
+    temperature: Number = 1.0,
     guidance: Guidance = "ramp",
     smooth: bool = False,
     anew: bool = False,
@@ -219,9 +215,9 @@ def sample_by_scale(
     known: KnownTokens | None = None,
     *,
     cfg: float | None,
-    top_k: int | tuple[int, ...],
-    top_p: float | tuple[float, ...],
-    temperature: float | tuple[float, ...] = 1.0,
+    top_k: Count | tuple[Count, ...],
+    top_p: Number | None | tuple[Number | None, ...],
+    temperature: Number | tuple[Number, ...] = 1.0,
     guidance: Guidance = "ramp",
 ) -> Iterator[UInt8[Array, "B H W 3"]]:
     """The images of `sample` after each scale, each as soon as the scale is sampled.
@@ -230,14 +226,10 @@ def sample_by_scale(
     temperature compile nothing anew.
     """
     num_scales = len(weights.transformer.config.patch_nums)
-    codes = weights.tokenizer.config.vocab_size
-    per_scale = (np.broadcast_to(values, num_scales) for values in (top_k, top_p, temperature))
+    per_scale = (each_of(num_scales, x) for x in (top_k, top_p, temperature))
     state = _begin(weights, labels, guided=cfg is not None, scales=num_scales)
     for k, (k_best, p, t) in enumerate(zip(*per_scale, strict=True)):
-        settings = {
-            "cfg": cfg, "guidance": guidance, "temperature": np.float32(t),
-            "top_k": np.int32(k_best or codes), "top_p": np.float32(p or 1),  # 0: all
-        }  # fmt: skip
+        settings = {"cfg": cfg, "guidance": guidance, "top_k": k_best, "top_p": p, "temperature": t}
         state, _ = _sample_scale(k, weights, state, keys, known, **settings)
         yield _to_images(weights, state.f_hat)
 
@@ -249,9 +241,9 @@ _to_images = jax.jit(to_images)
 
 def filtered(
     logits: Float[Array, "B l V"],
-    top_k: Int32[Array, ""] | int,
-    top_p: Float[Array, ""] | float,
-    temperature: Float[Array, ""] | float,
+    top_k: Count,
+    top_p: Number | None,
+    temperature: Number,
 ) -> Float[Array, "B l V"]:
     """Logits that tokens are drawn from: of what top-k and top-p leave, over the temperature."""
     logits = reshard(logits, BATCH)  # the vocabulary whole on each device
@@ -299,5 +291,18 @@ def mix(
 
 def sampler(settings: SamplingConfig, smooth: bool = False) -> functools.partial:
     """`sample` with these settings, as `generate` takes it; no guidance is half of the work."""
-    options = {name: getattr(settings, name) for name in (*PER_SCALE, "guidance")}
-    return functools.partial(sample, cfg=settings.cfg or None, smooth=smooth, **options)
+    return functools.partial(
+        sample, cfg=settings.cfg or None, guidance=settings.guidance, smooth=smooth,
+        **filters_of(settings),
+    )  # fmt: skip
+
+
+def each_of(scales: int, setting: Any) -> tuple:
+    """A setting of all scales, or of each, as one of each."""
+    values = setting if isinstance(setting, tuple) else (setting,)
+    return values * scales if len(values) == 1 else values
+
+
+def filters_of(settings: SamplingConfig) -> dict[str, tuple]:
+    """top-k, top-p and temperature of each scale, None where all is kept: that costs nothing."""
+    return {name: tuple(x or None for x in getattr(settings, name)) for name in PER_SCALE}

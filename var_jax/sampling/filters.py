@@ -9,30 +9,28 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
 
 from var_jax.models.backend import bits_a_round
 
+Count = Int32[Array, ""] | int | None  # None: no filter
+Number = Shaped[Array, ""] | float
 
-def top_k(logits: Float[Array, "... V"], k: Int32[Array, ""] | int) -> Float[Array, "... V"]:
-    """Hides all but the k largest (and what ties with them); 0 (or k ≥ V) keeps all.
 
-    A traced k is at least 1.
-    """
-    if isinstance(k, int) and (k == 0 or k >= logits.shape[-1]):
+def top_k(logits: Float[Array, "... V"], k: Count) -> Float[Array, "... V"]:
+    """Hides all but the k largest (and what ties with them); 0, None or k ≥ V keeps all."""
+    if k is None or (isinstance(k, int) and (k == 0 or k >= logits.shape[-1])):
         return logits
-    rank = ranks(logits)
+    rank, k = ranks(logits), jnp.where(k == 0, logits.shape[-1], k)
     threshold = last(lambda t: jnp.sum(rank >= t, axis=-1, keepdims=True) >= k, rank)
     return jnp.where(rank < threshold, -jnp.inf, logits)
 
 
-def top_p(logits: Float[Array, "... V"], p: Float[Array, ""] | float) -> Float[Array, "... V"]:
-    """Hides the tail that holds at most 1-p of the probability, never the best; 0 keeps all.
-
-    A traced p is above 0.
-    """
-    if isinstance(p, (int, float)) and p in (0, 1):
+def top_p(logits: Float[Array, "... V"], p: Number | None) -> Float[Array, "... V"]:
+    """Hides the tail with at most 1-p of the probability, never the best; 0 or None keeps all."""
+    if p is None or (isinstance(p, (int, float)) and p in (0, 1)):
         return logits
+    p = jnp.where(p == 0, 1.0, p)
     rank, share = ranks(logits), jax.nn.softmax(logits, axis=-1)
     below = lambda t: jnp.sum(share, axis=-1, keepdims=True, where=rank < t)
     threshold = jnp.minimum(last(lambda t: below(t) <= 1 - p, rank), rank.max(-1, keepdims=True))

@@ -7,13 +7,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key, UInt8
 
 from var_jax import BadInput
-from var_jax.config import PER_SCALE, SamplingConfig
-from var_jax.sampling.autoregressive import Weights, filtered, pairs, to_images, unpaired
+from var_jax.config import SamplingConfig
+from var_jax.sampling.autoregressive import (
+    Weights,
+    filtered,
+    filters_of,
+    pairs,
+    to_images,
+    unpaired,
+)
+from var_jax.sampling.filters import Count, Number
 from var_jax.sampling.guidance import guide
 from var_jax.sharding.ops import data_parallel
 
 
-@functools.partial(jax.jit, static_argnames=("top_k", "top_p", "temperature"))
+@jax.jit
 def sample(
     weights: Weights,
     labels: Int32[Array, " B"],
@@ -21,9 +29,9 @@ def sample(
     known: None = None,
     *,
     cfg: Float[Array, ""] | float | None = 1.5,
-    top_k: int = 900,
-    top_p: float = 0.96,
-    temperature: float = 1.0,
+    top_k: Count = 900,
+    top_p: Number | None = 0.96,
+    temperature: Number = 1.0,
 ) -> tuple[UInt8[Array, "B H W 3"], Int32[Array, "B L"]]:
     """Images and their tokens, under guidance `cfg`, the same for all tokens.
 
@@ -59,5 +67,5 @@ def sampler(settings: SamplingConfig, smooth: bool = False) -> functools.partial
     """`sample` with these settings, as `generate` takes it. Raises: BadInput for `smooth`."""
     if smooth:
         raise BadInput("smooth sampling mixes the codes of a scale; a raster model has none.")
-    options = {name: getattr(settings, name)[0] for name in PER_SCALE}
+    options = {name: values[0] for name, values in filters_of(settings).items()}
     return functools.partial(sample, cfg=settings.cfg or None, **options)
