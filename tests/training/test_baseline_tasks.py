@@ -61,6 +61,18 @@ def test_the_dit_keeps_the_statistics_of_its_latents():
         assert dit.latent_batches[...] == 60
 
 
+@pytest.mark.slow
+def test_parts_of_a_batch_have_the_statistics_of_the_whole():
+    task = diffusion_task(DIT, dataclasses.replace(FLOW, accumulate=4))
+    latent = make_latents()
+    state = jax.jit(task.init)(jax.random.key(0))
+    batch = {"latent": latent, "label": data()["label"]}
+    state, _ = jax.jit(task.train_step)(state, batch, {}, jax.random.key(0))
+    dit = state.transformer.params
+    np.testing.assert_allclose(dit.latent_mean[...], latent.mean((0, 1, 2)), atol=1e-4)
+    np.testing.assert_allclose(dit.latent_std[...], latent.std((0, 1, 2)), rtol=1e-3)
+
+
 @functools.cache
 def make_latents():
     image = data()["image"] / np.float32(127.5) - 1

@@ -1,6 +1,7 @@
 """Schedules and weight decay of the public implementation."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -11,7 +12,7 @@ from var_jax import BadInput
 from var_jax.checkpoints.torch.names import leaves
 from var_jax.config import TrainConfig, TransformerConfig
 from var_jax.models.var import Transformer
-from var_jax.training.optimizer import decays, learning_rate, make_optimizer, weight_decay
+from var_jax.training.optimizer import decays, held, learning_rate, make_optimizer, weight_decay
 
 GOLD = load("schedules")
 
@@ -67,6 +68,13 @@ def test_shared_adaln_offsets_do_not_decay():
     config = TransformerConfig(depth=2, width=64, num_heads=2, shared_adaln=True)
     model = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     assert not decays(model).blocks.ada_offset.get_raw_value()
+
+
+def test_frozen_weights_have_no_gradient_but_one():
+    config = TrainConfig(lr_scale="a=0,b=0.5")
+    weights = {name: jnp.ones(()) for name in ("a.x", "a.y", "b")}
+    gradient = jax.grad(lambda weights: sum(held(config, weights, "a.y").values()))(weights)
+    assert gradient == {"a.x": 0, "a.y": 1, "b": 1}
 
 
 @pytest.mark.slow

@@ -173,6 +173,8 @@ class TransformerConfig(BlocksConfig):
         for side in shape_of(self.patch_nums[-1]):
             if self.kind == "dit" and side % self.patch_size:
                 raise BadInput(f"{kind}: patch_size={self.patch_size} does not divide {side}.")
+        if self.patch_size > 1 and self.kind != "dit":
+            raise BadInput(f"{kind}: patch_size={self.patch_size} is of dit; others take tokens.")
         if self.kind == "dit" and not self.adaln:
             raise BadInput("kind=dit needs adaln=True: its blocks learn the time no other way.")
         if self.window and self.kind != "var":

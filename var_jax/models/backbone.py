@@ -88,7 +88,7 @@ class Backbone(nnx.Module):
         pattern = self.config.pattern
 
         def attend(q, k, v, query):
-            options = {"implementation": self.config.attention, **query}
+            options = {"implementation": self.attention, **query}
             return attention(q, k, v, pattern, **options), None
 
         keep = None if key is None else drop_path(self.config, key, x.shape[0])
@@ -120,14 +120,16 @@ class Backbone(nnx.Module):
         numbers = jnp.arange(self.config.depth)
         return jax.lax.scan(layer, x, (numbers, self.blocks, condition.blocks))
 
-    def cached_attention(self) -> str:
-        """The implementation of cached attention: kernel, cudnn or blocks.
-
-        A model that was trained on a GPU is sampled elsewhere too.
-        """
+    @property
+    def attention(self) -> str:
+        """The implementation of attention. A model that cuDNN trained is used elsewhere too."""
         if self.config.attention in ("auto", "cudnn"):
             return choose(self.dtype, self.config.head_dim)
-        return "kernel" if self.config.attention == "kernel" else "blocks"
+        return self.config.attention
+
+    def cached_attention(self) -> str:
+        """The implementation of cached attention: kernel, cudnn or blocks."""
+        return "blocks" if self.attention == "masked" else self.attention
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A zeroed cache of `length` tokens for `batch` sequences, in the compute dtype."""

@@ -39,12 +39,11 @@ class Statistics(NamedTuple):
         """The inverse of `normalize`."""
         return x * self.std[None, None, None] + self.mean[None, None, None]
 
-    def updated(self, latent: Float[Array, "B h w C"]) -> "Statistics":
-        """The statistics with a batch in them; after `CALIBRATION` batches they stay."""
+    def updated(self, mean: Float[Array, " C"], square: Float[Array, " C"]) -> "Statistics":
+        """The statistics with a batch's mean and mean square; after `CALIBRATION` they stay."""
         share = jnp.where(self.batches < CALIBRATION, 1 / (self.batches + 1), 0.0)
-        average = lambda old, new: old + share * (new.mean((0, 1, 2)) - old)
-        mean = average(self.mean, latent)
-        square = average(self.std**2 + self.mean**2, latent**2)
+        average = lambda old, new: old + share * (new - old)
+        mean, square = average(self.mean, mean), average(self.std**2 + self.mean**2, square)
         std = jnp.sqrt(jnp.maximum(square - mean**2, 1e-6))
         return Statistics(mean, std, jnp.minimum(self.batches + 1, CALIBRATION))
 

@@ -266,7 +266,8 @@ def decode_scales(tokenizer: Tokenizer, tokens: Int32[Array, "B L"]) -> UInt8[Ar
     """The images after each scale, on every device of a mesh."""
 
     def decode(tokenizer, tokens):
-        sums = tokenizer.quantizer.decode(tokens)
-        return jnp.stack([decode_latents(tokenizer, f_hat) for f_hat in sums], axis=1)
+        sums = jnp.stack(tokenizer.quantizer.decode(tokens), axis=1)
+        image = decode_latents(tokenizer, sums.reshape(-1, *sums.shape[2:]))
+        return image.reshape(*sums.shape[:2], *image.shape[1:])
 
     return data_parallel(decode)(tokenizer, tokens)

@@ -17,7 +17,7 @@ from var_jax.sampling.filters import Count, Number
 from var_jax.sampling.guidance import Guidance, guided, spatial, spatial_strength
 from var_jax.schedule import shape_of, slices
 from var_jax.sharding.mesh import BATCH
-from var_jax.sharding.ops import data_parallel, reshape, reshard
+from var_jax.sharding.ops import data_parallel, reshape, reshard, split_rows
 
 
 class Weights(NamedTuple):
@@ -55,7 +55,7 @@ def sample(
     *,
     cfg: Float[Array, ""] | float | None = 1.5,
     top_k: Count | tuple[Count, ...] = 900,
-    top_p: Number | None | tuple[Number | None, ...] = 0.96,
+    top_p: Number | tuple[Number | None, ...] | None = 0.96,
     temperature: Number | tuple[Number, ...] = 1.0,
     guidance: Guidance = "ramp",
     smooth: bool = False,
@@ -90,7 +90,7 @@ def sample_latent(
     *,
     cfg: Float[Array, ""] | float | None,
     top_k: Count | tuple[Count, ...],
-    top_p: Number | None | tuple[Number | None, ...],
+    top_p: Number | tuple[Number | None, ...] | None,
     temperature: Number | tuple[Number, ...] = 1.0,
     guidance: Guidance = "ramp",
     smooth: bool = False,
@@ -216,7 +216,7 @@ def sample_by_scale(
     *,
     cfg: float | None,
     top_k: Count | tuple[Count, ...],
-    top_p: Number | None | tuple[Number | None, ...],
+    top_p: Number | tuple[Number | None, ...] | None,
     temperature: Number | tuple[Number, ...] = 1.0,
     guidance: Guidance = "ramp",
 ) -> Iterator[UInt8[Array, "B H W 3"]]:
@@ -257,7 +257,7 @@ def pairs(cond: Shaped[Array, "B *rest"], uncond: Shaped[Array, "B *rest"]) -> A
 
 def unpaired(x: Shaped[Array, "P *rest"]) -> tuple[Array, Array]:
     """The inverse of `pairs`."""
-    both = reshape(x, len(x) // 2, 2, *x.shape[1:])
+    both = split_rows(x, 2)
     return both[:, 0], both[:, 1]
 
 

@@ -152,7 +152,11 @@ def reshape(x: Shaped[Array, "B *rest"], *shape: int) -> Shaped[Array, "_ *new"]
 
 def split_rows(x: Shaped[Array, "B *rest"], parts: int) -> Shaped[Array, "b parts *rest"]:
     """The batch in `parts` parts of every `parts`-th row, along a second axis."""
-    return reshape(x, x.shape[0] // parts, parts, *x.shape[1:])
+    shape = (x.shape[0] // parts, parts, *x.shape[1:])
+    if not on_mesh():
+        return x.reshape(shape)
+    first, *rest = jax.typeof(x).sharding.spec
+    return jax.lax.reshape(x, shape, out_sharding=P(first, None, *rest))
 
 
 def data_parallel(f: Callable[..., T]) -> Callable[..., T]:

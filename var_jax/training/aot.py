@@ -93,7 +93,8 @@ def examine(
     """The report on one program; what needs a compiled one is None where it does not fit."""
     check_batch("batch_size / accumulate", batch_size // parts_of(config, program), mesh)
     check_hosts(mesh)
-    check_model(config.transformer, mesh)
+    if program not in ("tokenizer", "features"):
+        check_model(config.transformer, mesh)
     with jax.set_mesh(mesh):
         flops = model_flops(config, program) * batch_size / mesh.size
         lowered, parts = lower(config, program, mesh, batch_size)
@@ -113,7 +114,7 @@ def examine(
         "memory_per_chip": chip.memory,
         **parts,
         "yardstick_cycles": (yardstick := round(flops * chip.yardstick / OPERATIONS)),
-        **(measured or measure(compiled, config, mesh, chip, batch_size, yardstick)),
+        **(measured or measure(compiled, config, chip, batch_size, yardstick)),
         "collective_bytes_fsdp": fsdp_bytes(config, program, mesh),
         "compile_seconds": round(time.monotonic() - started, 1),
         "compile_cpu_seconds": round(time.process_time() - cpu, 1),
@@ -121,7 +122,7 @@ def examine(
 
 
 def measure(
-    compiled: Any, config: Config, mesh: Mesh, chip: Chip, batch_size: int, yardstick: int
+    compiled: Any, config: Config, chip: Chip, batch_size: int, yardstick: int
 ) -> dict[str, Any]:
     """What the compiled program says of itself."""
     memory, program = compiled.memory_analysis(), tpu_cost.Program(compiled.as_text())

@@ -5,7 +5,15 @@ import dataclasses
 import jax
 
 from var_jax import BadInput
-from var_jax.config import Config, TrainConfig, TrainTokenizerConfig, parse_lr_scale
+from var_jax.config import (
+    Config,
+    TrainConfig,
+    TrainTokenizerConfig,
+    TransformerConfig,
+    parse_lr_scale,
+)
+from var_jax.models import backend
+from var_jax.models.attention import choose
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.sampling.exports import abstract_models, as_exported, build
 from var_jax.sharding.mesh import check_batch
@@ -33,6 +41,17 @@ def with_classes(config: Config, classes: int) -> Config:
         )
     transformer = dataclasses.replace(config.transformer, num_classes=classes)
     return dataclasses.replace(config, transformer=transformer)
+
+
+def check_attention(config: TransformerConfig) -> None:
+    """Raises BadInput if cuDNN's attention is asked for where it does not run."""
+    chosen = choose(backend.compute_dtype(config.dtype), config.head_dim)
+    if config.attention == "cudnn" and chosen != "cudnn":
+        raise BadInput(
+            "attention=cudnn does not run here: it needs an NVIDIA GPU from Ampere on, dtype"
+            " bfloat16 and heads whose width is a multiple of 8, at most 128; auto takes it where"
+            " it runs."
+        )
 
 
 def check_batches(name: str, config: TrainConfig, parts: int, mesh: jax.sharding.Mesh) -> None:

@@ -35,16 +35,18 @@ def diffusion_task(model_config: TransformerConfig, config: TrainTransformerConf
     def loss(dit: Any, batch: Batch, frozen: Frozen, step: Int32[Array, ""], key: Key[Array, ""]):
         drop_label, drop_path, of_time, of_noise = jax.random.split(key, 4)
         latent = latents(batch, frozen, backend.compute_dtype(config.encoder_dtype))
-        statistics = dit.statistics.updated(latent)
+        moments = latent.mean((0, 1, 2)), (latent**2).mean((0, 1, 2))
+        statistics = dit.statistics.updated(*moments)
         no_class = model_config.num_classes
         labels = withhold_labels(drop_label, batch["label"], config.label_dropout, no_class)
         time = sample_times(of_time, len(labels), config.time_sampling)
         noise = reshard(jax.random.normal(of_noise, latent.shape), BATCH)
         x = statistics.normalize(latent)
-        return velocity_error(dit, labels, x, noise, time, drop_path), statistics
+        return velocity_error(dit, labels, x, noise, time, drop_path), (dit.statistics, moments)
 
-    def finish(learner: Learner, statistics: Statistics) -> tuple[Learner, Metrics]:
-        place = lambda dit: dit.with_statistics(statistics)
+    def finish(learner: Learner, aux: tuple[Statistics, tuple]) -> tuple[Learner, Metrics]:
+        before, moments = aux  # means over the parts of a batch, which moments allow
+        place = lambda dit: dit.with_statistics(before.updated(*moments))
         ema = None if learner.ema is None else place(learner.ema)
         return learner._replace(params=place(learner.params), ema=ema), {}
 

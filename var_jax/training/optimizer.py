@@ -73,6 +73,20 @@ def rate_factor(config: TrainConfig, name: str) -> float:
     return next((factor for rule, factor in rules if rule.search(name)), 1.0)
 
 
+def held(config: TrainConfig, params: Any, but: str = "") -> Any:
+    """The weights, of which those that `lr_scale` freezes have no gradient, but for one at a path.
+
+    So nothing is computed for them, and the gradient's norm is that of the others.
+    """
+
+    def hold(path, leaf):
+        name = path_name(path)
+        frozen = rate_factor(config, name) == 0 and name != but
+        return jax.lax.stop_gradient(leaf) if frozen else leaf
+
+    return jax.tree_util.tree_map_with_path(hold, params) if config.lr_scale else params
+
+
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Clip by global norm, Adam, decoupled weight decay; some weights slower or frozen."""
     steps = [

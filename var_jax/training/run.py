@@ -43,6 +43,7 @@ from var_jax.tools.paths import user_path
 from var_jax.tools.plugins import describe, find_function
 from var_jax.training import hooks, loop
 from var_jax.training.checks import (
+    check_attention,
     check_batches,
     check_rounding,
     check_start,
@@ -108,7 +109,9 @@ class Run:
         self.config = config = with_classes(config, len(self.train.class_names))
         self.mesh = make_mesh(**dataclasses.asdict(config.mesh))
         check_hosts(self.mesh)
-        check_model(config.transformer, self.mesh)
+        if config.train_transformer.steps:
+            check_model(config.transformer, self.mesh)
+            check_attention(config.transformer)
         check_batches("train_tokenizer", config.train_tokenizer, 1, self.mesh)
         accumulate = config.train_transformer.accumulate
         check_batches("train_transformer", config.train_transformer, accumulate, self.mesh)

@@ -37,10 +37,11 @@ from var_jax.training.losses import (
     psnr_of_error,
     squared_error,
 )
-from var_jax.training.optimizer import learning_rate, make_optimizer, rate_factor
+from var_jax.training.optimizer import held, learning_rate, make_optimizer, rate_factor
 from var_jax.training.state import Batch, Learner, apply_gradients, start_learner, update_ema
 from var_jax.training.task import Frozen, Metrics, Task, updates
 
+LAST_LAYER = "decoder.conv_out.kernel"
 KEPT = r"^(?!decoder\.|post_conv\.|synthesis$)=0"  # by decoder_only: the rule of `lr_scale`
 ANNEALED = (0.2, 0.6)  # shares of the steps between which perturbation ends
 
@@ -133,6 +134,7 @@ def differentiate(
     scales, ranks = regularization(config, model_config, len(image), state.step, of_quantizer)
 
     def forward(tokenizer: Tokenizer):
+        tokenizer = held(config, tokenizer, LAST_LAYER)  # which weighs the adversarial loss
         run = data_parallel(partial(reconstruct, config, dtype))
         output, code, soft = run(tokenizer, image, scales, ranks)
         if soft is None:

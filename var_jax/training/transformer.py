@@ -16,7 +16,7 @@ from var_jax.models.transformer import KINDS, make_transformer
 from var_jax.sharding.mesh import BATCH
 from var_jax.sharding.ops import reshard
 from var_jax.tools.flops import at_stage, transformer_flops
-from var_jax.training.optimizer import learning_rate, make_optimizer
+from var_jax.training.optimizer import held, learning_rate, make_optimizer
 from var_jax.training.state import (
     Batch,
     Frozen,
@@ -60,7 +60,7 @@ def transformer_task(
     def train_step(state: TransformerState, batch: Batch, frozen: Frozen, key: Key[Array, ""]):
         def gradient(loss: Loss):
             def mean(transformer: Any, batch: Batch, key: Key[Array, ""]):
-                each, aux = loss(transformer, batch, frozen, state.step, key)
+                each, aux = loss(held(config, transformer), batch, frozen, state.step, key)
                 return each.mean(), aux
 
             of_step = jax.random.fold_in(key, state.step)
