@@ -1,18 +1,20 @@
 """The commands take the baselines as they take VAR, and say what only VAR can do."""
 
 import json
+import signal
 
+import chex
 import jax
 import numpy as np
 import pytest
-from running import complaint, run
+from running import complaint, run, run_alone, start, wait_for
 from tiny import get_config
 
 import var_jax
 from var_jax import BadInput
 from var_jax.config import Config, from_dict
 from var_jax.data.sources import open_source
-from var_jax.sampling.exports import build, save_models
+from var_jax.sampling.exports import build, load_models, save_models
 from var_jax.sharding.mesh import make_mesh
 from var_jax.tools.configs import load_config
 from var_jax.tools.flops import transformer_flops
@@ -30,6 +32,16 @@ def tiny(kind):
     if kind == "raster":
         config.tokenizer.patch_nums = (4,)
     return config
+
+
+def config_file(kind, folder):
+    """A file of `tiny(kind)` for --config."""
+    path, here = folder / "config.py", json.dumps(str(__file__.rpartition("/")[0]))
+    path.write_text(
+        f"import sys\nsys.path.append({here})\nfrom test_baseline_commands import tiny\n"
+        f"get_config = lambda: tiny({kind!r})\n"
+    )
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +131,7 @@ def test_a_sampler_counts_its_passes(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_train_sample_and_evaluate(kind, tmp_path):
     workdir, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoint"
-    config = tmp_path / "config.py"
-    here = json.dumps(str(__file__.rpartition("/")[0]))
-    config.write_text(
-        f"import sys\nsys.path.append({here})\nfrom test_baseline_commands import tiny\n"
-        f"get_config = lambda: tiny({kind!r})\n"
-    )
-    train = ("--config", config, "--workdir", workdir)
+    train = ("--config", config_file(kind, tmp_path), "--workdir", workdir)
     code, out, err = run("train", *train, "--config.train_transformer.steps=6")
     assert code == 0, err
     unit = "squared error of the velocity" if kind == "dit" else "nats a token"
@@ -150,6 +156,27 @@ def test_train_sample_and_evaluate(kind, tmp_path):
     assert code == 0, err
     found = json.loads((tmp_path / "quality" / "metrics.json").read_text())
     assert {"cfg0", "cfg1"} <= set(found["sets"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_training_ends_with_the_weights_of_one_never_stopped(kind, checkpoints, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train = (
+        "train", "--config", config_file(kind, tmp_path), "--config.train_tokenizer.steps=0",
+        f"--config.pretrained_tokenizer={checkpoints / kind}", "--config.report=", "--workdir",
+    )  # fmt: skip
+    code, _, err = run_alone(*train, whole)
+    assert code == 0, err
+    process = start(*train, killed)
+    wait_for(killed / "transformer" / "4")  # of twelve steps
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    code, _, err = run_alone(*train, killed)
+    assert code == 0 and "transformer: going on from step" in err, err
+    ours, theirs = (load_models(folder / "checkpoint").transformer for folder in (killed, whole))
+    chex.assert_trees_all_equal(ours, theirs)
 
 
 @pytest.mark.slow
