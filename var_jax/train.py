@@ -28,8 +28,8 @@ def define_flags() -> None:
 
 def main(args: flags.FlagValues) -> None:
     """Trains and prints what the run found."""
+    hosts.join(args)  # ahead of the config: all end with the sentence of one that cannot read it
     config = from_dict(Config, load_config(args.config, args.config_field))
-    hosts.join(args)
     default = f"runs/{config_name(args.config)}"
     workdir = output_path(default if args.workdir is None else args.workdir, "--workdir")
     summary = train(config, workdir, profile=args.profile)

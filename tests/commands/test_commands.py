@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 
 import chex
 import numpy as np
@@ -196,6 +197,32 @@ def test_a_finished_run_goes_on_with_more_steps_and_other_periods(trained, tmp_p
         "after": {"tokenizer": 12, "transformer": 12},
         "train_transformer.steps": [12, 14], "every.log": [1, 2],
     }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("differs", ["settings", "images"])
+def test_hosts_that_differ_are_refused(tmp_path, differs):
+    """By all of them, ahead of the first step: each would train on its own, and then wait."""
+    for number in range(2):
+        for name in ("a", "b"):
+            (tmp_path / f"{number}/{name}").mkdir(parents=True)
+            for i in range(60 - number):  # one copy stopped early
+                image = np.full((16, 16, 3), 4 * i, np.uint8)
+                Image.fromarray(image).save(tmp_path / f"{number}/{name}/{i}.png")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        place = ("--coordinator", f"localhost:{probe.getsockname()[1]}", "--num_processes", 2)
+    flags = ("train", "--config", TINY, "--workdir", tmp_path / "run", "--config.report=", *place)
+    more = [("--config.seed=0",), ("--config.seed=1",)]
+    if differs == "images":
+        of_data = "--config.transformer.num_classes=0"
+        more = [(f"--config.data.source={tmp_path / str(i)}", of_data) for i in range(2)]
+    running = [start(*flags, "--process_id", i, *more[i], devices=2) for i in range(2)]
+    said = [process.communicate(timeout=200)[1] for process in running]
+    wanted = {"settings": "the config differs on", "images": "holds differs on process 1"}[differs]
+    for process, err in zip(running, said, strict=True):
+        assert process.returncode == 2 and wanted in err, err
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.slow

@@ -203,6 +203,17 @@ def test_too_little_shared_memory_is_told_before_training(monkeypatch):
 
 
 @pytest.mark.slow
+def test_workers_outlive_the_signals_that_end_a_run():
+    """Of Ctrl-C, of a closed terminal, of Slurm: the run itself saves, and needs no batch."""
+    stream = batches(Numbers(50), batch_size=8, seed=0, workers=2)
+    next(stream)
+    for child in multiprocessing.active_children():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(child.pid, number)
+    take(stream, 100)
+
+
+@pytest.mark.slow
 def test_a_worker_that_dies_ends_training_in_a_sentence():
     stream = batches(Numbers(50), batch_size=8, seed=0, workers=2)
     next(stream)

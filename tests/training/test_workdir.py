@@ -40,6 +40,17 @@ def resume(tmp_path, made, inputs=INPUTS, begun_with=INPUTS, **changes):
     return workdir.record(path, config_of(**changes), inputs, made)
 
 
+def test_an_unfinished_checkpoint_is_no_step(tmp_path, monkeypatch):
+    folder = epath.Path(tmp_path)
+    for name in ("4", "8", "8.orbax-checkpoint-tmp", "damaged-9"):
+        (folder / name).mkdir()
+    assert workdir.count_steps(folder) == 8  # on a disk a rename is the last thing
+    monkeypatch.setattr(workdir.storage, "in_bucket", lambda path: True)
+    assert workdir.count_steps(folder) == 0
+    (folder / "4" / "commit_success.txt").touch()
+    assert workdir.count_steps(folder) == 4
+
+
 FREE = {
     "every__log": 7,
     "every__save": 3,

@@ -25,6 +25,7 @@ from var_jax.tools.paths import is_pipe, user_path
 from var_jax.tools.trees import flatten
 
 RECORD = "files.json"
+COMMITTED = "commit_success.txt"  # that Orbax writes last in a bucket
 MAX_CHECKSUMMED = 2**32  # bytes of a checkpoint; larger ones would take seconds to read twice
 
 
@@ -80,6 +81,11 @@ def compare(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: str, *, 
             f"{where} holds a tensor {name!r} of shape {saved[name].shape}; expected no such "
             "tensor for this config."
         )
+
+
+def is_checkpoint(path: epath.Path) -> bool:
+    """Whether a folder is that of a step, written to its end: in a bucket a file says so."""
+    return path.name.isdecimal() and (not in_bucket(path) or (path / COMMITTED).exists())
 
 
 def record_files(directory: epath.Path) -> None:

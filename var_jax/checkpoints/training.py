@@ -54,7 +54,8 @@ class Checkpoints:
             Exception: this write failed (with `wait`), or an earlier one did in the background.
         """
         self.wait()
-        if step not in self._steps():
+        # What process 0 sees: a network file system may show others an older list.
+        if not of_first(lambda: np.array(step in self._steps()), (), bool):
             items = {"state": flatten(state), "data": data}
             self._step = step
             self._saving = self._orbax.save_checkpointables_async(step, items, force=True)

@@ -100,7 +100,8 @@ def epoch(
 
 def _threads() -> grain.ReadOptions:
     # One thread makes one batch, so as many batches wait in memory as there are threads.
-    threads = min(16, os.cpu_count() or 1)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = min(16, usable or 1)
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
 
 
@@ -122,7 +123,7 @@ class _Workers(grain.DatasetIterator):
         if self._batches is None:
             options = grain.MultiprocessingOptions(num_workers=self._workers)
             rest = self._dataset[self._next :].to_iter_dataset(_threads())
-            self._batches = iter(rest.mp_prefetch(options))
+            self._batches = iter(rest.mp_prefetch(options, worker_init_fn=_ignore_signals))
         try:
             batch = next(self._batches)
         except RuntimeError as error:
@@ -143,6 +144,12 @@ class _Workers(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, int]) -> None:
         self._next, self._batches = state["next_index"], None
+
+
+def _ignore_signals(number: int, count: int) -> None:
+    """In a worker: its process saves and ends it, while a terminal or Slurm signals them all."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, signal.SIG_IGN)
 
 
 class _Stream:

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+import zlib
 from pathlib import PurePath
 from typing import Any
 
@@ -118,6 +119,17 @@ def check_shared(flag: str, folder: str | PurePath) -> None:
         raise BadInput(
             f"{flag}={folder} is not shared by all hosts: process {blind[0]} does not see what"
             " process 0 writes there; name a folder that all of them mount, or a bucket."
+        )
+
+
+def check_same(what: str, value: Any) -> None:
+    """Raises BadInput, saying `what`, unless `value`, JSON-able, is the same on every host."""
+    digest = zlib.crc32(json.dumps(value, sort_keys=True).encode())
+    found = process_allgather(np.uint32(digest)).reshape(-1)
+    if (others := np.flatnonzero(found != found[0])).size:
+        raise BadInput(
+            f"{what} differs on process {others[0]} from what it is on process 0; expected the same"
+            " on all hosts."
         )
 
 

@@ -10,8 +10,9 @@ from etils import epath
 from jax.experimental.multihost_utils import sync_global_devices
 
 from var_jax import BadInput
+from var_jax.checkpoints import storage
 from var_jax.config import Config, bound_value, from_dict, settings
-from var_jax.data.inventory import remember
+from var_jax.data.inventory import describe_data, remember
 from var_jax.data.records import read_json
 from var_jax.data.sources import Source
 from var_jax.sharding import hosts
@@ -37,6 +38,8 @@ def occupy(
     Raises: BadInput if it is another run's, or another process is at work in it.
     """
     hosts.check_shared("--workdir", workdir)
+    if jax.process_count() > 1:
+        check_alike(config, splits)
     if jax.process_index() == 0:
         if not acquire_lock(workdir / ".lock"):
             raise BadInput(
@@ -59,10 +62,20 @@ def occupy(
     ending.process.log = workdir / f"error{number}.log"
 
 
+def check_alike(config: Config, splits: dict[str, Source]) -> None:
+    """Raises BadInput if hosts have other settings or images: each would train on its own."""
+    found = settings(config)
+    source = found["data"].pop("source")  # which may lie elsewhere
+    hosts.check_same("the config", found)
+    images = {split: describe_data(each) for split, each in splits.items()}
+    classes = [each.class_names for each in splits.values()]
+    hosts.check_same(f"what data.source={source} holds", [images, classes])
+
+
 def count_steps(folder: epath.Path) -> int:
     """The step of the newest checkpoint of a training; 0 if there is none."""
-    names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    return max((int(name) for name in names if name.isdecimal()), default=0)
+    paths = folder.iterdir() if folder.exists() else ()
+    return max((int(path.name) for path in paths if storage.is_checkpoint(path)), default=0)
 
 
 def record(
