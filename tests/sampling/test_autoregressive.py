@@ -1,5 +1,6 @@
 """Sampling agrees with the teacher-forced model and depends on (seed, index) alone."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -23,8 +24,10 @@ from var_jax.sampling.autoregressive import (
 )
 from var_jax.sampling.exports import build
 from var_jax.sampling.generate import generate_all, image_keys
+from var_jax.sampling.guidance import guide
 from var_jax.schedule import slices
 from var_jax.sharding.mesh import make_mesh
+from var_jax.tools.flops import matmul_flops
 
 LABELS = np.array([1, 3, 5, 7, 2, 0, 4], np.int32)
 LABELS_8 = np.arange(8, dtype=np.int32)
@@ -177,6 +180,25 @@ def test_scale_by_scale_ends_in_the_sample(settings):
     assert len(stages) == 4 and (stages[0] != stages[-1]).any()
     wanted = draw(LABELS[:2], batch_size=2, **how)[0]
     np.testing.assert_allclose(np.int32(stages[-1]), np.int32(wanted), atol=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sides", [None, (4, 2, 1), (2, 2, 2)])
+def test_scales_after_an_interval_take_half_of_the_work_and_the_same_tokens(sides):
+    """A function in its place, which may read both halves at any scale, keeps both."""
+    same = lambda cond, uncond, k: guide(cond, uncond, 2.0 * (k == 1))
+    with contextlib.nullcontext() if sides is None else jax.set_mesh(make_mesh(*sides)):
+        tokens = draw(LABELS_8, 8, cfg=2.0, guidance="interval=2-2")[1]
+        np.testing.assert_array_equal(tokens, draw(LABELS_8, 8, cfg=2.0, guidance=same)[1])
+        assert (tokens != draw(LABELS_8, 8, cfg=None)[1]).any()
+    if sides is None:
+        weights, keys = Weights(*models("base")[:2]), image_keys(0, jnp.asarray(LABELS_8))
+        of = lambda guidance: functools.partial(sample, cfg=2.0, guidance=guidance)
+        work = {
+            guidance: matmul_flops(of(guidance), weights, LABELS_8, keys)
+            for guidance in ("interval=2-2", "interval=1-4")
+        }
+        assert work["interval=2-2"] < 0.7 * work["interval=1-4"]
 
 
 @pytest.mark.slow

@@ -14,7 +14,13 @@ from var_jax.models.cache import Cache
 from var_jax.models.tokenizer import Tokenizer, decode_latents
 from var_jax.sampling import filters
 from var_jax.sampling.filters import Count, Number
-from var_jax.sampling.guidance import Guidance, guided, spatial, spatial_strength
+from var_jax.sampling.guidance import (
+    Guidance,
+    guided,
+    guided_scales,
+    spatial,
+    spatial_strength,
+)
 from var_jax.schedule import shape_of, slices
 from var_jax.sharding.mesh import BATCH
 from var_jax.sharding.ops import data_parallel, reshape, reshard, split_rows
@@ -109,12 +115,27 @@ def sample_latent(
     for k, (k_best, p, t) in enumerate(per_scale):
         settings = {"top_k": k_best, "top_p": p, "temperature": t, "anew": k == drafted} | shared
         settings["last"] = k + 1 in (drafted, scales)
+        if cfg is not None and k >= guided_scales(guidance, scales):
+            state, settings["cfg"] = unguided(state), None
         if k == drafted:
             weights = weights._replace(transformer=weights.refiner)
             state = with_refiner(weights.refiner, state, scales)
         state, idx_Bl = sample_scale(k, weights, state, keys, known, **settings)
         tokens.append(idx_Bl)
     return state.f_hat, jnp.concatenate(tokens, axis=1)
+
+
+def unguided(state: State) -> State:
+    """The state without the "no class" of pairs, where they still are: nothing guides any more."""
+    if len(state.labels) == len(state.f_hat):
+        return state
+    first = lambda x, axis: x if x.shape[axis] == 1 else unpaired(x, axis)[0]
+    modulations = jax.tree.map(lambda x: first(x, 1), state.condition.blocks)
+    return state._replace(
+        labels=first(state.labels, 0),
+        condition=Condition(modulations, first(state.condition.head, 0)),
+        cache=Cache(*(first(x, 1) for x in state.cache)),
+    )
 
 
 def with_refiner(refiner: Any, state: State, scales: int) -> State:
@@ -255,10 +276,11 @@ def pairs(cond: Shaped[Array, "B *rest"], uncond: Shaped[Array, "B *rest"]) -> A
     return reshape(jnp.stack([cond, uncond], axis=1), 2 * len(cond), *cond.shape[1:])
 
 
-def unpaired(x: Shaped[Array, "P *rest"]) -> tuple[Array, Array]:
-    """The inverse of `pairs`."""
-    both = split_rows(x, 2)
-    return both[:, 0], both[:, 1]
+def unpaired(x: Shaped[Array, "..."], axis: int = 0) -> tuple[Array, Array]:
+    """The inverse of `pairs`, which lie along `axis`."""
+    both = split_rows(x, 2, axis)
+    cond, uncond = (jax.lax.index_in_dim(both, i, axis + 1, keepdims=False) for i in range(2))
+    return cond, uncond
 
 
 def embed(quantizer, idx_Bl: Int32[Array, "B l"]) -> Float[Array, "B l C"]:

@@ -43,6 +43,13 @@ def guided(
     return guide(cond, uncond, cfg * share)
 
 
+def guided_scales(guidance: Guidance, num_scales: int) -> int:
+    """How many scales, from the first on, there are up to the last that is guided."""
+    if isinstance(guidance, str) and (numbers := parse_guidance(guidance)[1])[1:]:
+        return int(numbers[1])
+    return num_scales
+
+
 def guide(
     cond: Float[Array, "B *rest"],
     uncond: Float[Array, "B *rest"],

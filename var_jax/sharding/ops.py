@@ -150,13 +150,13 @@ def reshape(x: Shaped[Array, "B *rest"], *shape: int) -> Shaped[Array, "_ *new"]
     return jax.lax.reshape(x, shape, out_sharding=P(jax.typeof(x).sharding.spec[0]))
 
 
-def split_rows(x: Shaped[Array, "B *rest"], parts: int) -> Shaped[Array, "b parts *rest"]:
-    """The batch in `parts` parts of every `parts`-th row, along a second axis."""
-    shape = (x.shape[0] // parts, parts, *x.shape[1:])
+def split_rows(x: Shaped[Array, "..."], parts: int, axis: int = 0) -> Shaped[Array, "..."]:
+    """The batch, which is `axis`, in `parts` parts of every `parts`-th row, along an axis more."""
+    shape = (*x.shape[:axis], x.shape[axis] // parts, parts, *x.shape[axis + 1 :])
     if not on_mesh():
         return x.reshape(shape)
-    first, *rest = jax.typeof(x).sharding.spec
-    return jax.lax.reshape(x, shape, out_sharding=P(first, None, *rest))
+    spec = jax.typeof(x).sharding.spec
+    return jax.lax.reshape(x, shape, out_sharding=P(*spec[: axis + 1], None, *spec[axis + 1 :]))
 
 
 def data_parallel(f: Callable[..., T]) -> Callable[..., T]:
