@@ -193,7 +193,8 @@ def test_scales_after_an_interval_take_half_of_the_work_and_the_same_tokens(side
         assert (tokens != draw(LABELS_8, 8, cfg=None)[1]).any()
     if sides is None:
         weights, keys = Weights(*models("base")[:2]), image_keys(0, jnp.asarray(LABELS_8))
-        of = lambda guidance: functools.partial(sample, cfg=2.0, guidance=guidance)
+        settings = {"cfg": 2.0, "top_k": 0, "top_p": 0.0}
+        of = lambda name: functools.partial(sample_latent, guidance=name, **settings)
         work = {
             guidance: matmul_flops(of(guidance), weights, LABELS_8, keys)
             for guidance in ("interval=2-2", "interval=1-4")
