@@ -90,7 +90,7 @@ def likelihood_figures(
     counts twice, whatever the batch size, but where it stands in for one that cannot be read. What
     is done is kept in `folder`, which is of these models alone; on process 0.
     """
-    sides, chosen = transformer.config.patch_nums, spread(len(source), count)
+    patch_nums, chosen = transformer.config.patch_nums, spread(len(source), count)
     with progress(len(chosen), 0, "likelihood") as bar:
 
         def run(part):
@@ -107,10 +107,10 @@ def likelihood_figures(
         [load_npz(path, name)[name].sum(0, dtype=np.float64) for path in paths], axis=0
     )
     cost, right = -total("log_likelihood"), total("hits")
-    length, bits = len(chosen) * np.array(lengths(sides)), cost / np.log(2) / len(chosen)
+    length, bits = len(chosen) * np.array(lengths(patch_nums)), cost / np.log(2) / len(chosen)
     figures = {"loss": cost.sum() / length.sum(), "accuracy": right.sum() / length.sum()}
     figures["bits_per_image"] = bits.sum()
-    for k in range(len(sides)):
+    for k in range(len(patch_nums)):
         each = {"loss": cost[k] / length[k], "accuracy": right[k] / length[k], "bits": bits[k]}
         figures |= {f"{name}_scale{k + 1}": value for name, value in each.items()}
     return {name: float(value) for name, value in figures.items()}

@@ -91,14 +91,17 @@ class Quantizer(nnx.Module):
 
     def nearest(self, z_BpqC: Float[Array, "B p q C"]) -> Int32[Array, "B p q"]:
         """The closest code of each cell: Euclidean, or by cosine under `codebook_znorm`."""
-        codebook = self.codebook[...]
+        codebook = self.codes()
         if self.config.codebook_znorm:
-            codebook = codebook / jnp.linalg.norm(codebook, axis=-1, keepdims=True).clip(1e-12)
             return jnp.einsum("BpqC,VC->BpqV", z_BpqC, codebook, precision=HIGHEST).argmax(-1)
         dot = jnp.einsum("BpqC,VC->BpqV", z_BpqC, codebook, precision=HIGHEST)
         # ‖z‖² is the same for every code, so the order does not need it.
         squared = jnp.sum(codebook**2, axis=-1)[None, None, None]
         return (squared - 2 * dot).argmin(-1).astype(jnp.int32)
+
+    def codes(self) -> Float[Array, "V C"]:
+        """The codebook as distances see it: under `codebook_znorm` each code has length 1."""
+        return unit(self.codebook[...]) if self.config.codebook_znorm else self.codebook[...]
 
     def contribution(self, k: int, code_BlC: Float[Array, "B *l C"]) -> Float[Array, "B h w C"]:
         """What scale k adds to the latent: phi_k(upsample(codes)), phi(h) = (1-r)·h + r·conv(h)."""
@@ -182,13 +185,12 @@ class Quantizer(nnx.Module):
         They are posteriors of Gaussians around the codes, each of as large a distance as the
         nearest code has on average over the tokens of an image's scale.
         """
-        fixed, codes, found = jax.lax.stop_gradient, self.codebook[...], []
-        unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12)
+        fixed, codes, found = jax.lax.stop_gradient, self.codes(), []
         for here, p in zip(slices(self.config.patch_nums), self.config.patch_nums, strict=True):
             f_BlC = flat(downsample(f_BhwC, p))
             z_BlC = residual_BLC[:, here] + f_BlC - fixed(f_BlC)  # coarser codes are constants
             if self.config.codebook_znorm:
-                z_BlC, codes = unit(z_BlC), unit(codes)
+                z_BlC = unit(z_BlC)
             dot = jnp.einsum("BlC,VC->BlV", z_BlC, codes, precision=HIGHEST)
             square = lambda x: jnp.sum(x**2, axis=-1)
             distance = square(z_BlC)[..., None] - 2 * dot + square(codes)[None, None]
@@ -211,9 +213,7 @@ class Quantizer(nnx.Module):
 
     def neighbours_of_codes(self) -> Int32[Array, "V n"]:
         """The neighbours of each code, nearest first."""
-        codebook = jax.lax.stop_gradient(self.codebook[...])
-        if self.config.codebook_znorm:
-            codebook = codebook / jnp.linalg.norm(codebook, axis=-1, keepdims=True).clip(1e-12)
+        codebook = jax.lax.stop_gradient(self.codes())
         dot = jnp.einsum("VC,WC->VW", codebook, codebook, precision=HIGHEST)
         nearness = 2 * dot - jnp.sum(codebook**2, axis=-1)[None]
         itself = jnp.eye(len(codebook), dtype=bool)
@@ -264,6 +264,11 @@ class Quantizer(nnx.Module):
         small = resize_all(f_hat, [(h, w)] * len(coarser), sizes[1:], area_matrix)
         parts = [flat(x[:, :p, :q]) for x, (p, q) in zip(small, sizes[1:], strict=True)]
         return jnp.concatenate(parts, axis=1)
+
+
+def unit(x: Float[Array, "*rest C"]) -> Float[Array, "*rest C"]:
+    """Vectors at length 1."""
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12)
 
 
 def flat(x_BpqC: Float[Array, "B p q C"]) -> Float[Array, "B l C"]:

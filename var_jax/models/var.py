@@ -57,12 +57,12 @@ class Transformer(Backbone):
 
     def first_scales(self, count: int) -> "Transformer":
         """The model of the `count` coarsest scales, which see no finer ones; weights are shared."""
-        sides = self.config.patch_nums[:count]
-        kept = {"pos_embed": num_tokens(sides), "level_embed": count}
+        patch_nums = self.config.patch_nums[:count]
+        kept = {"pos_embed": num_tokens(patch_nums), "level_embed": count}
         part = jax.tree_util.tree_map_with_path(
             lambda path, leaf: leaf[: kept.get(path_name(path), len(leaf))], self
         )
-        part.config = dataclasses.replace(self.config, patch_nums=sides)
+        part.config = dataclasses.replace(self.config, patch_nums=patch_nums)
         return part
 
     @staticmethod

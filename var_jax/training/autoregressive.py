@@ -33,7 +33,7 @@ def autoregressive_task(model_config: TransformerConfig, config: TrainTransforme
     tokens its quantizer, `frozen["quantizer"]`, is enough. Progressive training has a loss for each
     stage.
     """
-    sides = model_config.patch_nums
+    patch_nums = model_config.patch_nums
 
     def loss(
         stage: Stage,
@@ -54,14 +54,16 @@ def autoregressive_task(model_config: TransformerConfig, config: TrainTransforme
         no_class = model_config.num_classes
         labels = withhold_labels(drop_label, batch["label"], config.label_dropout, no_class)
         weight = None
-        if stage.scales < len(sides):
-            length = num_tokens(sides[: stage.scales])
+        if stage.scales < len(patch_nums):
+            length = num_tokens(patch_nums[: stage.scales])
             transformer = transformer.first_scales(stage.scales)
             tokens, inputs = tokens[:, :length], inputs[:, : length - 1]
         if stage.warmup:
-            weight = token_weights(stage, sides, step)
+            weight = token_weights(stage, patch_nums, step)
         logits = transformer(labels, inputs, key=drop_path)
-        loss, metrics = cross_entropy_metrics(logits, tokens, sides, config.label_smoothing, weight)
+        loss, metrics = cross_entropy_metrics(
+            logits, tokens, patch_nums, config.label_smoothing, weight
+        )
         if config.student_forcing:
             student = student_loss(transformer, quantizer_of(frozen), labels, logits, drop_path)
             metrics["loss_student"] = student
@@ -71,7 +73,7 @@ def autoregressive_task(model_config: TransformerConfig, config: TrainTransforme
     def evaluate(transformer: Any, batch: Batch, frozen: Frozen) -> Metrics:
         tokens, inputs = targets_and_inputs(transformer, batch, frozen)
         logits = transformer(batch["label"], inputs)
-        loss, metrics = cross_entropy_metrics(logits, tokens, sides)
+        loss, metrics = cross_entropy_metrics(logits, tokens, patch_nums)
         return {"loss": loss, **metrics}
 
     losses = [functools.partial(loss, stage) for stage in config.stages(model_config)]
