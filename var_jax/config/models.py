@@ -165,10 +165,10 @@ class TransformerConfig(BlocksConfig):
 
     def check(self) -> None:
         """Raises BadInput if the schedule or AdaLN are not such as this kind of model needs."""
-        kind = f"kind={self.kind} with patch_nums={self.patch_nums}"
-        if self.kind == "var" and self.patch_nums[0] != 1:
+        scales, kind = self.patch_nums, f"kind={self.kind} with patch_nums={self.patch_nums}"
+        if self.kind == "var" and scales[0] != 1:
             raise BadInput(f"{kind}: VAR begins with a scale of one token; raster and dit do not.")
-        if self.kind == "raster" and len(self.patch_nums) > 1:
+        if self.kind == "raster" and len(scales) > 1:
             raise BadInput(f"{kind}: a raster-scan model takes a single scale, like (16,).")
         for side in shape_of(self.patch_nums[-1]):
             if self.kind == "dit" and side % self.patch_size:
