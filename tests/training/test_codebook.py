@@ -54,6 +54,7 @@ def test_each_scale_may_have_its_share_of_restarts():
     assert anywhere.min() == 0 and anywhere.max() == 5 * L - 1
 
 
+@pytest.mark.slow
 def test_stats_count_and_pick():
     idx = jnp.array([[2, 0], [2, 1]])
     residual = jnp.arange(8.0).reshape(2, 2, 2)
