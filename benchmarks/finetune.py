@@ -1,4 +1,4 @@
-"""Fine-tuning beside training from nothing, at equal steps: Noto emoji to Twemoji.
+"""Fine-tuning beside training from scratch, at equal steps: Noto emoji to Twemoji.
 
     npm pack emoji-datasource-twitter@16.0.0
     python -m benchmarks.finetune --package emoji-datasource-twitter-16.0.0.tgz \
@@ -49,7 +49,7 @@ def main(args: flags.FlagValues) -> None:
     source = out / "twemoji.npz"
     if not source.exists():
         write_source(args.package, source)
-    for start in ("fine-tuned", "from nothing"):
+    for start in ("fine-tuned", "from scratch"):
         for rate in map(float, args.rates):
             workdir = epath.Path(out / f"{start.replace(' ', '_')}-{rate}")
             config = from_dict(Config, load_config(f"finetune:{args.checkpoint}"))

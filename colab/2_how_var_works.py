@@ -13,6 +13,7 @@
 
 # %% {"cellView": "form"}
 # @title Install
+# @markdown The jax of this runtime is kept; it must be 0.10.2 or newer.
 SOURCE = "git+https://github.com/OWNER/var_jax"  # @param {"type": "string"}
 import importlib.util
 import pathlib

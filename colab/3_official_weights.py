@@ -9,6 +9,7 @@
 
 # %% {"cellView": "form"}
 # @title Install
+# @markdown The jax of this runtime is kept; it must be 0.10.2 or newer.
 SOURCE = "git+https://github.com/OWNER/var_jax"  # @param {"type": "string"}
 import importlib.util
 import os
@@ -83,8 +84,8 @@ model
 # %% [markdown]
 # ## Sample
 #
-# A class is a number, or a name; names are those of ImageNet. (The images kept here are all of the
-# stand-in, whose weights are random.)
+# A class is a number, or a name; names are those of ImageNet. `batch_size=4` keeps memory low. (The
+# images kept here are all of the stand-in, whose weights are random.)
 
 # %%
 [name for name in model.class_names if "retriever" in name]

@@ -8,6 +8,7 @@
 
 # %% {"cellView": "form"}
 # @title Install
+# @markdown The jax of this runtime is kept; it must be 0.10.2 or newer.
 SOURCE = "git+https://github.com/OWNER/var_jax"  # @param {"type": "string"}
 import importlib.metadata
 import importlib.util
@@ -86,8 +87,9 @@ Image.open("runs/mine/reconstructions.png")
 # ## The transformer
 #
 # The same command with steps for the transformer goes on where it ended. Photographs want more:
-# `--config.data.size=64` and more scales, a GPU, and thousands of images; for classes like
-# ImageNet's, fine-tune the [official weights](3_official_weights.ipynb) with `--config finetune:d16`.
+# `--config emoji:64` (64×64 pixels) in another `--workdir`, a GPU, and thousands of images; for
+# classes like ImageNet's, fine-tune the [official weights](3_official_weights.ipynb) with
+# `--config finetune:hub:d16`, which needs `huggingface_hub` and a GPU.
 
 # %%
 # !python -m var_jax.train --config emoji {FLAGS} --config.train_transformer.steps={TRANSFORMER_STEPS}
@@ -119,8 +121,8 @@ np.concatenate([image[None], *edits]).view(var_jax.Images)
 # `evaluate` samples and compares with the training images in the features of a network. The column
 # *held-out images* scores real images in the same way: no model can be expected to do better than as
 # many of them as there are samples; here they are fewer, so their distance is too large. The network
-# is EfficientNet-Lite0, which needs no download; its distances compare with each other, and not with a
-# published FID (for that, give InceptionV3 with `--features`). A recall near 0 says that hardly any real
+# is EfficientNet-Lite0, which needs no download; its distances are comparable with each other but not
+# with published FIDs (for those, give InceptionV3 with `--features`). A recall near 0 says that hardly any real
 # image has a sample as near as its real neighbours: this model was trained for minutes.
 
 # %%

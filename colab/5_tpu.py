@@ -9,6 +9,7 @@
 
 # %% {"cellView": "form"}
 # @title Install
+# @markdown The jax of this runtime is kept; it must be 0.10.2 or newer.
 SOURCE = "git+https://github.com/OWNER/var_jax"  # @param {"type": "string"}
 import importlib.util
 import pathlib
@@ -130,6 +131,5 @@ TOPOLOGY = "v5e:4x8"  # @param ["v5e:2x2", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5
 
 # %% [markdown]
 # `efficiency` compares the step with one large matrix product of as many operations, whose cycles are
-# `yardstick_cycles`; figures of all
-# sizes are in [benchmarks/aot.md](../benchmarks/aot.md). Cycles are estimates of the compiler: nothing
-# here has been measured on a TPU.
+# `yardstick_cycles`; results of all sizes are in [benchmarks/aot.md](../benchmarks/aot.md). Cycles are
+# estimates of the compiler: nothing here has been measured on a TPU.

@@ -1,10 +1,11 @@
-"""Emoji from nothing on two CPU cores: 1,906 Noto emoji, nine Unicode groups as classes.
+"""Emoji from scratch on two CPU cores: 1,906 Noto emoji, of which 194 are for validation, in the
+nine groups of Unicode as classes.
 
     python -m var_jax.train --config emoji        # 32x32, minutes
     python -m var_jax.train --config emoji:large  # 32x32, hours
     python -m var_jax.train --config emoji:64     # 64x64, minutes on a GPU
 
-Figures: benchmarks/emoji.md.
+Results: benchmarks/emoji.md.
 """
 
 from typing import NamedTuple

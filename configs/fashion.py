@@ -1,4 +1,4 @@
-"""Fashion-MNIST from nothing on two CPU cores: 60,000 images of clothes in ten classes.
+"""Fashion-MNIST from scratch on two CPU cores: 60,000 images of clothes in ten classes.
 
     apt-get install dataset-fashion-mnist
     python -m var_jax.train --config fashion        # minutes

@@ -9,7 +9,7 @@ well. Another schedule and resolution, where the tokenizer is fully convolutiona
 
     --config.tokenizer.patch_nums=1,2,3,4,6,9,13,18,24,32 --config.data.size=512
 
-The learning rate is 0.3 times that of configs/tokenizer.py, which trains from nothing. Losses are
+The learning rate is 0.3 times that of configs/tokenizer.py, which trains from scratch. Losses are
 squared and absolute error: configs/tokenizer.py has the recipe with LPIPS and a discriminator.
 """
 

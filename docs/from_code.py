@@ -16,6 +16,10 @@ from var_jax.__main__ import commands
 
 # The last column of the table: whether a resumed run may change a field.
 MAY_CHANGE = {None: "", config.FREE["binds"]: "yes", config.SET["binds"]: "its path"}
+STEPS = {  # of which training/workdir.py says more than metadata can
+    "train_tokenizer.steps": "until the transformer's training begins, to no less than are done",
+    "train_transformer.steps": "to no less than are done",
+}
 
 
 def field_comments(text: str) -> dict[tuple[str, str], str]:
@@ -60,6 +64,7 @@ def config_page() -> str:
             if dataclasses.is_dataclass(field.default) or said_once:
                 continue
             free = MAY_CHANGE[field.metadata.get("binds", free_of(name))]
+            free = STEPS.get(f"{name}{field.name}", free)
             text = described(cls, field.name, comments).replace("|", "\\|")
             default = f"`{field.default!r}`"
             rows.append(f"| `{name}{field.name}` | {default} | {text} | {free} |")

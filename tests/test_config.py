@@ -7,7 +7,9 @@ import runpy
 
 import pytest
 
+import var_jax
 from var_jax import BadInput
+from var_jax.checkpoints import hub
 from var_jax.config import (
     Config,
     DataConfig,
@@ -21,7 +23,7 @@ from var_jax.config import (
     settings,
 )
 from var_jax.schedule import shapes
-from var_jax.tools.configs import load_config
+from var_jax.tools.configs import config_name, load_config
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,16 @@ def test_a_flag_can_set_every_field_of_an_experiment(name, variant):
     path = pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py"
     config = runpy.run_path(str(path))["get_config"](*variant).to_dict()
     assert settings(from_dict(Config, config)) == config
+
+
+def test_fine_tuning_takes_official_weights_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    hub.cache().mkdir(parents=True)
+    converted = pathlib.Path(var_jax.__file__).parent / "assets/emoji"  # in place of a download
+    pathlib.Path(hub.folder("hub:d16")).symlink_to(converted)
+    config = from_dict(Config, load_config("finetune:hub:d16"))
+    assert config.init_from == config.pretrained_tokenizer == "hub:d16"
+    assert config.transformer.depth == 6 and config_name("finetune:hub:d16") == "finetune-hub-d16"
 
 
 def test_landscape_and_portrait_of_the_papers_models():

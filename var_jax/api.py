@@ -87,7 +87,7 @@ class Model:
         again = model.decode(model.encode(images))
         edited = model.edit(images[0], (0, 0, 0.5, 1), label="Flags")  # its upper half
 
-    Of several processes all call the same methods, and each gets all results.
+    With several processes, all must call the same methods; each gets all results.
     """
 
     models: Models

@@ -36,7 +36,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "Folder of the checkpoint to write.")
     flags.DEFINE_string("checkpoint", None, 'Folder, "emoji" or "hub:d16", to convert to PyTorch.')
     flags.DEFINE_string("to_torch", None, "Folder of the PyTorch files to write.")
-    flags.DEFINE_enum("format", "pth", ["pth", "safetensors"], "Of the files written.")
+    flags.DEFINE_enum("format", "pth", ["pth", "safetensors"], "Format of the files written.")
 
 
 def main(args: flags.FlagValues) -> None:

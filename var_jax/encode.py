@@ -1,4 +1,4 @@
-"""Turns images into the codes of a checkpoint's tokenizer.
+"""Turns images into tokens of a checkpoint's tokenizer.
 
     python -m var_jax.encode --checkpoint d16 --images imagenet --out tokens [--copies 10]
 
@@ -45,8 +45,10 @@ def define_flags() -> None:
     flags.DEFINE_bool("cache", False, "Make a token cache of an npz, too.")
     flags.DEFINE_integer("copies", 1, "Random crops of each training image.", 1, 10_000)
     flags.DEFINE_float("resize", 1.125, "Shorter edge ahead of the crop, in image sizes.", 1)
-    flags.DEFINE_bool("flip", False, "Mirror half of them (of the emoji no symbols and flags).")
-    flags.DEFINE_integer("shift", 0, "Move them by up to so many pixels.", 0)
+    flags.DEFINE_bool(
+        "flip", False, "Mirror half of the crops (of the emoji no symbols and flags)."
+    )
+    flags.DEFINE_integer("shift", 0, "Shift crops randomly by at most this many pixels.", 0)
     flags.DEFINE_integer("seed", 0, "Of the crops, as config.seed.", 0, MAX_SEED)
     flags.DEFINE_integer("batch_size", 32, "Images at a time.", 1)
     flags.DEFINE_string("out", "tokens", "Folder to write.")
@@ -66,7 +68,7 @@ def main(args: flags.FlagValues) -> None:
 
 
 def encode_npz(args: flags.FlagValues) -> None:
-    """Writes the codes of an npz of images."""
+    """Writes the tokens of an npz of images."""
     images, mesh, out = NpzImages(args.images), data_mesh(), output_folder(args.out)
     with using(mesh), progress(images.shape[0], 0, "encoding") as bar:
         tokenizer = load_tokenizer(args.checkpoint, mesh)

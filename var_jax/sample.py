@@ -79,7 +79,10 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Same seed, same images.", 0, MAX_SEED)
     flags.DEFINE_integer("batch_size", 64, "Images at a time, of all devices together.", 1)
     flags.DEFINE_integer(
-        "fsdp", None, "So many devices share the transformer's weights. Default: as trained.", 1
+        "fsdp",
+        None,
+        "Number of devices to split the transformer's weights over. Default: as trained.",
+        1,
     )
     flags.DEFINE_enum(
         "dtype",

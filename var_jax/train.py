@@ -22,7 +22,7 @@ def define_flags() -> None:
     """Defines the flags of this command."""
     cli.define_config_flag()
     flags.DEFINE_string("workdir", None, "Default: runs/NAME of the config.")
-    flags.DEFINE_integer("profile", 0, "Trace so many steps for TensorBoard, from the tenth.")
+    flags.DEFINE_integer("profile", 0, "Number of steps to trace, starting at the tenth.")
     hosts.define_flags()
 
 

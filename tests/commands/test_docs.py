@@ -142,7 +142,7 @@ def test_a_command_has_these_flags(command):
 # command leaves, or take hours even with few steps; most have tests of their own.
 NOT_HERE = (
     r"^pip |gs://|\.aot|--reference VAR|--dinov2|photographs|hub:|imagenet:|VIRTUAL|\.demo"
-    r"|runs/small|ladder|versus|storm"
+    r"|runs/small|ladder|versus|storm|benchmarks\.finetune"
 )
 FEW = {  # of what takes long; of flags that are given twice the last counts
     "train": ["--config.report="],

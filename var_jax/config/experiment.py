@@ -23,7 +23,7 @@ class EveryConfig:
     log: int = 50  # a record of the metrics
     save: int = 1000  # a checkpoint; the newest three stay
     keep: int = 0  # a checkpoint that stays for good; 0: none
-    evaluate: int = 0  # figures of the validation set; 0: only at the end
+    evaluate: int = 0  # metrics of the validation set; 0: only at the end
     sample: int = 0  # images to look at; 0: only at the end
 
     def __post_init__(self):
@@ -41,7 +41,7 @@ class DataConfig:
     size: Size = 256  # of the images in pixels: a side, or (height, width)
     resize: float = 1.125  # sizes that an image is resized to cover ahead of the random crop
     flip: bool = False  # mirror half of the images (of the emoji no symbols and flags)
-    shift: int = 0  # random move by up to so many pixels
+    shift: int = 0  # shift crops randomly by at most this many pixels
     # Processes that decode, beside threads; they need room in /dev/shm.
     workers: int = field(default=0, metadata=FREE)
     # A token cache (var_jax.encode) that the transformer trains from.
@@ -57,8 +57,11 @@ class MeshConfig:
     """Devices by axis; one of them may be -1, "what is left"."""
 
     data: int = -1  # copies of the weights, each with its share of the batch
-    fsdp: int = 1  # parts of weights, moments and batch; weights are gathered layer by layer
-    tensor: int = 1  # parts of heads, MLP and vocabulary
+    # Parts of weights, moments and batch; weights are gathered layer by layer. Must divide the
+    # transformer's width. With data=-1 it is an upper limit: the value used is its greatest common
+    # divisor with the number of devices (of a slice, over tensor).
+    fsdp: int = 1
+    tensor: int = 1  # parts of heads, MLP and vocabulary; must divide each of them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +80,7 @@ class Config:
     pretrained_tokenizer: str = field(default="", metadata=SET)
     # A checkpoint whose transformer the training starts from (fine-tuning).
     init_from: str = field(default="", metadata=SET)
-    # MODULE:FUNCTION whose figures join summary.json at the end of a run.
+    # MODULE:FUNCTION whose results join summary.json at the end of a run.
     report: str = field(default="", metadata=FREE)
     seed: int = 0  # of initialization, order and crops of images, dropout and samples
     # Of the checkpoint that the run leaves; 16 bits halve it.

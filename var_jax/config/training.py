@@ -15,7 +15,7 @@ from var_jax.schedule import Stage, stages
 class TrainConfig:
     """How a network is trained, whichever it is; the defaults are the transformer's (VAR §4.1)."""
 
-    steps: int = 0  # 0 leaves the training out; a later start may raise it
+    steps: int = 0  # 0 leaves the training out
     batch_size: int = 768  # of all devices together
     learning_rate: float = 1e-4  # for 256 images: scaled by batch_size / 256
     schedule: str = "lin0"  # or cos: see training/optimizer.py

@@ -32,7 +32,7 @@ _left = threading.Event()  # set once this process no longer listens to the othe
 def define_flags() -> None:
     """Defines --distributed, --coordinator, --num_processes and --process_id."""
     flags.DEFINE_bool(
-        "distributed", False, "One of several hosts: TPU pods, Slurm and the like tell which."
+        "distributed", False, "Run as one of several hosts; TPU pods and Slurm set the rank."
     )
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if nothing tells.")
     flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes.")

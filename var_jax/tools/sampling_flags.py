@@ -51,7 +51,7 @@ def define_sweep() -> None:
     flags.DEFINE_list("cfg", None, say("Guidance scales."))
     flags.DEFINE_list("top_k", None, say("Codes to sample from, 0: all."))
     flags.DEFINE_list("top_p", None, say("Shares of probability, 0: all."))
-    flags.DEFINE_list("temperature", None, say("Of what is left."))
+    flags.DEFINE_list("temperature", None, say("Sampling temperatures to sweep."))
     flags.DEFINE_string("guidance", None, say("As of `sample`."))
     flags.DEFINE_list("steps", None, say("Of a diffusion transformer."))
     flags.DEFINE_enum("solver", None, ["euler", "heun"], say("Of a diffusion transformer."))
