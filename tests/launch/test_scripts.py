@@ -38,6 +38,11 @@ def test_slurm_starts_one_process_a_node_with_all_gpus_and_their_cpus():
     assert "srun --cpus-per-task 24 python -m" in out
 
 
+@pytest.mark.parametrize("name", ["host.sh", "xpk.sh"])
+def test_hosts_get_what_evaluation_and_the_losses_of_the_tokenizer_need(name):
+    assert "'.[tpu,gcs,report,features,lpips]'" in (LAUNCH / name).read_text()
+
+
 @pytest.mark.parametrize("name", ["run.sh", "slurm.sh", "gpu.sh", "xpk.sh"])
 def test_any_command_runs_with_its_flags_as_they_are(name):
     env = {"PATH": "/usr/bin:/bin", "PROJECT": "p", "WORKDIR": "gs://mine/samples"}
