@@ -14,7 +14,7 @@ if [[ $mode == start ]]; then
   if [[ ! -e .venv/ready ]]; then
     python3 -m pip install -q --user uv
     ~/.local/bin/uv venv -q --allow-existing --python 3.11 .venv
-    ~/.local/bin/uv pip install -q -p .venv/bin/python -e '.[tpu,gcs,report]'
+    ~/.local/bin/uv pip install -q -p .venv/bin/python -e '.[tpu,gcs,report,features,lpips]'
     touch .venv/ready
   fi
   # tmux outlives the connection; it must not take the lock along.

@@ -26,8 +26,11 @@ give_back() {
   done
 }
 
-for mark in .done .refused; do # of an earlier start
-  gcloud storage rm "$WORKDIR/$mark" >/dev/null 2>&1 || true
+for mark in .done .refused; do # of an earlier start: one that stayed would end this one
+  until said=$(gcloud storage rm "$WORKDIR/$mark" 2>&1) || [[ $said == *"matched no objects"* ]]; do
+    echo "$said" >&2
+    sleep 60
+  done
 done
 while true; do
   now=$(state) # before the next line: another watch.sh deletes the slice only after the end

@@ -17,6 +17,6 @@ pin_code
 run xpk workload create --cluster "$CLUSTER" --workload "$NAME" "${where[@]}" \
   --tpu-type "$ACCELERATOR" --num-slices "$SLICES" --max-restarts 100 \
   --base-docker-image google/cloud-sdk:slim \
-  --command "gcloud storage cat '$code' | tar xz && pip install --break-system-packages -q -e '.[tpu,gcs,report]' \
+  --command "gcloud storage cat '$code' | tar xz && pip install --break-system-packages -q -e '.[tpu,gcs,report,features,lpips]' \
     && { JAX_COMPILATION_CACHE_DIR=$BUCKET/compiled $(printf '%q ' "${command[@]/#python/python3}" --distributed) \
     || [ \$? -eq 2 ]; }" # what is refused would be refused at each restart

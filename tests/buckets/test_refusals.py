@@ -45,14 +45,6 @@ def test_a_bucket_that_is_not_there_is_named(server, flags):
     "flags",
     [
         ["convert", "--checkpoint", "emoji", "--to_torch", "gs://bucket/torch"],
-        ["convert", "--tokenizer", "gs://bucket/vae.pth", "--out", "new"],
-        [
-            "evaluate",
-            "--checkpoint=emoji",
-            "--tokenizer",
-            "--source=emoji",
-            "--features=gs://bucket/i.pth",
-        ],
         ["prepare", "--source", "gs://bucket/tars", "--out", "packed"],
     ],
 )
@@ -63,6 +55,19 @@ def test_what_needs_a_disk_is_refused_in_a_bucket(server, flags):
         r"gs://bucket/\S+ is in a bucket; files of this kind must be on a local disk", err
     ), err
     assert [*server.buckets["bucket"]] == ["tars/ILSVRC2012_img_train.tar"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["convert", "--tokenizer={}", "--out=new"],
+        ["evaluate", "--checkpoint=emoji", "--tokenizer", "--source=emoji", "--features={}"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_weights_that_are_not_in_the_bucket_are_named(server, flags):
+    err = complaint(*(flag.format("gs://bucket/w.pth") for flag in flags))
+    assert "error: gs://bucket/w.pth: there is no such object" in err
 
 
 @pytest.mark.parametrize(("fault", "says"), [(401, "no valid credentials"), (403, "no permission")])

@@ -29,12 +29,18 @@ def test_slices_are_asked_for_together(tmp_path):
     assert "--node-prefix d16 --node-count 2" in out and "--spot" not in out
 
 
-def test_slurm_starts_one_process_a_node_with_all_gpus():
-    env = {"PATH": "/usr/bin:/bin", "PROJECT": "p", "GPUS": "4"}
+def test_slurm_starts_one_process_a_node_with_all_gpus_and_their_cpus():
+    env = {"PATH": "/usr/bin:/bin", "PROJECT": "p", "GPUS": "4", "CPUS_PER_GPU": "6"}
     script = [LAUNCH / "slurm.sh", "--dry_run"]
     out = subprocess.run(script, env=env, capture_output=True, text=True).stdout.replace("\\", "")
-    assert "--ntasks-per-node 1 --gpus-per-node 4" in out
-    assert "JAX_LOCAL_DEVICE_IDS=0,1,2,3 srun" in out
+    assert "--ntasks-per-node 1 --gpus-per-node 4 --cpus-per-task 24 " in out
+    assert "JAX_LOCAL_DEVICE_IDS=0,1,2,3 XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 " in out
+    assert "srun --cpus-per-task 24 python -m" in out
+
+
+@pytest.mark.parametrize("name", ["host.sh", "xpk.sh"])
+def test_hosts_get_what_evaluation_and_the_losses_of_the_tokenizer_need(name):
+    assert "'.[tpu,gcs,report,features,lpips]'" in (LAUNCH / name).read_text()
 
 
 @pytest.mark.parametrize("name", ["run.sh", "slurm.sh", "gpu.sh", "xpk.sh"])

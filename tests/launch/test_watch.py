@@ -29,7 +29,8 @@ case "$*" in
   *ssh*) cd $CLOUD/home && HOME=$PWD exec bash -c "${@: -1}" ;;
   storage\\ cat*) cat $object ;;
   storage\\ ls*) [[ -e $object ]] ;;
-  storage\\ rm*) rm $object ;;
+  storage\\ rm*)
+    rm $object || { echo "ERROR: The following URLs matched no objects or files:" >&2; exit 1; } ;;
   storage\\ cp*)
     source=${@: -2:1}; mkdir -p ${object%/*}; cat ${source/#-/\\/dev/stdin} > $object.$$
     # As in a bucket: an object is seen whole or not at all, and of two first ones one is refused.
@@ -176,6 +177,7 @@ def test_a_finished_run_goes_on_when_a_command_is_given_again(cloud):
         for name in marks:
             (cloud.folder / "bucket" / "mine" / "runs" / "d16" / name).touch()
         before = len(cloud.lines("starts"))
+        (cloud.folder / "lost").write_text("storage rm\n")  # the marks must be gone all the same
         (cloud.folder / "end").unlink(missing_ok=True)
         watch = cloud.watch()
         cloud.until(lambda n=before: len(cloud.lines("starts")) == n + 1)

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType
 from test_tasks import TOKENIZER, TRAIN_TOKENIZER
 
-from var_jax import Failure
+from var_jax import BadInput
 from var_jax.config import EveryConfig
 from var_jax.data.augmentation import augment_items
 from var_jax.data.pipeline import batches
@@ -148,8 +148,9 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, capsys, sto
 
 
 def test_a_training_that_does_not_recover_ends_with_the_checkpoint_before_it(tmp_path):
-    with pytest.raises(Failure, match=r"last 20 steps of toy up to step 29 were not finite"):
-        train(tmp_path, CONFIG, task=toy_task(tuple(range(10, 60))))
+    for _ in range(2):  # the same command ends there again
+        with pytest.raises(BadInput, match=r"last 20 steps of toy up to step 29 were not finite"):
+            train(tmp_path, CONFIG, task=toy_task(tuple(range(10, 60))))
     names = [path.name for path in (tmp_path / "ckpt").iterdir()]
     assert sorted(int(name) for name in names if name.isdecimal()) == [4, 6, 8]
 

@@ -18,6 +18,7 @@ import jax
 from etils import epath
 
 from var_jax import BadInput, Failure
+from var_jax.tools.files import cache_folder
 from var_jax.tools.logs import progress
 
 REPOSITORY = "FoundationVision/var"
@@ -56,8 +57,7 @@ def parse(checkpoint: str | PurePath) -> tuple[str, str]:
 
 def cache() -> Path:
     """The folder of converted weights and of downloads under way."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(root) / "var_jax" / "hub"
+    return cache_folder() / "hub"
 
 
 def fetch(checkpoint: str | PurePath, convert: Convert) -> epath.Path:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from var_jax import BadInput
+from var_jax import BadInput, Failure
 from var_jax.tools.buckets import upload
 from var_jax.tools.files import PATIENCE, file_names, in_bucket, naming_full_disk, read_json
 from var_jax.tools.logs import progress
@@ -177,7 +177,7 @@ def write_missing(
     writes its share of the shards, and then what others have not come to, from their end: hosts
     may come late, be slow or be gone.
 
-    Raises: BadInput if `folder` holds something else, or host 0 writes to another one.
+    Raises: BadInput if `folder` holds something else; Failure if host 0 does not begin in it.
     """
     if host:
         wait_for_begin(folder)
@@ -204,11 +204,11 @@ def write_missing(
 
 
 def wait_for_begin(folder: epath.Path) -> None:
-    """Waits until host 0 has begun `folder`. Raises: BadInput if it does not."""
+    """Waits until host 0 has begun `folder`. Raises: Failure if it does not."""
     end = time.monotonic() + PATIENCE
     while not any((folder / name).exists() for name in (MANIFEST, UNFINISHED)):
         if time.monotonic() > end:
-            raise BadInput(
+            raise Failure(  # not BadInput: process 0 may only be slow to find its images
                 f"process 0 has written nothing to {folder} for {PATIENCE:.0f} seconds: either it"
                 " has not started, or this is not one folder that all hosts share."
             )

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
@@ -87,9 +87,42 @@ def refusal(error: Exception) -> str:
     return ""
 
 
+@contextlib.contextmanager
+def reading(address: str | PurePath, missing: str) -> Iterator[None]:
+    """Says what is wrong where a bucket does not give what is asked for.
+
+    Raises: BadInput if there is no such thing (`missing`) or it may not be read; Failure if the
+        bucket cannot be reached.
+    """
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise BadInput(f"{address}: {missing}.") from error
+    except Exception as error:
+        if why := refusal(error):
+            raise BadInput(f"{address} cannot be read: {why}.") from error
+        why = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise Failure(f"{address} cannot be reached: {why}.") from error
+
+
 def read_object(path: PurePath) -> bytes:
     """An object, by one request, where epath takes three."""
     return filesystem().cat_file(str(path))
+
+
+def generation(path: PurePath) -> str:
+    """What tells an object from those that lay at its place before. Raises: as `reading`."""
+    with reading(path, "there is no such object"):
+        about = retrying(lambda: filesystem().info(str(path)))
+        if about["type"] != "file":
+            raise FileNotFoundError(path)
+        return about["generation"]
+
+
+def download(path: PurePath, local: PurePath) -> None:
+    """Writes an object to a local file. Raises: as `reading`."""
+    with reading(path, "there is no such object"):
+        retrying(lambda: filesystem().get_file(str(path), str(local)))
 
 
 def upload(local: PurePath, path: PurePath) -> None:
@@ -113,15 +146,8 @@ def check_buckets(words: Iterable[str]) -> None:
 def check_bucket(bucket: str) -> None:
     """Raises BadInput unless there is such a bucket, and may be listed; Failure without network."""
     system = filesystem()
-    try:
+    with reading(f"gs://{bucket}", "there is no such bucket"):
         system.call("GET", "b/{}/o", bucket, maxResults=1)
-    except (FileNotFoundError, ValueError) as error:
-        raise BadInput(f"gs://{bucket}: there is no such bucket.") from error
-    except Exception as error:
-        if why := refusal(error):
-            raise BadInput(f"gs://{bucket} cannot be read: {why}.") from error
-        why = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        raise Failure(f"gs://{bucket} cannot be reached: {why}.") from error
 
 
 def checksums(folder: PurePath) -> dict[str, list]:

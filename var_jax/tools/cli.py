@@ -23,7 +23,7 @@ from var_jax import BadInput, Failure
 from var_jax.tools import ending
 from var_jax.tools.buckets import check_buckets
 from var_jax.tools.configs import did_you_mean
-from var_jax.tools.files import DISK_FULL, output_path, release_locks
+from var_jax.tools.files import DISK_FULL, cache_folder, output_path, release_locks
 from var_jax.tools.settings import pin_settings, refused_variable
 from var_jax.tools.streams import keep_streams_open
 
@@ -300,8 +300,7 @@ def _cache_compiled_programs() -> str:
     """
     import jax  # most commands have it already; --help of others need not
 
-    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "var_jax")
-    if cache := os.environ.get("JAX_COMPILATION_CACHE_DIR", default):
+    if cache := os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache_folder())):
         try:
             cache = str(output_path(cache))
         except BadInput:  # no home, or no right to write there: nothing is kept

@@ -3,9 +3,11 @@
 import contextlib
 import errno
 import functools
+import hashlib
 import json
 import os
 import re
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ from typing import Any
 from etils import epath
 
 from var_jax import BadInput
-from var_jax.tools.buckets import lock_object, upload
+from var_jax.tools.buckets import download, generation, lock_object, upload
 from var_jax.tools.paths import user_path
 
 OF_FILES = (".npz", ".npy", ".png", ".jpg", ".pth", ".pt", ".safetensors", ".json")
@@ -92,6 +94,31 @@ def local_path(text: str | PurePath, name: str = "") -> Path:
         where = f"{name}={path}" if name else path
         raise BadInput(f"{where} is in a bucket; files of this kind must be on a local disk.")
     return Path(path)
+
+
+def cache_folder() -> Path:
+    """The folder of what would otherwise be fetched or compiled again: ~/.cache/var_jax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "var_jax"
+
+
+def local_copy(text: str | PurePath) -> Path:
+    """`user_path`, of a file that is read in pieces: of one in a bucket a copy in the cache.
+
+    It is made once, and again when the object changes. Raises: as `buckets.reading`.
+    """
+    path = user_path(text)
+    if not in_bucket(path):
+        return Path(path)
+    version = hashlib.sha256(f"{path}#{generation(path)}".encode()).hexdigest()[:16]
+    copy = cache_folder() / "files" / version / path.name
+    if not copy.exists():
+        print(f"copying {path} into {copy.parent}", file=sys.stderr)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        # In a folder of its own: other processes may be copying it, too.
+        with naming_full_disk(copy), tempfile.TemporaryDirectory(dir=copy.parent) as folder:
+            download(path, beside := Path(folder) / path.name)
+            beside.replace(copy)
+    return copy
 
 
 def output_path(text: str | PurePath, name: str = "--out") -> epath.Path:

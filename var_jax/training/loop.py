@@ -16,7 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Int32, Key
 
-from var_jax import Failure
+from var_jax import BadInput
 from var_jax.checkpoints.training import Checkpoints
 from var_jax.config import EveryConfig
 from var_jax.data.pipeline import epoch
@@ -65,7 +65,7 @@ def run(
     then raise KeyboardInterrupt. A step whose loss or gradient is not finite changes nothing.
     `profile` many steps are traced, from the tenth of this start on.
 
-    Raises: BadInput if the checkpoints are another config's; Failure if steps stay not finite.
+    Raises: BadInput if the checkpoints are another config's, or steps stay not finite.
     """
     config, frozen = task.config, frozen or {}
     # Apart, because both number what they draw by folding small integers into their key.
@@ -217,7 +217,7 @@ class DelayedLog:
         self._waiting = step, values, in_a_row
 
     def flush(self) -> None:
-        """Writes what waits. Raises: Failure if the training does not recover."""
+        """Writes what waits. Raises: BadInput if the training does not recover."""
         if not self._waiting:
             return
         (step, values, in_a_row), self._waiting = self._waiting, None
@@ -227,7 +227,7 @@ class DelayedLog:
         self._skipped = values["skipped"]
         self._metrics.write(self._name, step, **finite(values))
         if in_a_row >= MAX_SKIPPED:
-            raise Failure(
+            raise BadInput(  # no Failure: started again it would take the same steps
                 f"the last {in_a_row} steps of {self._name} up to step {step} were not finite (loss"
                 f" {values['loss']:g}); the checkpoint before them is kept: start anew in another"
                 " --workdir with a lower learning rate."

@@ -10,17 +10,24 @@ from typing import Any
 
 from var_jax import BadInput
 from var_jax.checkpoints.torch.names import Tensors
-from var_jax.tools.files import local_path
+from var_jax.tools.files import in_bucket, local_copy
+from var_jax.tools.paths import user_path
 
 WRAPPERS = ("module", "_orig_mod")  # parts of a name that only say how the module was run
 MAX_LISTED = 8
 
 
 def file_and_key(text: str | Path) -> tuple[Path, str]:
-    """A file, and the key of FILE:KEY where there is no file of that whole name."""
-    path = local_path(text)
+    """A file, and the key of FILE:KEY where there is no file of that whole name.
+
+    Of a file in a bucket it is the `local_copy`.
+    """
+    path = user_path(text)
     name, _, key = str(path).rpartition(":")
-    return (local_path(name), key) if name and not path.exists() else (path, "")
+    # "gs" of gs://... is no name.
+    if name and in_bucket(name) == in_bucket(path) and not path.exists():
+        return local_copy(name), key
+    return local_copy(path), ""
 
 
 def find_state_dict(path: Path, content: Any, key: str = "", mark: str = "") -> Tensors:

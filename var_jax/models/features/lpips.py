@@ -20,7 +20,7 @@ from var_jax import BadInput
 from var_jax.checkpoints.torch.convert import open_tensors
 from var_jax.checkpoints.torch.names import Tensors
 from var_jax.models.features.weights import Conv, convolve, expecting, in_package, take, take_conv
-from var_jax.tools.files import local_path
+from var_jax.tools.files import local_copy
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1, 1]
 SMALLEST = 32  # pixels a side: below, pools leave nothing
@@ -172,8 +172,9 @@ def read_ckpt(path: str | Path) -> dict[str, np.ndarray]:
 
     Raises: BadInput if it holds anything but arrays of NumPy.
     """
+    file = local_copy(path)
     try:
-        tree = ArrayUnpickler(io.BytesIO(local_path(path).read_bytes())).load()
+        tree = ArrayUnpickler(io.BytesIO(file.read_bytes())).load()
         lins = [tree.pop(f"NetLinLayer_{number}") for number in range(5)]
         (convs,) = tree.values()
         named = {}
