@@ -239,9 +239,10 @@ def likelihood(args: flags.FlagValues, model: var_jax.Model, out: epath.Path) ->
 
 
 def folder_of(args: flags.FlagValues, model: var_jax.Model, out: epath.Path) -> epath.Path:
-    """Where what is done of likelihoods is kept: a folder for each checkpoint."""
+    """Where what is done of likelihoods is kept: a folder for each model."""
     prints = "".join(fingerprints(args, model).values())
-    return out / "likelihood" / f"{zlib.crc32(prints.encode()):08x}"
+    of = f"{prints} {model.patch_nums} {model.models.transformer.dtype}"
+    return out / "likelihood" / f"{zlib.crc32(of.encode()):08x}"
 
 
 def reconstruction(

@@ -82,6 +82,8 @@ def test_train_bad_input(tmp_path):
         (*tiny, "--config.mesh.data=3"): "does not cover the 8 devices",
         (*tiny, "--config.transformer.num_classes=10"): "has 9 classes",
         (*tiny, "--config.train_tokenizer.steps=0"): "leaves the tokenizer untrained; name a",
+        (*tiny, "--config.transformer.attention=cudnn"): "attention=cudnn does not run here",
+        (*tiny, "--config.transformer.patch_size=2"): "patch_size=2 is of dit",
         (*tiny, "--config.data.tokens=cache"): "token_noise=0.2 must be 0 with data.tokens",
         (*tiny, "--config.data.tokens=cache", "--config.train_transformer.token_noise=0"): (
             "data.tokens=cache holds the codes of a tokenizer"

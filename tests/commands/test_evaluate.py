@@ -454,6 +454,10 @@ def test_a_checkpoint_is_sampled_and_swept(tmp_path, untrained, mean_colours, mo
     code, _, err = run("evaluate", *flags, "--cfg", "0,1.5", "--out", tmp_path / "out")
     assert code == 0 and "cfg0: images 18, fd_quarters" in err, err
     assert not (tmp_path / "out" / "metrics-1.json").exists()
+    with monkeypatch.context() as patched:  # once more, and stopped: what was there stays
+        patched.setattr("var_jax.evaluate.figures", lambda *args: next(iter(()))(*args))
+        with pytest.raises(StopIteration):
+            run("evaluate", *flags, "--cfg", "0,1.5", "--out", tmp_path / "out")
     sets = metrics(tmp_path / "out")["sets"]
     assert {"cfg0", "cfg1.5", "held-out images"} == {*sets}
     assert (tmp_path / "out" / "curve.png").exists()
@@ -520,6 +524,7 @@ def test_a_checkpoint_on_data(tmp_path, untrained, mean_colours):
     assert found["images"] == 194
     assert run("evaluate", *flags, "--likelihood", "--num", 50)[0] == 0
     few = metrics(tmp_path / "out")
+    folders = {*(tmp_path / "out" / "likelihood").iterdir()}
     assert few["images"] == 50 and few["loss"] != found["loss"]
     assert run("evaluate", *flags, "--classify", "--num", 5)[0] == 0
     assert metrics(tmp_path / "out")["images"] == 5
@@ -538,6 +543,7 @@ def test_a_checkpoint_on_data(tmp_path, untrained, mean_colours):
     assert found["pfd_quarters"] > 0 and found["pfd_quarters"] != found["rfd_quarters"]
     code, _, err = run("evaluate", *flags, "--memorization", "--num", 30, "--batch_size", 16)
     assert code == 0, err
+    assert {*(tmp_path / "out" / "likelihood").iterdir()} == folders  # of the same model
     sets = metrics(tmp_path / "out")["sets"]
     assert sets["samples"]["images"] == 30 and sets["validation"]["images"] == 194
     np.testing.assert_allclose(sets["validation"]["loss"], likelihood["loss"], rtol=1e-5)
@@ -596,6 +602,13 @@ def test_hosts_measure_together(tmp_path, untrained):
     for name in ("fd", "kid", "precision"):
         name = f"{name}_dinov2_128"
         np.testing.assert_allclose(found[name], alone[name], rtol=1e-3)
+    (saved,) = (tmp_path / "hosts/features").glob("reference-*.npz")
+    flags = [saved if flag == tmp_path / "data" else flag for flag in flags]
+    running = start_several(2, "evaluate", *flags, tmp_path / "hosts", "--cfg", "0,1.5", devices=1)
+    said = [process.communicate(timeout=500) for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert {*metrics(tmp_path / "hosts")["sets"]} == {"cfg0", "cfg1.5"}
+    assert sum("figures are in" in printed for printed, _ in said) == 1
 
 
 @pytest.mark.slow

@@ -206,8 +206,10 @@ def test_too_little_shared_memory_is_told_before_training(monkeypatch):
 def test_workers_outlive_the_signals_that_end_a_run():
     """Of Ctrl-C, of a closed terminal, of Slurm: the run itself saves, and needs no batch."""
     stream = batches(Numbers(50), batch_size=8, seed=0, workers=2)
-    next(stream)
-    for child in multiprocessing.active_children():
+    take(stream, 4)  # both have begun
+    children = multiprocessing.active_children()
+    assert len(children) >= 2
+    for child in children:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.kill(child.pid, number)
     take(stream, 100)

@@ -125,6 +125,13 @@ def test_cached_attention_of_cudnn(window, monkeypatch, cudnn_in_xla):
     assert {(16, 18), (36, 78 if not window else 62)} <= {*cudnn_in_xla}
 
 
+def test_a_model_that_cudnn_trained_runs_elsewhere():
+    there, here = (with_window(0, attention) for attention in ("cudnn", "blocks"))
+    x = jnp.zeros((2, 29, here.config.latent_dim))
+    logits = [jax.jit(type(here).__call__)(model, jnp.zeros(2, int), x) for model in (there, here)]
+    np.testing.assert_array_equal(*logits)
+
+
 def test_the_layers_do_not_copy_the_cache():
     model, labels, x, _ = large_scales(0, "auto")
     cache, here = model.cache_for(2, 4), x[:, slices(model.config.patch_nums)[2]]

@@ -23,6 +23,16 @@ def test_golden(name, platform):
     np.testing.assert_allclose(probabilities, GOLD[name], atol=1e-6)
 
 
+@pytest.mark.parametrize("keep", [0, 1, None])
+def test_all_is_kept_traced_or_not(keep):
+    """Also what underflows as a share; a traced 0 is what another value may take the place of."""
+    logits = jnp.array([[0.0, 200.0, -200.0]])
+    k = keep if keep != 1 else 3
+    for run in (lambda f: f, jax.jit):
+        np.testing.assert_array_equal(run(top_p)(logits, keep), logits)
+        np.testing.assert_array_equal(run(top_k)(logits, k), logits)
+
+
 def test_top_p_keeps_the_best():
     kept = top_p(jnp.array([[0.0, 5.0, 1.0]]), 1e-9)
     np.testing.assert_array_equal(np.isfinite(kept), [[False, True, False]])

@@ -385,4 +385,6 @@ def test_the_discriminator_learns_to_separate():
     for _ in range(150):
         state, metrics = step(state, data(), {}, jax.random.key(0))
         seen.append(float(metrics["discriminator_accuracy"]))
+        # Weighed by the last layer's gradient, which is there though it is frozen.
+        assert metrics["adversarial_weight"] != pytest.approx(0.015 * GAN.weight)
     assert np.mean(seen[-10:]) > 0.9 > np.mean(seen[:3]) + 0.1

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
@@ -19,11 +20,13 @@ from jaxtyping import Int64
 
 from var_jax import BadInput, Failure
 from var_jax.data.sources import Source
+from var_jax.tools import ending
 
 Batch = dict[str, np.ndarray]
 Augment = Callable[[Batch, np.random.Generator], Batch]
 _PERMUTATION_LOCK = threading.Lock()
 SHARED = "/dev/shm"
+ORPHAN = 5.0  # seconds between a worker's looks for its process
 
 
 def batches(
@@ -146,10 +149,21 @@ class _Workers(grain.DatasetIterator):
         self._next, self._batches = state["next_index"], None
 
 
-def _ignore_signals(number: int, count: int) -> None:
-    """In a worker: its process saves and ends it, while a terminal or Slurm signals them all."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, signal.SIG_IGN)
+def _ignore_signals(index: int, count: int) -> None:
+    """In a worker: a terminal or Slurm signals it too, but its process saves, and then ends it.
+
+    It ends by itself where that process is gone.
+    """
+    for number in filter(None, ending.SIGNALS):
+        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(ORPHAN)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Stream:

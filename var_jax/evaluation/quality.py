@@ -59,7 +59,7 @@ def open_reference(
     """
     given = load_others(spec) if is_npz(spec) else {}
     if known := without_images(spec, given, network):
-        return known
+        return known if jax.process_index() == 0 else None
     images, of = open_images(spec, split, size), ""
     if isinstance(images, SourceImages):
         of = identity(network, spec, split, images)
@@ -71,7 +71,7 @@ def open_reference(
         return None
     reference = reference_of(found)
     if network.name == "inception" and (stated := published(given, spec)):
-        digest = fingerprint((np.array(found.fingerprint), stated))
+        digest = fingerprint((np.frombuffer(found.fingerprint.encode(), np.uint8), stated))
         reference = Reference(reference.statistics | stated, reference.pool, 0, digest)
     named = {
         name: array

@@ -18,10 +18,11 @@ MADE_BY = ("version", "commit", "jax", "devices")  # keys that tell no figures f
 def save(out: epath.Path, found: dict[str, dict[str, float]], about: dict[str, Any]) -> None:
     """Writes the figures to metrics.json, and of a sweep curve.png.
 
-    Figures that are in `out` and of something else are kept beside, as metrics-1.json and so on.
+    Of the same sets what `out` has stays where `found` has nothing yet. Figures of something else
+    are kept beside, as metrics-1.json and so on.
     """
-    keep_others(out, about)
-    sets = {name: each for name, each in found.items() if name}
+    then = keep_others(out, about)
+    sets = then.get("sets", {}) | {name: each for name, each in found.items() if name}
     with replacing(out / "metrics.json") as beside:
         text = found.get("", {}) | ({"sets": sets} if sets else {}) | about
         beside.write_text(json.dumps(text, indent=2) + "\n")
@@ -41,20 +42,21 @@ def show(out: epath.Path, found: dict[str, dict[str, float]]) -> None:
     print(f"figures are in {out / 'metrics.json'}")
 
 
-def keep_others(out: epath.Path, about: dict[str, Any]) -> None:
-    """Renames metrics.json unless it is of the same flags, weights and images."""
+def keep_others(out: epath.Path, about: dict[str, Any]) -> dict[str, Any]:
+    """What metrics.json holds of the same flags, weights and images; of others it is renamed."""
     path, then = out / "metrics.json", {}
     if not path.exists():
-        return
+        return {}
     with contextlib.suppress(BadInput):  # damaged: of nothing that is known
         then = read_json(path)
     now = json.loads(json.dumps(about))
     if all(then.get(name) == now[name] for name in now.keys() - {*MADE_BY}):
-        return
+        return then
     names = (out / f"metrics-{number}.json" for number in itertools.count(1))
     other = next(name for name in names if not name.exists())
     path.rename(other)
     print(f"the figures that were there are of something else; they are now in {other}")
+    return {}
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:

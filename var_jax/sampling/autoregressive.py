@@ -70,7 +70,7 @@ def sample(
     """Images and their tokens, under a guidance scale `cfg` that applies as `guidance` says.
 
     A label of num_classes means "no class". Without a guidance scale (None) the work is halved.
-    `top_k`, `top_p` and `temperature` are of all scales or of each; other values compile nothing
+    `top_k`, `top_p` and `temperature` are of all scales or of each; other numbers compile nothing
     anew. `smooth` mixes code vectors instead of picking one: nicer to look at, not for metrics.
     After `draft_scales` scales the refiner takes over.
     """
@@ -327,4 +327,5 @@ def each_of(scales: int, setting: Any) -> tuple:
 
 def filters_of(settings: SamplingConfig) -> dict[str, tuple]:
     """top-k, top-p and temperature of each scale, None where all is kept: that costs nothing."""
-    return {name: tuple(x or None for x in getattr(settings, name)) for name in PER_SCALE}
+    found = {name: tuple(x or None for x in getattr(settings, name)) for name in PER_SCALE}
+    return found | {"top_p": tuple(None if p == 1 else p for p in found["top_p"])}

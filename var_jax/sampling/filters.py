@@ -30,7 +30,7 @@ def top_p(logits: Float[Array, "... V"], p: Number | None) -> Float[Array, "... 
     """Hides the tail with at most 1-p of the probability, never the best; 0 or None keeps all."""
     if p is None or (isinstance(p, (int, float)) and p in (0, 1)):
         return logits
-    p = jnp.where(p == 0, 1.0, p)
+    p = jnp.where((p == 0) | (p == 1), 2.0, p)  # then nothing is below, not even shares of 0
     rank, share = ranks(logits), jax.nn.softmax(logits, axis=-1)
     below = lambda t: jnp.sum(share, axis=-1, keepdims=True, where=rank < t)
     threshold = jnp.minimum(last(lambda t: below(t) <= 1 - p, rank), rank.max(-1, keepdims=True))

@@ -16,6 +16,8 @@ from scipy.fft import dct
 
 from var_jax.config import parse_guidance
 from var_jax.schedule import Size, shape_of
+from var_jax.sharding.mesh import BATCH
+from var_jax.sharding.ops import reshard
 
 Logits = Float[Array, "B l V"]
 Guidance = str | Callable[[Logits, Logits | None, int], Logits]
@@ -30,8 +32,8 @@ def guided(
     cfg: Float[Array, ""] | float | None,
 ) -> Logits:
     """The logits of scale k under classifier-free guidance, whose scale is all of `cfg` or less."""
-    if not isinstance(guidance, str):
-        return guidance(cond, uncond, k)
+    if not isinstance(guidance, str):  # which may want the vocabulary whole on each device
+        return guidance(*reshard((cond, uncond), BATCH), k)
     if uncond is None or cfg is None:
         return cond
     name, numbers = parse_guidance(guidance)

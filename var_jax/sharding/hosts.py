@@ -124,6 +124,8 @@ def check_shared(flag: str, folder: str | PurePath) -> None:
 
 def check_same(what: str, value: Any) -> None:
     """Raises BadInput, saying `what`, unless `value`, JSON-able, is the same on every host."""
+    if jax.process_count() == 1:
+        return
     digest = zlib.crc32(json.dumps(value, sort_keys=True).encode())
     found = process_allgather(np.uint32(digest)).reshape(-1)
     if (others := np.flatnonzero(found != found[0])).size:

@@ -1,6 +1,7 @@
 """What of a config must fit its data, its mesh and the checkpoints that it names."""
 
 import dataclasses
+import functools
 
 import jax
 
@@ -11,11 +12,15 @@ from var_jax.config import (
     TrainTokenizerConfig,
     TransformerConfig,
     parse_lr_scale,
+    settings,
 )
+from var_jax.data.inventory import checksum_of
+from var_jax.data.sources import Source
 from var_jax.models import backend
 from var_jax.models.attention import choose
 from var_jax.models.tokenizer import Tokenizer
 from var_jax.sampling.exports import abstract_models, as_exported, build
+from var_jax.sharding import hosts
 from var_jax.sharding.mesh import check_batch
 from var_jax.tools.trees import path_name
 from var_jax.training.init_from import check_source
@@ -24,6 +29,10 @@ from var_jax.training.tokenizer import with_kept
 
 FINE_TUNED = ("patch_nums", "beta")  # no weight's shape or meaning depends on these
 CODEBOOK = "quantizer.codebook"
+PATHS = (  # fields, and the section of each
+    ("data", "source"), ("data", "tokens"), ("", "pretrained_tokenizer"), ("", "init_from"),
+    ("train_tokenizer", "lpips_file"), ("train_tokenizer gan", "dino_file"),
+)  # fmt: skip
 
 
 def with_classes(config: Config, classes: int) -> Config:
@@ -41,6 +50,23 @@ def with_classes(config: Config, classes: int) -> Config:
         )
     transformer = dataclasses.replace(config.transformer, num_classes=classes)
     return dataclasses.replace(config, transformer=transformer)
+
+
+def check_hosts_agree(config: Config, splits: dict[str, Source]) -> None:
+    """Raises BadInput if hosts have other settings or images: they would wait for each other.
+
+    Paths may differ, and how the data is read.
+    """
+    if jax.process_count() == 1:
+        return
+    found = settings(config)
+    del found["data"]["workers"]
+    for section, name in PATHS:
+        of = functools.reduce(dict.__getitem__, section.split(), found)
+        of[name] = bool(of[name])
+    hosts.check_same("the config", found)
+    held = {name: [len(each), checksum_of(each), each.class_names] for name, each in splits.items()}
+    hosts.check_same(f"what data.source={config.data.source} holds", held)
 
 
 def check_attention(config: TransformerConfig) -> None:

@@ -45,6 +45,7 @@ from var_jax.training import hooks, loop
 from var_jax.training.checks import (
     check_attention,
     check_batches,
+    check_hosts_agree,
     check_rounding,
     check_start,
     check_tokenizer,
@@ -107,6 +108,7 @@ class Run:
             for split in ("train", "validation")
         )
         self.config = config = with_classes(config, len(self.train.class_names))
+        check_hosts_agree(config, {"train": self.train, "validation": self.validation})
         self.mesh = make_mesh(**dataclasses.asdict(config.mesh))
         check_hosts(self.mesh)
         if config.train_transformer.steps:

@@ -134,7 +134,8 @@ def differentiate(
     scales, ranks = regularization(config, model_config, len(image), state.step, of_quantizer)
 
     def forward(tokenizer: Tokenizer):
-        tokenizer = held(config, tokenizer, LAST_LAYER)  # which weighs the adversarial loss
+        # The last layer's gradient weighs the adversarial loss, frozen or not.
+        tokenizer = held(config, tokenizer, LAST_LAYER if config.gan.weight else "")
         run = data_parallel(partial(reconstruct, config, dtype))
         output, code, soft = run(tokenizer, image, scales, ranks)
         if soft is None:
@@ -177,8 +178,8 @@ def update(
     old = state.autoencoder.params
     learner = apply_gradients(state.autoencoder, gradients, optimizer)
     if config.kmeans_steps:
-        held = lambda new, old: jnp.where(state.step < config.kmeans_steps, old, new)
-        learner = learner._replace(params=jax.tree.map(held, learner.params, old))
+        kept = lambda new, old: jnp.where(state.step < config.kmeans_steps, old, new)
+        learner = learner._replace(params=jax.tree.map(kept, learner.params, old))
     trained = (old if config.codebook_decay else learner.params).quantizer.codebook[...]
     patch_nums = old.quantizer.config.patch_nums if config.restart_by_scale else ()
     frozen = rate_factor(config, "quantizer.codebook") == 0  # not averaged or restarted either
@@ -207,8 +208,7 @@ def reconstruct(
     ranks: Int32[Array, "B L"] | None,
 ) -> tuple[Float[Array, "B H W 3"], Quantized, SoftCodes | None]:
     """The reconstructions, their quantization, soft codes if the loss has them."""
-    encoder = jax.lax.stop_gradient(tokenizer) if config.decoder_only else tokenizer
-    latent, quantizer = encoder.latent(to_float(image), dtype), encoder.quantizer
+    latent, quantizer = tokenizer.latent(to_float(image), dtype), tokenizer.quantizer
     code = quantizer(latent, scales, ranks, config.rotation)
     soft = quantizer.soft_codes(latent, code.residual) if config.entropy_weight else None
     return tokenizer.reconstruct(code.f_hat, dtype), code, soft

@@ -12,7 +12,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 from var_jax import BadInput
 from var_jax.checkpoints import storage
 from var_jax.config import Config, bound_value, from_dict, settings
-from var_jax.data.inventory import describe_data, remember
+from var_jax.data.inventory import remember
 from var_jax.data.records import read_json
 from var_jax.data.sources import Source
 from var_jax.sharding import hosts
@@ -38,8 +38,7 @@ def occupy(
     Raises: BadInput if it is another run's, or another process is at work in it.
     """
     hosts.check_shared("--workdir", workdir)
-    if jax.process_count() > 1:
-        check_alike(config, splits)
+    hosts.check_same("what the files of weights and tokens hold", inputs)
     if jax.process_index() == 0:
         if not acquire_lock(workdir / ".lock"):
             raise BadInput(
@@ -60,16 +59,6 @@ def occupy(
     sync_global_devices("work directory is ours")
     number = f"-{jax.process_index()}" if jax.process_index() else ""
     ending.process.log = workdir / f"error{number}.log"
-
-
-def check_alike(config: Config, splits: dict[str, Source]) -> None:
-    """Raises BadInput if hosts have other settings or images: each would train on its own."""
-    found = settings(config)
-    source = found["data"].pop("source")  # which may lie elsewhere
-    hosts.check_same("the config", found)
-    images = {split: describe_data(each) for split, each in splits.items()}
-    classes = [each.class_names for each in splits.values()]
-    hosts.check_same(f"what data.source={source} holds", [images, classes])
 
 
 def count_steps(folder: epath.Path) -> int:
