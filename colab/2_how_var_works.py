@@ -150,7 +150,7 @@ for axis, patch_nums in zip(axes, [model.patch_nums, PATCH_NUMS_256]):
 # %% [markdown]
 # ## 4. One transformer block
 #
-# A block is attention and an MLP, each modulated by the class $c$ (adaptive layer norm, VAR §3.3):
+# A block is attention and an MLP, each modulated by the class $c$ (adaptive layer norm, VAR §4):
 #
 # $$\gamma_1, \gamma_2, \alpha_1, \alpha_2, \beta_1, \beta_2 = W \mathrm{silu}(c) + b$$
 # $$x \leftarrow x + \gamma_1 \odot \mathrm{Attention}\big((1 + \alpha_1) \odot \mathrm{LN}(x) + \beta_1\big)$$

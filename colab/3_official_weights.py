@@ -118,7 +118,7 @@ model.sample(CLASSES, seed=SEED, cfg=CFG, smooth=True, batch_size=4)
 #
 # Give a photograph of your own in `PHOTO` (upload it at the left in Colab), or keep the first sample.
 # The box (y0, x0, y1, x1), in fractions of the image, is repainted, without a class or as one; all
-# tokens outside are kept (VAR §5.3). First the original.
+# tokens outside are kept (VAR, appendix B). First the original.
 
 # %%
 PHOTO = ""  # @param {"type": "string"}

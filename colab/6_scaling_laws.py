@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/var_jax/blob/main/colab/6_scaling_laws.ipynb)
 #
-# [VAR](https://arxiv.org/abs/2404.02905) §5.1 reports that the test loss $L$ and the token error
+# [VAR](https://arxiv.org/abs/2404.02905) §5.2 reports that the test loss $L$ and the token error
 # $Err$ fall as power laws of the number of parameters $N$ and of the training compute $C$. This
 # notebook fits such laws to a ladder of models that was trained on Fashion-MNIST on a CPU:
 #
@@ -105,7 +105,7 @@ for metric in ("loss_last", "loss_all"):
 # ### How sure are the constants?
 #
 # Runs are drawn with replacement a thousand times (bootstrap), and each resample is fitted. The
-# intervals are of 90 %, widened for few runs. Paper: the constants of VAR §5.1, of ImageNet and much
+# intervals are of 90 %, widened for few runs. Paper: the constants of VAR §5.2, of ImageNet and much
 # larger models, where $E$ was subtracted; an exponent is a property of data, tokens and training, so
 # there is no reason that ours should agree.
 

@@ -1,4 +1,4 @@
-"""The paper's class-conditional models on ImageNet (VAR §4.1, and the release's training commands).
+"""The paper's class-conditional models on ImageNet (VAR §4, and the release's training commands).
 
     python -m var_jax.train --config imagenet:d16 --workdir gs://BUCKET/d16 \
         --config.pretrained_tokenizer=gs://BUCKET/tokenizer/checkpoint

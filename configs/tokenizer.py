@@ -1,4 +1,4 @@
-"""The image tokenizer of the paper, f16 with 4096 codes of 32 dims (VAR §3.1, appendix).
+"""The image tokenizer of the paper, f16 with 4096 codes of 32 dims (VAR §3.2 and §4).
 
     python -m var_jax.train --config tokenizer:256 --workdir gs://BUCKET/tokenizer \\
         --config.train_tokenizer.gan.dino_file=dino_deitsmall16_pretrain.pth

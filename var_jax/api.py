@@ -283,7 +283,7 @@ class Model:
         *,
         batch_size: int = 64,
     ) -> Float[np.ndarray, "N K"]:
-        """log p(tokens | class) in nats, of the tokens of each of the K scales (VAR eq. 4).
+        """log p(tokens | class) in nats, of the tokens of each of the K scales (VAR eq. 6).
 
         A row's sum is the log-likelihood of an image. `images` are uint8 images, or tokens; there
         is a label for each, or one for all, or None: whatever the class.
@@ -324,7 +324,7 @@ class Model:
         smooth: bool = False,
         batch_size: int = 8,
     ) -> Images:
-        """Repaints part of an image, `num` times; no training is needed (VAR §5.3).
+        """Repaints part of an image, `num` times; no training is needed (VAR, appendix B).
 
         `repaint` is true (or 1, or 255) where to, or a box (y0, x0, y1, x1) in fractions of the
         image; it snaps to the cells of the finest scale. With a `label` what is painted is of that

@@ -1,4 +1,4 @@
-"""Repaints part of an image: in-painting, out-painting, class-conditional editing (VAR §5.3).
+"""Repaints part of an image: in-painting, out-painting, editing by class (VAR, appendix B).
 
     python -m var_jax.edit --checkpoint emoji --image P.png --task inpaint --box .25,.25,.75,.75
 

@@ -1,4 +1,4 @@
-"""Fits scaling laws to trained transformers, as §5.1 of the VAR paper does.
+"""Fits scaling laws to trained transformers, as §5.2 of the VAR paper does.
 
     python -m var_jax.scaling --runs runs/ladder --out scaling
 

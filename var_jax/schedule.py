@@ -1,4 +1,4 @@
-"""The scale schedule: the order of the tokens of one image, coarse to fine (VAR §3.1).
+"""The scale schedule: the order of the tokens of one image, coarse to fine (VAR §3.2).
 
 A schedule is the tuple `patch_nums` of the sizes of the scales in tokens, 1 first: a side if the
 scale is square, else (height, width). The scales follow each other in one sequence of L tokens,

@@ -33,7 +33,7 @@ KINDS = ("var", "raster", "dit")  # of transformers
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """The multi-scale VQ-VAE (VAR §3.1): a CNN around a residual quantizer."""
+    """The multi-scale VQ-VAE (VAR §3.2): a CNN around a residual quantizer."""
 
     # Sizes of the scales in tokens, coarse to fine: a side, or (height, width).
     patch_nums: Schedule = PATCH_NUMS_256
@@ -138,7 +138,7 @@ class BlocksConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig(BlocksConfig):
-    """The generative transformer; `from_depth` gives the paper's family d16 ... d36 (VAR §3.2).
+    """The generative transformer; `from_depth` gives the paper's family d16 ... d36 (VAR §4).
 
     `kind` says what it predicts: "var" the next scale, "raster" the next token in raster order,
     "dit" the noise in the tokenizer's continuous latent (a diffusion transformer).

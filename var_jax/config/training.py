@@ -13,7 +13,7 @@ from var_jax.schedule import Stage, stages
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a network is trained, whichever it is; the defaults are the transformer's (VAR §4.1)."""
+    """How a network is trained, whichever it is; the defaults are the transformer's (VAR §4)."""
 
     steps: int = 0  # 0 leaves the training out
     batch_size: int = 768  # of all devices together

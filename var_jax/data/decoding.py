@@ -137,7 +137,7 @@ def crop(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """A crop of `size` of the image, which is resized to just cover `resize` (at least 1) sizes.
 
-    At random with `rng`, else the centre. Only the crop is resampled (VAR §4.1: Lanczos to
+    At random with `rng`, else the centre. Only the crop is resampled (VAR §4: Lanczos to
     1.125, then a random crop). Sizes round as torchvision's Resize and CenterCrop do.
     """
     height, width = shape_of(size)

@@ -1,4 +1,4 @@
-"""How likely a model finds tokens: log p(tokens | class), exact, scale by scale (VAR eq. 4)."""
+"""How likely a model finds tokens: log p(tokens | class), exact, scale by scale (VAR eq. 6)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Scaling laws: loss and error as power laws of parameters, images and compute (VAR §5.1).
+"""Scaling laws: loss and error as power laws of parameters, images and compute (VAR §5.2).
 
 The irreducible loss is fitted with the rest: given the exponent, E and A of E + A·x^-α are a linear
 least-squares problem with non-negative unknowns, so only the exponent is searched (variable
@@ -18,7 +18,7 @@ CONFIDENCE = 0.9
 EXPONENTS = np.log(1e-3), np.log(3.0)  # the range that is searched
 RESAMPLES, OF_SURFACE = 1000, 100
 
-# Excess loss (β·N)^-α, N in billions of weights of the blocks, as (β, α): VAR §5.1.
+# Excess loss (β·N)^-α, N in billions of weights of the blocks, as (β, α): VAR §5.2.
 PAPER = {
     "loss_last": (2.0, 0.23),
     "loss_all": (2.5, 0.20),

@@ -1,4 +1,4 @@
-"""The AdaLN transformer block, and a stack of them along a leading axis (VAR §3.2)."""
+"""The AdaLN transformer block, and a stack of them along a leading axis (VAR §4)."""
 
 import functools
 import math

@@ -1,8 +1,8 @@
 """Models at another schedule of scales than they were trained at.
 
-Weights are shared; positions are interpolated. A transformer trained so goes on from there (VAR
-§4.1 does it for 512 px); one that is not is sampled at scales that it never saw, as FlexVAR (arXiv
-2502.20313) does with a model made for it.
+Weights are shared; positions are interpolated. A transformer trained so goes on from there; one
+that is not is sampled at scales that it never saw, as FlexVAR (arXiv 2502.20313) does with a model
+made for it.
 """
 
 import dataclasses

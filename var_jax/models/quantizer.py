@@ -1,4 +1,4 @@
-"""The multi-scale residual quantizer: VAR §3.1, algorithms 1 and 2.
+"""The multi-scale residual quantizer: VAR §3.2, algorithms 1 and 2.
 
 A latent f is explained coarse to fine. At scale k the residual is area-averaged to p_k × q_k, each
 cell takes its nearest code, the codes are upsampled to full size and smoothed by phi_k, and the

@@ -1,6 +1,6 @@
 """The image tokenizer: a convolutional encoder and decoder around the residual quantizer.
 
-The CNN is that of VQGAN f16 (VAR §3.1, appendix): residual blocks by level, attention at the lowest
+The CNN is that of VQGAN f16 (VAR §3.2 and §4): residual blocks by level, attention at the lowest
 resolution, halving between levels. Images are NHWC in [-1, 1]. Activations are float32, products
 three bfloat16 passes on TPU (`HIGH`): one alone changes which code is nearest. Training may ask for
 bfloat16 activations; norms, softmax, latents and the quantizer stay float32.

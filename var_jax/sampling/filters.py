@@ -1,4 +1,4 @@
-"""Which tokens may be drawn: top-k, top-p (VAR §4, official `helpers.py`).
+"""Which tokens may be drawn: top-k, top-p (VAR §6, official `helpers.py`).
 
 Top-k and top-p hide what lies below a threshold. It is found bit by bit instead of by sorting: 32
 comparisons of all logits with a guess, ten times as fast as a sort on CPU, exact, ties included.

@@ -1,4 +1,4 @@
-"""Which tokens an edit keeps, at every scale (VAR §5.3 and the release's notebook on editing).
+"""Which tokens an edit keeps, at every scale (VAR, appendix B, and the release's notebook).
 
 A mask on the finest scale says what to repaint; the other scales follow from it. The tokens to keep
 are the image's own (`autoregressive.KnownTokens`), all others are sampled.

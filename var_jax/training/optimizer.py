@@ -1,4 +1,4 @@
-"""AdamW with VAR's schedules (VAR §4.1; official `lr_control.py`)."""
+"""AdamW with VAR's schedules (VAR §4; official `lr_control.py`)."""
 
 from typing import Any
 
